@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The autograd.Functions around the opaque ops: what is saved, what is differentiable, what raises. No loop.
+
+`once_differentiable` is not used: it is silent when the upstream gradient is a constant, as that of a mean is.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_ppl.engines import logits as _logits  # noqa: F401  (registers the ops)
+from fused_ppl.spec import LossSpec
+
+_OPS = torch.ops.fused_ppl
+
+
+class LogitsLoss(torch.autograd.Function):
+    """(loss, perplexity, total_weight, loss_factor, perplexity_factor, nll, lse, entropy, predicted) from logits."""
+
+    @staticmethod
+    def forward(
+        logits: Tensor,  # (..., V)
+        target: Tensor,  # (...)
+        weight: Tensor | None,
+        token_weight: Tensor | None,
+        num_items: Tensor | None,
+        spec: LossSpec,
+        backend: str,
+        memory_budget: int | None,
+        inplace_backward: bool,
+    ) -> tuple[Tensor, ...]:
+        result = _OPS.logits_forward(
+            logits, target, weight, token_weight, num_items, *spec.op_args(), backend, memory_budget
+        )
+        return tuple(result)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        logits, target, weight, token_weight, _, ctx.spec, ctx.backend, ctx.memory_budget, ctx.inplace = inputs
+        loss_factor, perplexity_factor, nll, lse = output[3:7]
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*output[2:])
+        ctx.save_for_backward(logits, target, weight, token_weight, lse, nll, loss_factor, perplexity_factor)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        grad_loss, grad_perplexity = upstream[:2]
+        if grad_loss is None and grad_perplexity is None:
+            return (None,) * 9
+        saved = ctx.saved_tensors
+        logits = saved[0]
+        args = (*saved, grad_loss, grad_perplexity, *ctx.spec.op_args(), ctx.backend, ctx.memory_budget)
+        with torch.no_grad():
+            if ctx.inplace:
+                _OPS.logits_backward_(*args)
+                gradient = logits
+            else:
+                gradient = _OPS.logits_backward(*args)
+        if torch.is_grad_enabled():
+            gradient = _FirstOrderOnly.apply(gradient, grad_loss, grad_perplexity, logits)
+        return (gradient, *(None,) * 8)
+
+
+class _FirstOrderOnly(torch.autograd.Function):
+    """The identity on a gradient that knows what it was computed from, so that a second derivative raises."""
+
+    @staticmethod
+    def forward(gradient: Tensor, *parents: Tensor | None) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[None, ...]:
+        raise RuntimeError(
+            "fused_ppl computes first derivatives only, and this backward asks for a derivative of its gradient. "
+            "Use Options(backend='reference'), which plain autograd differentiates any number of times."
+        )

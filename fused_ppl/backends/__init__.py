@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which code runs the row formula: strict by name, best effort for None, with the reasons collected.
+
+A backend is a module of three functions over rows of logits. It knows the row formula and no loop over the
+caller's memory; the engines know the loop and no formula.
+
+    nll_forward(logits, target, spec, weight, token_weight, num_items) -> (RowStats, Totals | None)
+    nll_backward(logits, target, rows_lse, rows_nll, of_s, of_z, spec, weight, token_weight, out) -> None
+    nll_forward_backward(...)   the chunk primitive of the fused LM head
+
+`logits` is (B, R, V) of any strides, row n = b * R + r; `target`, `token_weight` and all that is per row are (N,)
+with N = B * R. `nll_forward` returns Totals where the same launch has already summed and finished them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from types import ModuleType
+
+import torch
+
+from fused_ppl import checks
+from fused_ppl.spec import BACKENDS
+
+MODULES = {"torch": "fused_ppl.backends.torch_rows", "triton": "fused_ppl.backends.triton_rows"}
+
+
+def choose(name: str | None, device: torch.device, dtype: torch.dtype) -> str:
+    """The backend for this call. A name is that one or an error; None is the best that can run.
+
+    Raises:
+        NotImplementedError: a named backend cannot run here; the message says why and which can.
+    """
+    if name is None:
+        name = os.environ.get("FUSED_PPL_BACKEND") or None
+        if name is not None:
+            checks.check_choice("FUSED_PPL_BACKEND", name, BACKENDS, "Unset it to let each call choose.")
+    if name is None:
+        return "triton" if device.type not in ("cpu", "mps") and refusal("triton", device, dtype) is None else "torch"
+    reason = refusal(name, device, dtype)
+    if reason is not None:
+        able = [b for b in BACKENDS if refusal(b, device, dtype) is None]
+        raise NotImplementedError(
+            f"backend={name!r} cannot run on {device.type} with {dtype}: {reason}. "
+            f"Use one of {', '.join(repr(b) for b in able)}, or backend=None for the best that can."
+        )
+    return name
+
+
+def refusal(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why a backend cannot run here, or None where it can."""
+    if name != "triton":
+        return None
+    if importlib.util.find_spec(MODULES["triton"]) is None:
+        return "this version of fused_ppl has no Triton kernels"
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed (it comes with every GPU build of torch)"
+    if dtype == torch.float64:
+        return "the kernels compute in float32, and float64 would be rounded"
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET", "0") != "1":
+        return "there is no GPU behind it, and the interpreter runs only under TRITON_INTERPRET=1"
+    if device.type == "mps":
+        return "Triton has no code for Apple's GPUs"
+    return None
+
+
+def load(name: str) -> ModuleType:
+    return importlib.import_module(MODULES[name])

@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The only words for input errors: the rule, what was got, and the way out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INDEX_DTYPES = (torch.int64, torch.int32)
+
+
+def debug() -> bool:
+    """FUSED_PPL_DEBUG=1: check what costs a synchronisation on a GPU."""
+    return os.environ.get("FUSED_PPL_DEBUG", "0") not in ("", "0")
+
+
+def check_choice(name: str, value: object, choices: Sequence[str], hint: str = "") -> None:
+    if value not in choices:
+        allowed = ", ".join(repr(c) for c in choices)
+        raise ValueError(f"{name} must be one of {allowed}; got {value!r}. {hint}".rstrip())
+
+
+def check_number(name: str, value: object, rule: str, ok: Callable[[float], bool], hint: str = "") -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number {rule}; got {type(value).__name__}. {hint}".rstrip())
+    if not ok(value):
+        raise ValueError(f"{name} must be {rule}; got {value!r}. {hint}".rstrip())
+
+
+def check_ignore_index(value: object) -> None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+        raise TypeError(
+            f"ignore_index must be an int, or None to ignore nothing; got {type(value).__name__}. "
+            "To leave out several targets, set them all to one value first."
+        )
+
+
+def check_memory_budget(value: object) -> None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value <= 0):
+        raise ValueError(f"memory_budget must be a number of bytes > 0, or None; got {value!r}. 512 * 2**20 is 512 MiB.")
+
+
+def check_options(options: object) -> None:
+    if type(options).__name__ != "Options":
+        raise TypeError(f"options must be a fused_ppl.Options; got {type(options).__name__}. Pass Options(backend=...).")
+
+
+def check_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor; got {type(value).__name__}. Wrap it with torch.as_tensor.")
+
+
+def check_float_input(name: str, value: object) -> None:
+    check_tensor(name, value)
+    if value.dtype not in FLOAT_DTYPES:  # type: ignore[attr-defined]
+        raise TypeError(
+            f"{name} must be float16, bfloat16, float32 or float64; got {value.dtype}. "  # type: ignore[attr-defined]
+            f"Convert it with .float()."
+        )
+
+
+def check_target(target: object, shape: Sequence[int], input: Tensor) -> None:
+    """Class indices of the given shape on the device of the input."""
+    check_tensor("target", target)
+    assert isinstance(target, Tensor)
+    if target.dtype.is_floating_point:
+        raise TypeError(
+            f"target must hold class indices, int64 or int32; got {target.dtype}. For class probabilities use "
+            "torch.nn.functional.cross_entropy; for indices stored as floats use target.long()."
+        )
+    if target.dtype not in INDEX_DTYPES:
+        raise TypeError(f"target must be int64 or int32; got {target.dtype}. Convert it with .long().")
+    if tuple(target.shape) != tuple(shape):
+        raise ValueError(
+            f"target must have shape {tuple(shape)} to match input of shape {tuple(input.shape)}; "
+            f"got {tuple(target.shape)}. For logits of shape (B, T, V) pass class_dim=-1."
+        )
+    check_device("target", target, input)
+
+
+def check_device(name: str, value: Tensor, input: Tensor) -> None:
+    if value.device != input.device:
+        raise ValueError(
+            f"{name} must be on the device of input, {input.device}; got {value.device}. Move it with .to(input.device)."
+        )
+
+
+def check_constant(name: str, value: object, shape: Sequence[int], what: str, input: Tensor) -> None:
+    """A float tensor that takes part as a constant: its gradient would be silently zero, so asking for one is an error."""
+    if value is None:
+        return
+    check_tensor(name, value)
+    assert isinstance(value, Tensor)
+    if not value.dtype.is_floating_point:
+        raise TypeError(f"{name} must be a floating-point tensor; got {value.dtype}. Convert it with .float().")
+    if tuple(value.shape) != tuple(shape):
+        raise ValueError(f"{name} must have shape {tuple(shape)}, {what}; got {tuple(value.shape)}.")
+    check_device(name, value, input)
+    check_no_grad(name, value)
+
+
+def check_no_grad(name: str, value: Tensor) -> None:
+    if value.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{name} is a constant of the loss and gets no gradient, but requires grad. Pass {name}.detach().")
+
+
+def check_num_items(value: object, reduction: str) -> None:
+    """A number, or a tensor of one element."""
+    if value is None:
+        return
+    if reduction != "mean":
+        raise ValueError(
+            f"num_items replaces the denominator of reduction='mean'; got reduction={reduction!r}. "
+            "Leave num_items out, or use reduction='mean'."
+        )
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"num_items must have one element; got shape {tuple(value.shape)}. Pass num_items.sum().")
+        check_no_grad("num_items", value)
+    elif isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"num_items must be a number or a tensor of one element; got {type(value).__name__}.")
+
+
+def check_reduction_for_perplexity(reduction: str) -> None:
+    if reduction == "sum":
+        raise ValueError(
+            "reduction='sum' has no meaning for perplexity: perplexities of tokens do not add up. Use 'mean' for "
+            "exp(mean nll), or cross_entropy(..., reduction='sum') and combine sums and counts before exp."
+        )
+
+
+def check_sequence(reduction: str, target: Tensor) -> None:
+    if reduction == "sequence" and target.ndim == 0:
+        raise ValueError(
+            "reduction='sequence' takes the mean over the last dimension of target, which must have one; got a 0-d "
+            "target. Use reduction='mean'."
+        )
+
+
+def check_logits(input: object, class_dim: int) -> None:
+    check_float_input("input", input)
+    assert isinstance(input, Tensor)
+    if input.ndim == 0:
+        raise ValueError("input must have a class dimension, (C,), (N, C) or (N, C, d1, ...); got a 0-d tensor.")
+    if isinstance(class_dim, bool) or not isinstance(class_dim, int):
+        raise TypeError(f"class_dim must be an int; got {type(class_dim).__name__}.")
+    if input.ndim > 1 and not -input.ndim <= class_dim < input.ndim:
+        raise IndexError(
+            f"class_dim must be in [{-input.ndim}, {input.ndim - 1}] for input of shape {tuple(input.shape)}; got {class_dim}."
+        )
+
+
+def check_classes(count: int) -> None:
+    if count == 0:
+        raise ValueError("input must have at least one class; got a class dimension of size 0.")
+
+
+def check_inplace_backward(input: Tensor) -> None:
+    if input.requires_grad and input.is_leaf and torch.is_grad_enabled():
+        raise ValueError(
+            "inplace_backward=True writes the gradient over input, but input is a leaf whose values belong to you. "
+            "Use Options(inplace_backward=False), or pass the result of an operation, as the logits of a model are."
+        )
+
+
+def check_target_range(target: Tensor, num_classes: int, ignore_index: int | None) -> None:
+    """On CPU, and anywhere under FUSED_PPL_DEBUG=1 (which may synchronise)."""
+    if target.numel() == 0:
+        return
+    low, high = (int(a) for a in target.aminmax())
+    if low >= 0 and high < num_classes:
+        return
+    bad = (target < 0) | (target >= num_classes)
+    if ignore_index is not None:
+        bad &= target != ignore_index
+    if bool(bad.any()):
+        first = int(bad.reshape(-1).int().argmax())
+        raise IndexError(
+            f"target must be in [0, {num_classes}) or equal to ignore_index={ignore_index}; "
+            f"got {int(target.reshape(-1)[first])} at flat position {first}. "
+            "Check that the tokenizer's vocabulary is not larger than the head's."
+        )
+
+
+def check_tokens(tokens: object) -> None:
+    check_tensor("tokens", tokens)
+    assert isinstance(tokens, Tensor)
+    if tokens.dtype not in INDEX_DTYPES:
+        raise TypeError(f"tokens must be int64 or int32; got {tokens.dtype}. Convert them with .long().")
+    if tokens.ndim == 0:
+        raise ValueError("tokens must have shape (..., T); got a 0-d tensor.")
+
+
+def check_steps(steps: object) -> None:
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"steps must be an int >= 1, how many tokens ahead to predict; got {steps!r}.")
+
+
+def check_cu_seqlens(cu_seqlens: object, tokens: Tensor) -> None:
+    check_tensor("cu_seqlens", cu_seqlens)
+    assert isinstance(cu_seqlens, Tensor)
+    if cu_seqlens.dtype not in INDEX_DTYPES:
+        raise TypeError(f"cu_seqlens must be int64 or int32; got {cu_seqlens.dtype}. Convert it with .int().")
+    if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 2:
+        raise ValueError(f"cu_seqlens must have shape (documents + 1,); got {tuple(cu_seqlens.shape)}.")
+    if tokens.numel() != tokens.shape[-1]:
+        raise ValueError(
+            f"cu_seqlens describes one packed row, so tokens must have shape (T,) or (1, T); got {tuple(tokens.shape)}. "
+            "Call next_token_targets for each row."
+        )
+    if cu_seqlens.device.type == "cpu" or debug():
+        ends, length = cu_seqlens.tolist(), tokens.shape[-1]
+        if ends[0] != 0 or ends[-1] != length or ends != sorted(ends):
+            raise ValueError(
+                f"cu_seqlens must rise from 0 to the number of tokens, {length}; got {ends[:4]} ... {ends[-1]}. "
+                "It is the cumulative sum of the documents' lengths with a 0 in front."
+            )

@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The public functions: signature, docstring, checks, and the call."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fused_ppl import backends, checks, reference
+from fused_ppl.autograd import LogitsLoss
+from fused_ppl.spec import LossOutput, LossSpec, Options
+
+_DEFAULT = Options()
+
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    ignore_index: int | None = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    class_dim: int = 1,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    token_weight: Tensor | None = None,
+    z_loss: float = 0.0,
+    num_items: float | Tensor | None = None,
+    options: Options | None = None,
+) -> Tensor:
+    """Cross-entropy of logits against class indices, as `torch.nn.functional.cross_entropy`, in one pass.
+
+        z[i,v] = cap(logit_scale * input[i,v])          cap(a) = softcap * tanh(a / softcap), or a without softcap
+        lse[i] = log sum_v exp z[i,v]                   nll[i] = lse[i] - z[i, y_i]
+        l[i]   = u_i * ((1-a) * w[y_i] * nll[i] + a/V * sum_v w[v] * (lse[i] - z[i,v])) + z_loss * u_i * w[y_i] * lse[i]^2
+        M      = sum_i u_i * w[y_i]                     "mean" = sum_i l[i] / M
+
+    over the counted tokens (those that are not ignored), a = label_smoothing, w = weight, u = token_weight.
+    Nothing of the size of the logits is made beyond their gradient; sums are float64; `input` is not modified.
+
+    Args:
+        input: (C,), (N, C) or (N, C, d1, ...), or the classes at `class_dim`; float16, bfloat16, float32 or float64,
+            of any strides.
+        target: the shape of `input` without the classes; int64 or int32, each in [0, C) or equal to `ignore_index`.
+        weight: (C,), a weight for each class. A constant, as `token_weight` and `num_items` are.
+        ignore_index: tokens with this target count for nothing and get a gradient of exactly zero, whatever their
+            logits hold. None ignores nothing.
+        reduction: "mean", "sum", "none" (per token) or "sequence" (the mean over the last dimension of `target`).
+        label_smoothing: in [0, 1].
+        class_dim: where the classes are; -1 for logits of shape (B, T, V).
+        logit_scale: > 0, multiplies the logits (1 / temperature).
+        softcap: > 0, or None for no cap (Gemma 2 uses 30).
+        token_weight: the shape of `target`, a weight for each token.
+        z_loss: >= 0, the factor of lse^2 (PaLM, arXiv:2204.02311, uses 1e-4).
+        num_items: replaces M in "mean", for sums over several micro-batches (`num_items_in_batch` of Hugging Face).
+        options: how it runs, see `Options`.
+
+    Returns:
+        Nats, float32 (float64 for float64 input), of shape () for "mean" and "sum", of `target` for "none", of
+        `target.shape[:-1]` for "sequence". With no counted token the mean is NaN and every gradient exactly zero.
+
+    Raises:
+        ValueError: a shape, device or option does not fit.
+        TypeError: a dtype is not supported; float targets belong to `torch.nn.functional.cross_entropy`.
+        IndexError: a target is out of range (on a GPU its loss is NaN instead, and FUSED_PPL_DEBUG=1 raises).
+        NotImplementedError: a named backend cannot run here.
+
+    Example:
+        >>> import torch, fused_ppl
+        >>> logits = torch.tensor([[2.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
+        >>> fused_ppl.cross_entropy(logits, torch.tensor([0, 2]), reduction="none")
+        tensor([0.2395, 1.0986])
+    """
+    spec = LossSpec(reduction, ignore_index, label_smoothing, logit_scale, softcap, z_loss)
+    return _from_logits(input, target, weight, token_weight, num_items, class_dim, spec, options).loss
+
+
+def perplexity(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    ignore_index: int | None = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    class_dim: int = 1,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    token_weight: Tensor | None = None,
+    max_nll: float | None = None,
+    options: Options | None = None,
+) -> Tensor:
+    """Perplexity of logits against class indices: `cross_entropy(...).exp()`, differentiable.
+
+        PPL = exp(S / M) = 2 ** (S / M / ln 2),    S and M as in `cross_entropy`
+        d PPL / d z[i,v] = PPL / M * u_i * w[y_i] * (softmax(z[i])[v] - [v = y_i])    (without label smoothing)
+
+    Its gradient is PPL times that of the cross-entropy, about V times at initialisation: clip gradients by norm, or
+    train with an optimizer that does not see the length of the gradient. Perplexities of micro-batches and ranks
+    do not add up or average; combine S and M (`reduction="sum"` of `cross_entropy_with_stats`).
+
+    Args:
+        reduction: "mean"; "none" and "sequence" are exp of each token's and each sequence's loss. An ignored token
+            has perplexity 1 and no gradient.
+        max_nll: above this mean of c nats the perplexity goes on along its tangent, exp(c) * (1 + L - c), so that
+            value and gradient stay finite. Without it the value is inf above 88.7 nats. Default: no limit.
+
+    The other arguments, what is returned (no unit: the number of equally likely choices) and what is raised are
+    those of `cross_entropy`; reduction="sum" is a ValueError.
+
+    Example:
+        >>> import torch, fused_ppl
+        >>> logits = torch.zeros(4, 32, requires_grad=True)
+        >>> loss = fused_ppl.perplexity(logits, torch.tensor([1, 2, -100, 31]))
+        >>> round(loss.item(), 4)
+        32.0
+        >>> loss.backward()
+        >>> round(logits.grad[0, 1].item(), 4)         # 32 / 3 * (1 / 32 - 1)
+        -10.3333
+    """
+    checks.check_reduction_for_perplexity(reduction)
+    spec = LossSpec(reduction, ignore_index, label_smoothing, logit_scale, softcap, 0.0, max_nll)
+    return _from_logits(input, target, weight, token_weight, None, class_dim, spec, options).perplexity
+
+
+def cross_entropy_with_stats(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    ignore_index: int | None = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    class_dim: int = 1,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    token_weight: Tensor | None = None,
+    z_loss: float = 0.0,
+    num_items: float | Tensor | None = None,
+    max_nll: float | None = None,
+    options: Options | None = None,
+) -> LossOutput:
+    """Loss and perplexity with what the same pass knows of each token: nll, lse, entropy, argmax, and the total weight M.
+
+    Arguments as in `cross_entropy` and `perplexity`. With reduction="sum", `loss` is S and `total_weight` is M, the
+    two numbers that add up over micro-batches and ranks; `perplexity` is exp(S / M) all the same. `z_loss` and
+    `num_items` enter `loss` only.
+
+    Returns:
+        `LossOutput`. `loss` and `perplexity` are differentiable, also together; all else is detached.
+
+    Example:
+        >>> import torch, fused_ppl
+        >>> out = fused_ppl.cross_entropy_with_stats(torch.zeros(2, 8), torch.tensor([3, -100]), reduction="sum")
+        >>> out.loss, out.total_weight, out.predicted
+        (tensor(2.0794), tensor(1., dtype=torch.float64), tensor([ 0, -1]))
+    """
+    spec = LossSpec(reduction, ignore_index, label_smoothing, logit_scale, softcap, z_loss, max_nll, stats=True)
+    return _from_logits(input, target, weight, token_weight, num_items, class_dim, spec, options)
+
+
+def _from_logits(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    token_weight: Tensor | None,
+    num_items: float | Tensor | None,
+    class_dim: int,
+    spec: LossSpec,
+    options: Options | None,
+) -> LossOutput:
+    options = _DEFAULT if options is None else options
+    checks.check_options(options)
+    checks.check_logits(input, class_dim)
+    logits = input if input.ndim == 1 or class_dim in (-1, input.ndim - 1) else input.movedim(class_dim, -1)
+    checks.check_classes(logits.shape[-1])
+    checks.check_target(target, logits.shape[:-1], input)
+    checks.check_sequence(spec.reduction, target)
+    checks.check_constant("weight", weight, (logits.shape[-1],), "one number for each class", input)
+    checks.check_constant("token_weight", token_weight, target.shape, "the shape of target", input)
+    checks.check_num_items(num_items, spec.reduction)
+    if options.inplace_backward:
+        checks.check_inplace_backward(input)
+    backend = backends.choose(options.backend, input.device, input.dtype)
+    if num_items is not None:
+        num_items = _scalar(num_items, input)
+    if backend == "reference":
+        checks.check_target_range(target, logits.shape[-1], spec.ignore_index)
+        return reference.logits_loss(logits, target, spec, weight, token_weight, num_items)
+    out = LogitsLoss.apply(
+        logits,
+        target,
+        weight,
+        token_weight,
+        num_items,
+        spec,
+        backend,
+        options.memory_budget,
+        options.inplace_backward,
+    )
+    loss, perplexity_, total_weight, _, _, nll, lse, entropy, predicted = out
+    if spec.stats:
+        lse = lse.to(nll.dtype)
+    return LossOutput(loss, perplexity_, nll, lse, entropy, predicted, total_weight)
+
+
+def _scalar(value: float | Tensor, input: Tensor) -> Tensor:
+    """A number on the device of the input, without waiting for it."""
+    if isinstance(value, Tensor):
+        return value.detach().reshape(()).to(input.device, non_blocking=True)
+    return torch.full((), float(value), dtype=torch.float32, device=input.device)

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The losses as `torch.nn.Module`, for code that builds its loss once."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from fused_ppl import functional
+from fused_ppl.spec import Options
+
+
+class _Loss(nn.Module):
+    """Keeps the keywords of a loss; `weight` is a buffer, so that it moves with the module."""
+
+    weight: Tensor | None
+
+    def __init__(self, weight: Tensor | None, **keywords: object) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.keywords = keywords
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.keywords.items())
+
+
+class CrossEntropyLoss(_Loss):
+    """`fused_ppl.cross_entropy` with its keywords given once, in the place of `torch.nn.CrossEntropyLoss`.
+
+    Example:
+        >>> import torch, fused_ppl
+        >>> loss = fused_ppl.CrossEntropyLoss(label_smoothing=0.1, class_dim=-1)
+        >>> round(loss(torch.zeros(2, 3, 8), torch.zeros(2, 3, dtype=torch.long)).item(), 4)
+        2.0794
+    """
+
+    def __init__(
+        self,
+        weight: Tensor | None = None,
+        *,
+        ignore_index: int | None = -100,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        class_dim: int = 1,
+        logit_scale: float = 1.0,
+        softcap: float | None = None,
+        z_loss: float = 0.0,
+        options: Options | None = None,
+    ) -> None:
+        super().__init__(
+            weight,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            label_smoothing=label_smoothing,
+            class_dim=class_dim,
+            logit_scale=logit_scale,
+            softcap=softcap,
+            z_loss=z_loss,
+            options=options,
+        )
+
+    def forward(
+        self,
+        input: Tensor,
+        target: Tensor,
+        *,
+        token_weight: Tensor | None = None,
+        num_items: float | Tensor | None = None,
+    ) -> Tensor:
+        return functional.cross_entropy(
+            input,
+            target,
+            self.weight,
+            token_weight=token_weight,
+            num_items=num_items,
+            **self.keywords,  # type: ignore[arg-type]
+        )
+
+
+class PerplexityLoss(_Loss):
+    """`fused_ppl.perplexity` with its keywords given once.
+
+    Example:
+        >>> import torch, fused_ppl
+        >>> loss = fused_ppl.PerplexityLoss(class_dim=-1)
+        >>> round(loss(torch.zeros(2, 3, 8), torch.zeros(2, 3, dtype=torch.long)).item(), 4)
+        8.0
+    """
+
+    def __init__(
+        self,
+        weight: Tensor | None = None,
+        *,
+        ignore_index: int | None = -100,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        class_dim: int = 1,
+        logit_scale: float = 1.0,
+        softcap: float | None = None,
+        max_nll: float | None = None,
+        options: Options | None = None,
+    ) -> None:
+        super().__init__(
+            weight,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            label_smoothing=label_smoothing,
+            class_dim=class_dim,
+            logit_scale=logit_scale,
+            softcap=softcap,
+            max_nll=max_nll,
+            options=options,
+        )
+
+    def forward(self, input: Tensor, target: Tensor, *, token_weight: Tensor | None = None) -> Tensor:
+        return functional.perplexity(input, target, self.weight, token_weight=token_weight, **self.keywords)  # type: ignore[arg-type]

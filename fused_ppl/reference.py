@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The oracle: the formulas of `fused_ppl.functional` in the shortest eager PyTorch, over full logits.
+
+Used by the tests and by `Options(backend="reference")`; differentiable by plain autograd, any number of times.
+Pass float64 to get the truth.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fused_ppl.spec import LossOutput, LossSpec
+
+
+def logits_loss(
+    logits: Tensor,  # (..., V)
+    target: Tensor,  # (...)
+    spec: LossSpec,
+    weight: Tensor | None = None,  # (V,)
+    token_weight: Tensor | None = None,  # (...)
+    num_items: Tensor | None = None,  # ()
+) -> LossOutput:
+    """See `cross_entropy_with_stats`."""
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    counted = torch.ones_like(target, dtype=torch.bool) if spec.ignore_index is None else target != spec.ignore_index
+    y = torch.where(counted, target, 0).long()
+    # an ignored row may hold anything: it is replaced before the arithmetic, so that no NaN reaches a gradient
+    z = torch.where(counted.unsqueeze(-1), logits.to(dtype), 0) * spec.logit_scale
+    if spec.softcap is not None:
+        z = spec.softcap * torch.tanh(z / spec.softcap)
+    num_classes = z.shape[-1]
+    w = z.new_ones(num_classes) if weight is None else weight.to(dtype)
+    u = counted.to(dtype) if token_weight is None else torch.where(counted, token_weight.to(dtype), 0)
+
+    logp = z.log_softmax(-1)
+    nll = -logp.gather(-1, y.unsqueeze(-1)).squeeze(-1)
+    a = spec.label_smoothing
+    smooth = -(logp * w).sum(-1) if a else 0
+    lse = torch.where(counted, z.logsumexp(-1), 0)
+    c = u * w[y]
+    rows = torch.where(counted, u * ((1 - a) * w[y] * nll + a / num_classes * smooth), 0)
+
+    dim = {"none": None, "sequence": -1}.get(spec.reduction, tuple(range(rows.ndim)))
+    s, m, zz = (r if not dim else r.sum(dim, dtype=torch.float64) for r in (rows, c, c * lse**2))
+    total = s + spec.z_loss * zz
+    if num_items is not None:
+        loss = total / num_items
+    else:
+        loss = _divide(total, m) if spec.reduction in ("mean", "sequence") else total
+    mean = s if spec.reduction == "none" else _divide(s, m)
+    perplexity = mean.exp()
+    if spec.max_nll is not None:
+        cap = mean.clamp(max=spec.max_nll).exp().detach()
+        perplexity = torch.where(mean > spec.max_nll, cap * (1 + mean - spec.max_nll), mean.clamp(max=spec.max_nll).exp())
+
+    with torch.no_grad():
+        p = logp.exp()
+        entropy = torch.where(counted, -torch.where(p > 0, p * logp, 0).sum(-1), 0)
+        predicted = torch.where(counted, z.argmax(-1), -1)
+    nll = torch.where(counted, nll, 0)
+    return LossOutput(
+        loss.to(dtype), perplexity.to(dtype), nll.detach(), lse.detach(), entropy, predicted, m.to(torch.float64).detach()
+    )
+
+
+def _divide(s: Tensor, m: Tensor) -> Tensor:
+    """s / m; NaN with a zero gradient where m = 0."""
+    return torch.where(m == 0, float("nan"), s / torch.where(m == 0, 1, m))

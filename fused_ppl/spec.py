@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is computed (`LossSpec`), how it runs (`Options`), and what comes back (`LossOutput`, `RowStats`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+from fused_ppl import checks
+
+REDUCTIONS = ("mean", "sum", "none", "sequence")
+BACKENDS = ("triton", "torch", "reference")
+
+
+@dataclass(frozen=True)
+class LossSpec:
+    """The numbers that define a loss, validated once; tensors travel beside it.
+
+    `stats` asks the row kernels for entropy and argmax as well.
+    """
+
+    reduction: str = "mean"
+    ignore_index: int | None = -100
+    label_smoothing: float = 0.0
+    logit_scale: float = 1.0
+    softcap: float | None = None
+    z_loss: float = 0.0
+    max_nll: float | None = None
+    stats: bool = False
+
+    def __post_init__(self) -> None:
+        checks.check_choice("reduction", self.reduction, REDUCTIONS)
+        checks.check_ignore_index(self.ignore_index)
+        checks.check_number("label_smoothing", self.label_smoothing, "in [0, 1]", lambda a: 0 <= a <= 1)
+        checks.check_number(
+            "logit_scale", self.logit_scale, "> 0 and finite", _positive, hint="To scale by a tensor, scale the hidden states."
+        )
+        if self.softcap is not None:
+            checks.check_number("softcap", self.softcap, "> 0 and finite, or None for no cap", _positive)
+        checks.check_number("z_loss", self.z_loss, ">= 0 and finite", lambda a: 0 <= a < float("inf"))
+        if self.max_nll is not None:
+            checks.check_number("max_nll", self.max_nll, "> 0 and finite, or None for no limit", _positive)
+
+    def op_args(self) -> tuple[str, int | None, float, float, float | None, float, float | None, bool]:
+        """The fields in order, as the schema of the opaque ops spells them (`SPEC_SCHEMA`)."""
+        return (
+            self.reduction,
+            self.ignore_index,
+            self.label_smoothing,
+            self.logit_scale,
+            self.softcap,
+            self.z_loss,
+            self.max_nll,
+            self.stats,
+        )
+
+
+SPEC_SCHEMA = (
+    "str reduction, int? ignore_index, float label_smoothing, float logit_scale, "
+    "float? softcap, float z_loss, float? max_nll, bool stats"
+)
+
+
+def _positive(a: float) -> bool:
+    return 0 < a < float("inf")
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a loss runs; never what it computes.
+
+    Args:
+        backend: None picks the best that can run ("triton" on a GPU, else "torch"; `FUSED_PPL_BACKEND` sets
+            another default); "triton", "torch" or "reference" is that one, or an error that says why it cannot.
+        memory_budget: bytes that the loss may use for its temporary buffers. None lets the plan decide.
+        inplace_backward: write the gradient over `input`. Saves one N x V buffer; the values of `input` are gone
+            after backward, a second backward raises, and `input` must not be a leaf.
+
+    Example:
+        >>> import torch, fused_ppl
+        >>> options = fused_ppl.Options(backend="torch")
+        >>> round(fused_ppl.perplexity(torch.zeros(2, 7), torch.tensor([0, 6]), options=options).item(), 4)
+        7.0
+    """
+
+    backend: str | None = None
+    memory_budget: int | None = None
+    inplace_backward: bool = False
+
+    def __post_init__(self) -> None:
+        if self.backend is not None:
+            checks.check_choice("backend", self.backend, BACKENDS, "None picks the best that can run.")
+        checks.check_memory_budget(self.memory_budget)
+
+
+class LossOutput(NamedTuple):
+    """A loss with everything that one pass over the logits can tell. Nats throughout.
+
+    `loss` and `perplexity` are differentiable, also together; all others are detached.
+    """
+
+    loss: Tensor  # shape of the reduction: (), target.shape[:-1] or target.shape
+    perplexity: Tensor  # exp(S / M), the shape of `loss`; z_loss and num_items do not enter it
+    nll: Tensor  # (*target.shape): lse - z[target], without weights or smoothing; 0 where ignored
+    lse: Tensor  # (*target.shape): log sum_v exp(z[v]); 0 where ignored
+    entropy: Tensor  # (*target.shape): entropy of softmax(z); 0 where ignored
+    predicted: Tensor  # (*target.shape), int64: argmax_v z[v], the lowest index on ties; -1 where ignored
+    total_weight: Tensor  # M in float64, the shape of `loss`: sum of token_weight * weight[target] over counted tokens
+
+
+class RowStats(NamedTuple):
+    """What a backend's forward says of each of the N rows; 0 (and predicted = -1) where a row is ignored."""
+
+    loss: Tensor  # (N,): u * ((1-a) * w[y] * nll + a/V * sum_v w[v] * (lse - z[v])): the row's part of S
+    count: Tensor  # (N,): u * w[y], the row's part of M
+    nll: Tensor  # (N,)
+    lse: Tensor  # (N,)
+    entropy: Tensor  # (N,), or 0 elements where not asked for
+    predicted: Tensor  # (N,) int64, or 0 elements where not asked for
+
+
+class Totals(NamedTuple):
+    """What one loss value per group of rows says: one group for "mean" and "sum", one per sequence, one per token."""
+
+    loss: Tensor  # (*groups,)
+    perplexity: Tensor  # (*groups,)
+    total_weight: Tensor  # (*groups,) float64: M
+    loss_factor: Tensor  # (*groups,) float64: d loss / d S
+    perplexity_factor: Tensor  # (*groups,) float64: d perplexity / d S
