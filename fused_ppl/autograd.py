@@ -20,22 +20,12 @@ _OPS = torch.ops.fused_ppl
 class LogitsLoss(torch.autograd.Function):
     """(loss, perplexity, total_weight, loss_factor, perplexity_factor, nll, lse, entropy, predicted) from logits."""
 
+    # (logits, target, weight, token_weight, num_items, spec, backend, memory_budget, inplace_backward), as one
+    # parameter: Function.apply inspects the signature at every call, which costs as much as a small loss
     @staticmethod
-    def forward(
-        logits: Tensor,  # (..., V)
-        target: Tensor,  # (...)
-        weight: Tensor | None,
-        token_weight: Tensor | None,
-        num_items: Tensor | None,
-        spec: LossSpec,
-        backend: str,
-        memory_budget: int | None,
-        inplace_backward: bool,
-    ) -> tuple[Tensor, ...]:
-        result = _OPS.logits_forward(
-            logits, target, weight, token_weight, num_items, *spec.op_args(), backend, memory_budget
-        )
-        return tuple(result)
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        *tensors, spec, backend, memory_budget, _ = args
+        return tuple(_OPS.logits_forward(*tensors, *spec.op_args(), backend, memory_budget))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -167,23 +167,23 @@ def check_inplace_backward(input: Tensor) -> None:
         )
 
 
-def check_target_range(target: Tensor, num_classes: int, ignore_index: int | None) -> None:
-    """On CPU, and anywhere under FUSED_PPL_DEBUG=1 (which may synchronise)."""
+def check_target_range(target: Tensor, num_classes: int, ignore_index: int | None) -> tuple[int, int]:
+    """The lowest and the highest target. Asked on a CPU, and anywhere under FUSED_PPL_DEBUG=1 (it synchronises)."""
     if target.numel() == 0:
-        return
+        return 0, 0
     low, high = (int(a) for a in target.aminmax())
-    if low >= 0 and high < num_classes:
-        return
-    bad = (target < 0) | (target >= num_classes)
-    if ignore_index is not None:
-        bad &= target != ignore_index
-    if bool(bad.any()):
-        first = int(bad.reshape(-1).int().argmax())
-        raise IndexError(
-            f"target must be in [0, {num_classes}) or equal to ignore_index={ignore_index}; "
-            f"got {int(target.reshape(-1)[first])} at flat position {first}. "
-            "Check that the tokenizer's vocabulary is not larger than the head's."
-        )
+    if low < 0 or high >= num_classes:
+        bad = (target < 0) | (target >= num_classes)
+        if ignore_index is not None:
+            bad &= target != ignore_index
+        if bool(bad.any()):
+            first = int(bad.reshape(-1).int().argmax())
+            raise IndexError(
+                f"target must be in [0, {num_classes}) or equal to ignore_index={ignore_index}; "
+                f"got {int(target.reshape(-1)[first])} at flat position {first}. "
+                "Check that the tokenizer's vocabulary is not larger than the head's."
+            )
+    return low, high
 
 
 def check_tokens(tokens: object) -> None:

@@ -30,39 +30,50 @@ def group_shape(reduction: str, target_shape: torch.Size) -> torch.Size:
     return target_shape[:-1] if reduction == "sequence" else torch.Size(())
 
 
-def sum_rows(rows: RowStats, spec: LossSpec, target_shape: torch.Size) -> tuple[Tensor, Tensor, Tensor]:
-    """S, M and Z of every group of rows."""
+def sum_rows(rows: RowStats, spec: LossSpec, target_shape: torch.Size) -> tuple[Tensor, Tensor, Tensor | None]:
+    """S, M and Z of every group of rows; Z is None where nothing asks for it."""
     dtype = sum_dtype(rows.loss.device)
-    z = rows.count * rows.lse.square() if spec.z_loss else torch.zeros_like(rows.count)
-    if spec.reduction == "none":
-        return tuple(r.view(target_shape).to(dtype) for r in (rows.loss, rows.count, z))  # type: ignore[return-value]
-    dim = (-1,) if spec.reduction == "sequence" else tuple(range(len(target_shape)))
-    if not dim:
-        return tuple(r.view(()).to(dtype) for r in (rows.loss, rows.count, z))  # type: ignore[return-value]
-    return tuple(r.view(target_shape).sum(dim, dtype=dtype) for r in (rows.loss, rows.count, z))  # type: ignore[return-value]
+    z = rows.count * rows.lse.square() if spec.z_loss else None
+
+    def grouped(r: Tensor) -> Tensor:
+        if spec.reduction == "none":
+            return r.view(target_shape).to(dtype)
+        if spec.reduction == "sequence":
+            return r.view(target_shape).sum(-1, dtype=dtype)
+        return r.sum(dtype=dtype)
+
+    return grouped(rows.loss), grouped(rows.count), None if z is None else grouped(z)
 
 
-def finish(s: Tensor, m: Tensor, z: Tensor, spec: LossSpec, num_items: Tensor | None, dtype: torch.dtype) -> Totals:
+def finish(
+    s: Tensor, m: Tensor, z: Tensor | None, spec: LossSpec, num_items: Tensor | None, dtype: torch.dtype
+) -> Totals:
     """Values and factors from the sums. M = 0 gives NaN as in PyTorch, and the factor 0."""
-    zero = m == 0
-    inverse = torch.where(zero, 0.0, m.reciprocal())
-    mean = s if spec.reduction == "none" else s / m
-    if spec.max_nll is None:
-        perplexity = slope = mean.exp()
-    else:
-        slope = mean.clamp(max=spec.max_nll).exp()
-        perplexity = slope * (1 + (mean - spec.max_nll).clamp(min=0))
+    total = s if z is None else s + spec.z_loss * z
     if spec.reduction == "none":
-        return Totals((s + spec.z_loss * z).to(dtype), perplexity.to(dtype), m, torch.ones_like(s), slope)
-    slope = torch.where(zero, 0.0, slope * inverse)
-    total = s + spec.z_loss * z if spec.z_loss else s
+        perplexity, slope = _exp(s, spec.max_nll)
+        return Totals(total.to(dtype), perplexity.to(dtype), m, torch.ones_like(s), slope)
+    inverse = m.reciprocal().nan_to_num_(nan=math.nan, posinf=0.0, neginf=0.0)
+    mean = s / m
+    perplexity, _ = _exp(mean, spec.max_nll)
+    _, slope = _exp(s * inverse, spec.max_nll)
     if num_items is not None:
-        loss, factor = total / num_items, num_items.to(s.dtype).reciprocal().expand_as(s).contiguous()
+        factor = num_items.to(s.dtype).reciprocal()
+        loss = total / num_items
     elif spec.reduction == "sum":
         loss, factor = total, torch.ones_like(s)
     else:
-        loss, factor = total / m, inverse
-    return Totals(loss.to(dtype), perplexity.to(dtype), m, factor, slope)
+        loss, factor = mean if z is None else total / m, inverse
+    return Totals(loss.to(dtype), perplexity.to(dtype), m, factor, slope * inverse)
+
+
+def _exp(mean: Tensor, max_nll: float | None) -> tuple[Tensor, Tensor]:
+    """exp and its derivative; beyond max_nll the tangent there."""
+    if max_nll is None:
+        value = mean.exp()
+        return value, value
+    slope = mean.clamp(max=max_nll).exp()
+    return slope * (1 + (mean - max_nll).clamp(min=0)), slope
 
 
 def row_upstream(
@@ -73,20 +84,23 @@ def row_upstream(
     spec: LossSpec,
     target_shape: torch.Size,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """The upstream gradients of S and of Z for every row, (N,), with stride 0 where all rows share one.
 
-    Z takes part in the loss and not in the perplexity.
+    Z takes part in the loss and not in the perplexity; None where nothing asks for it.
     """
-    zero = loss_factor.new_zeros(())
-    of_z = zero if grad_loss is None else grad_loss * loss_factor
-    of_s = of_z if grad_perplexity is None else of_z + grad_perplexity * perplexity_factor
+    of_z = None if grad_loss is None else grad_loss * loss_factor
+    of_s = of_z
+    if grad_perplexity is not None:
+        of_s = grad_perplexity * perplexity_factor
+        of_s = of_s if of_z is None else of_s + of_z
+    assert of_s is not None
     n = math.prod(target_shape)
 
     def rows(g: Tensor) -> Tensor:
         g = g.to(dtype)
         if spec.reduction == "sequence":
             g = g.unsqueeze(-1).expand(target_shape)
-        return g.reshape(-1).expand(n)
+        return g.expand(n) if g.ndim == 0 else g.reshape(n)
 
-    return rows(of_s), rows(of_z)
+    return rows(of_s), None if of_z is None or not spec.z_loss else rows(of_z)

@@ -14,6 +14,7 @@ with N = B * R. `nll_forward` returns Totals where the same launch has already s
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import os
@@ -66,5 +67,6 @@ def refusal(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
+@functools.cache
 def load(name: str) -> ModuleType:
     return importlib.import_module(MODULES[name])

@@ -6,6 +6,7 @@ Two opaque ops over logits of shape (..., V) with the classes last, of any strid
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -14,6 +15,8 @@ from torch import Tensor
 from fused_ppl import backends, reduction
 from fused_ppl.engines import LIBRARY
 from fused_ppl.spec import SPEC_SCHEMA, LossSpec
+
+_spec = functools.lru_cache(LossSpec)
 
 LIBRARY.define(
     "logits_forward(Tensor logits, Tensor target, Tensor? weight, Tensor? token_weight, Tensor? num_items, "
@@ -34,7 +37,7 @@ LIBRARY.define(
 
 
 def _forward(logits, target, weight, token_weight, num_items, *rest):  # type: ignore[no-untyped-def]
-    spec, backend, budget = LossSpec(*rest[:-2]), backends.load(rest[-2]), rest[-1]
+    spec, backend, budget = _spec(*rest[:-2]), backends.load(rest[-2]), rest[-1]
     shape = target.shape
     rows, totals = backend.nll_forward(
         as_rows(logits), target.reshape(-1), spec, weight, _flat(token_weight), num_items, budget
@@ -47,7 +50,7 @@ def _forward(logits, target, weight, token_weight, num_items, *rest):  # type: i
 
 def _backward_into(out: Tensor, logits, target, weight, token_weight, lse, nll, *rest) -> None:  # type: ignore[no-untyped-def]
     loss_factor, perplexity_factor, grad_loss, grad_perplexity = rest[:4]
-    spec, backend, budget = LossSpec(*rest[4:-2]), backends.load(rest[-2]), rest[-1]
+    spec, backend, budget = _spec(*rest[4:-2]), backends.load(rest[-2]), rest[-1]
     of_s, of_z = reduction.row_upstream(
         grad_loss, grad_perplexity, loss_factor, perplexity_factor, spec, target.shape, nll.dtype
     )
@@ -127,6 +130,8 @@ def empty_gradient(logits: Tensor) -> Tensor:
     Strides are not kept where elements overlap, where no row view is, or where they would cost over a quarter more
     memory (logits[:, -1] of a large tensor).
     """
+    if logits.is_contiguous():
+        return torch.empty_like(logits)
     extent = 1
     for stride, size in sorted(zip(logits.stride(), logits.shape, strict=True)):
         if size > 1:
