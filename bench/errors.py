@@ -54,7 +54,8 @@ def main() -> None:
             target = logits.float().argmax(1) if kind == "peaked" else testing.make_target((n,), v)
             for provider, loss in PROVIDERS.items():
                 value, gradient = errors(loss, logits, target)
-                rows.append({"dtype": name, "logits": kind, "provider": provider, "perplexity": value, "gradient": gradient})
+                case = {"dtype": name, "logits": kind, "provider": provider}
+                rows.append({**case, "perplexity": value, "gradient": gradient})
     print("| dtype | logits | | perplexity | gradient |\n|---|---|---|---|---|")
     for r in rows:
         print(f"| {r['dtype']} | {r['logits']} | {r['provider']} | {r['perplexity']:.1e} | {r['gradient']:.1e} |")

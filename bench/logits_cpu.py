@@ -102,7 +102,8 @@ def main() -> None:
                     "peak_beyond_gradient": peak(provider, dtype, n, v) - gradient,
                 }
             )
-    record = {"command": "python bench/logits_cpu.py", "N": n, "V": v, "rounds": args.rounds, **measure.machine(), "rows": rows}
+    case = {"command": "python bench/logits_cpu.py", "N": n, "V": v, "rounds": args.rounds}
+    record = {**case, **measure.machine(), "rows": rows}
     print(table(record))
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
@@ -111,8 +112,8 @@ def main() -> None:
 
 def table(record: dict) -> str:
     lines = [
-        f"N={record['N']}, V={record['V']}, {record['threads']} threads, {record['processor']}, torch {record['torch']}, "
-        f"{record['date']}, {record['rounds']} interleaved rounds",
+        f"N={record['N']}, V={record['V']}, {record['threads']} threads, {record['processor']}, "
+        f"torch {record['torch']}, {record['date']}, {record['rounds']} interleaved rounds",
         "",
         "| dtype | | forward + backward | over eager, median of rounds | peak memory beyond one gradient |",
         "|---|---|---|---|---|",

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from fused_ppl.engines import logits as _logits  # noqa: F401  (registers the ops)
-from fused_ppl.spec import LossSpec
 
 _OPS = torch.ops.fused_ppl
 
@@ -50,7 +49,7 @@ class LogitsLoss(torch.autograd.Function):
             else:
                 gradient = _OPS.logits_backward(*args)
         if torch.is_grad_enabled():
-            gradient = _FirstOrderOnly.apply(gradient, grad_loss, grad_perplexity, logits)
+            gradient = _FirstOrderOnly.apply(gradient, grad_loss, grad_perplexity, logits)  # type: ignore[no-untyped-call]
         return (gradient, *(None,) * 8)
 
 

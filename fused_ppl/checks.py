@@ -41,12 +41,12 @@ def check_ignore_index(value: object) -> None:
 
 def check_memory_budget(value: object) -> None:
     if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value <= 0):
-        raise ValueError(f"memory_budget must be a number of bytes > 0, or None; got {value!r}. 512 * 2**20 is 512 MiB.")
+        raise ValueError(f"memory_budget must be a number of bytes > 0, or None; got {value!r}. 2**29 is 512 MiB.")
 
 
 def check_options(options: object) -> None:
     if type(options).__name__ != "Options":
-        raise TypeError(f"options must be a fused_ppl.Options; got {type(options).__name__}. Pass Options(backend=...).")
+        raise TypeError(f"options must be a fused_ppl.Options; got {type(options).__name__}. Pass Options(...).")
 
 
 def check_tensor(name: str, value: object) -> None:
@@ -85,12 +85,12 @@ def check_target(target: object, shape: Sequence[int], input: Tensor) -> None:
 def check_device(name: str, value: Tensor, input: Tensor) -> None:
     if value.device != input.device:
         raise ValueError(
-            f"{name} must be on the device of input, {input.device}; got {value.device}. Move it with .to(input.device)."
+            f"{name} must be on the device of input, {input.device}; got {value.device}. Use .to(input.device)."
         )
 
 
 def check_constant(name: str, value: object, shape: Sequence[int], what: str, input: Tensor) -> None:
-    """A float tensor that takes part as a constant: its gradient would be silently zero, so asking for one is an error."""
+    """A float tensor that takes part as a constant; a gradient asked for would be zero, which is an error."""
     if value is None:
         return
     check_tensor(name, value)
@@ -105,7 +105,7 @@ def check_constant(name: str, value: object, shape: Sequence[int], what: str, in
 
 def check_no_grad(name: str, value: Tensor) -> None:
     if value.requires_grad and torch.is_grad_enabled():
-        raise ValueError(f"{name} is a constant of the loss and gets no gradient, but requires grad. Pass {name}.detach().")
+        raise ValueError(f"{name} is a constant of the loss and gets no gradient, but requires grad. Detach it first.")
 
 
 def check_num_items(value: object, reduction: str) -> None:
@@ -150,7 +150,8 @@ def check_logits(input: object, class_dim: int) -> None:
         raise TypeError(f"class_dim must be an int; got {type(class_dim).__name__}.")
     if input.ndim > 1 and not -input.ndim <= class_dim < input.ndim:
         raise IndexError(
-            f"class_dim must be in [{-input.ndim}, {input.ndim - 1}] for input of shape {tuple(input.shape)}; got {class_dim}."
+            f"class_dim must be in [{-input.ndim}, {input.ndim - 1}] for input of shape {tuple(input.shape)}; "
+            f"got {class_dim}."
         )
 
 
@@ -209,7 +210,8 @@ def check_cu_seqlens(cu_seqlens: object, tokens: Tensor) -> None:
         raise ValueError(f"cu_seqlens must have shape (documents + 1,); got {tuple(cu_seqlens.shape)}.")
     if tokens.numel() != tokens.shape[-1]:
         raise ValueError(
-            f"cu_seqlens describes one packed row, so tokens must have shape (T,) or (1, T); got {tuple(tokens.shape)}. "
+            f"cu_seqlens describes one packed row, so tokens must have shape (T,) or (1, T); "
+            f"got {tuple(tokens.shape)}. "
             "Call next_token_targets for each row."
         )
     if cu_seqlens.device.type == "cpu" or debug():

@@ -33,7 +33,7 @@ def cross_entropy(
 
         z[i,v] = cap(logit_scale * input[i,v])          cap(a) = softcap * tanh(a / softcap), or a without softcap
         lse[i] = log sum_v exp z[i,v]                   nll[i] = lse[i] - z[i, y_i]
-        l[i]   = u_i * ((1-a) * w[y_i] * nll[i] + a/V * sum_v w[v] * (lse[i] - z[i,v])) + z_loss * u_i * w[y_i] * lse[i]^2
+        l[i]   = u_i * ((1-a) * w[y_i] * nll[i] + a/V * sum_v w[v] * (lse[i] - z[i,v]) + z_loss * w[y_i] * lse[i]^2)
         M      = sum_i u_i * w[y_i]                     "mean" = sum_i l[i] / M
 
     over the counted tokens (those that are not ignored), a = label_smoothing, w = weight, u = token_weight.
@@ -141,7 +141,7 @@ def cross_entropy_with_stats(
     max_nll: float | None = None,
     options: Options | None = None,
 ) -> LossOutput:
-    """Loss and perplexity with what the same pass knows of each token: nll, lse, entropy, argmax, and the total weight M.
+    """Loss and perplexity with what the same pass knows of each token: nll, lse, entropy, argmax; and M.
 
     Arguments as in `cross_entropy` and `perplexity`. With reduction="sum", `loss` is S and `total_weight` is M, the
     two numbers that add up over micro-batches and ranks; `perplexity` is exp(S / M) all the same. `z_loss` and
@@ -188,7 +188,7 @@ def _from_logits(
     if backend == "reference":
         checks.check_target_range(target, logits.shape[-1], spec.ignore_index)
         return reference.logits_loss(logits, target, spec, weight, token_weight, num_items)
-    out = LogitsLoss.apply(
+    out = LogitsLoss.apply(  # type: ignore[no-untyped-call]
         logits,
         target,
         weight,

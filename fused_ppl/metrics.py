@@ -41,6 +41,7 @@ class Perplexity:
         softcap: float | None = None,
         options: Options | None = None,
     ) -> None:
+        self.ignore_index = ignore_index
         self._keywords = {
             "ignore_index": ignore_index,
             "class_dim": class_dim,
@@ -59,9 +60,8 @@ class Perplexity:
     def update(self, input: Tensor, target: Tensor, *, token_weight: Tensor | None = None) -> None:
         """Add a batch of logits and targets, as `fused_ppl.perplexity` takes them."""
         nll = functional.cross_entropy(input, target, reduction="none", token_weight=token_weight, **self._keywords)  # type: ignore[arg-type]
-        ignore_index = self._keywords["ignore_index"]
-        counted = torch.ones_like(nll) if ignore_index is None else (target != ignore_index)
-        self._add(nll, counted if token_weight is None else torch.where(counted.bool(), token_weight, 0))
+        weight = torch.ones_like(nll) if token_weight is None else token_weight
+        self._add(nll, weight if self.ignore_index is None else torch.where(target.ne(self.ignore_index), weight, 0))
 
     def update_nll(self, nll: Tensor, total_weight: Tensor | float | None = None) -> None:
         """Add nll that are known already, in nats: one for each token, or their sum.

@@ -33,7 +33,7 @@ def group_shape(reduction: str, target_shape: torch.Size) -> torch.Size:
 def sum_rows(rows: RowStats, spec: LossSpec, target_shape: torch.Size) -> tuple[Tensor, Tensor, Tensor | None]:
     """S, M and Z of every group of rows; Z is None where nothing asks for it."""
     dtype = sum_dtype(rows.loss.device)
-    z = rows.count * rows.lse.square() if spec.z_loss else None
+    z = rows.weight * rows.lse.square() if spec.z_loss else None
 
     def grouped(r: Tensor) -> Tensor:
         if spec.reduction == "none":
@@ -42,7 +42,7 @@ def sum_rows(rows: RowStats, spec: LossSpec, target_shape: torch.Size) -> tuple[
             return r.view(target_shape).sum(-1, dtype=dtype)
         return r.sum(dtype=dtype)
 
-    return grouped(rows.loss), grouped(rows.count), None if z is None else grouped(z)
+    return grouped(rows.loss), grouped(rows.weight), None if z is None else grouped(z)
 
 
 def finish(

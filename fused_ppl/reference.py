@@ -51,17 +51,15 @@ def logits_loss(
     mean = s if spec.reduction == "none" else _divide(s, m)
     perplexity = mean.exp()
     if spec.max_nll is not None:
-        cap = mean.clamp(max=spec.max_nll).exp().detach()
-        perplexity = torch.where(mean > spec.max_nll, cap * (1 + mean - spec.max_nll), mean.clamp(max=spec.max_nll).exp())
+        below = mean.clamp(max=spec.max_nll).exp()
+        perplexity = torch.where(mean > spec.max_nll, below.detach() * (1 + mean - spec.max_nll), below)
 
     with torch.no_grad():
         p = logp.exp()
         entropy = torch.where(counted, -torch.where(p > 0, p * logp, 0).sum(-1), 0)
         predicted = torch.where(counted, z.argmax(-1), -1)
-    nll = torch.where(counted, nll, 0)
-    return LossOutput(
-        loss.to(dtype), perplexity.to(dtype), nll.detach(), lse.detach(), entropy, predicted, m.to(torch.float64).detach()
-    )
+    nll, lse, m = torch.where(counted, nll, 0).detach(), lse.detach(), m.double().detach()
+    return LossOutput(loss.to(dtype), perplexity.to(dtype), nll, lse, entropy, predicted, m)
 
 
 def _divide(s: Tensor, m: Tensor) -> Tensor:

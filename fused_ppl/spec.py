@@ -34,9 +34,8 @@ class LossSpec:
         checks.check_choice("reduction", self.reduction, REDUCTIONS)
         checks.check_ignore_index(self.ignore_index)
         checks.check_number("label_smoothing", self.label_smoothing, "in [0, 1]", lambda a: 0 <= a <= 1)
-        checks.check_number(
-            "logit_scale", self.logit_scale, "> 0 and finite", _positive, hint="To scale by a tensor, scale the hidden states."
-        )
+        hint = "To scale by a tensor, scale the hidden states."
+        checks.check_number("logit_scale", self.logit_scale, "> 0 and finite", _positive, hint)
         if self.softcap is not None:
             checks.check_number("softcap", self.softcap, "> 0 and finite, or None for no cap", _positive)
         checks.check_number("z_loss", self.z_loss, ">= 0 and finite", lambda a: 0 <= a < float("inf"))
@@ -114,7 +113,7 @@ class RowStats(NamedTuple):
     """What a backend's forward says of each of the N rows; 0 (and predicted = -1) where a row is ignored."""
 
     loss: Tensor  # (N,): u * ((1-a) * w[y] * nll + a/V * sum_v w[v] * (lse - z[v])): the row's part of S
-    count: Tensor  # (N,): u * w[y], the row's part of M
+    weight: Tensor  # (N,): u * w[y], the row's part of M
     nll: Tensor  # (N,)
     lse: Tensor  # (N,)
     entropy: Tensor  # (N,), or 0 elements where not asked for

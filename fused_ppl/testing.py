@@ -24,10 +24,18 @@ KINDS = ("random", "flat", "peaked", "wild")
 
 
 def make_logits(
-    shape: tuple[int, ...], dtype: torch.dtype = torch.float32, *, kind: str = "random", seed: int = 0, device: str = "cpu"
+    shape: tuple[int, ...],
+    dtype: torch.dtype = torch.float32,
+    *,
+    kind: str = "random",
+    seed: int = 0,
+    device: torch.device | str = "cpu",
 ) -> Tensor:
-    """Logits of shape (..., V): "random" (deviation 3), "flat" (all nearly equal), "peaked" (one class holds nearly all
-    the mass, as in a trained model), "wild" (-inf, and rows at +1e4 and -1e4)."""
+    """Logits of shape (..., V).
+
+    "random" (deviation 3), "flat" (all nearly equal), "peaked" (one class holds nearly all the mass, as in a trained
+    model), or "wild" (-inf, and rows at +1e4 and -1e4).
+    """
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(shape, generator=generator)
     if kind == "flat":
@@ -48,7 +56,13 @@ def make_logits(
 
 
 def make_target(
-    shape: tuple[int, ...], num_classes: int, *, ignored: float = 0.0, ignore_index: int = -100, seed: int = 1, device: str = "cpu"
+    shape: tuple[int, ...],
+    num_classes: int,
+    *,
+    ignored: float = 0.0,
+    ignore_index: int = -100,
+    seed: int = 1,
+    device: torch.device | str = "cpu",
 ) -> Tensor:
     """Targets with the first class and the last class among them, and a share of ignored tokens."""
     generator = torch.Generator().manual_seed(seed)
@@ -77,14 +91,16 @@ def assert_as_good_as_eager(actual: Tensor, eager: Tensor, truth: Tensor, name: 
         values = [t.double().flatten()[i].item() for t in (actual, eager, truth, error, allowed)]
         raise AssertionError(
             f"{name}: {int(bad.sum())} of {bad.numel()} elements miss the tolerance; worst at flat index {i}: "
-            f"got {values[0]!r}, eager {values[1]!r}, truth {values[2]!r}; error {values[3]:.3e}, allowed {values[4]:.3e}"
+            f"got {values[0]!r}, eager {values[1]!r}, truth {values[2]!r}; "
+            f"error {values[3]:.3e}, allowed {values[4]:.3e}"
         )
 
 
 def error_and_bound(actual: Tensor, eager: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
     """|actual - truth| and what the policy allows, elementwise. Equal infinities and NaN count as no error."""
     if not actual.shape == eager.shape == truth.shape:
-        raise AssertionError(f"shapes differ: {tuple(actual.shape)}, eager {tuple(eager.shape)}, truth {tuple(truth.shape)}")
+        shapes = f"{tuple(actual.shape)}, eager {tuple(eager.shape)}, truth {tuple(truth.shape)}"
+        raise AssertionError(f"shapes differ: {shapes}")
     if truth.dtype != torch.float64:
         raise AssertionError(f"truth must be float64; got {truth.dtype}")
     eps = torch.finfo(actual.dtype).eps

@@ -21,7 +21,7 @@ from fused_ppl.spec import LossSpec, RowStats, Totals
 class Rows(NamedTuple):
     """One chunk of rows."""
 
-    index: slice  # of the flat rows
+    span: slice  # of the flat rows
     source: Tensor  # (b, r, V), n = b * r: the caller's logits
     out: Tensor | None  # the same place in the gradient
     counted: Tensor | None  # (n,) bool, or None where all rows are known to be counted
@@ -58,7 +58,7 @@ def _chunk_stats(walk: _Walk, rows: Rows, w: Tensor | None, token_weight: Tensor
     torch.log_softmax(z, 1, out=logp)
     nll = logp.gather(1, y).squeeze(1).neg_()
     of_target = None if w is None else w[y.squeeze(1)]
-    u = None if token_weight is None else token_weight[rows.index].to(walk.dtype)
+    u = None if token_weight is None else token_weight[rows.span].to(walk.dtype)
 
     loss = nll
     if a or w is not None:
@@ -67,13 +67,13 @@ def _chunk_stats(walk: _Walk, rows: Rows, w: Tensor | None, token_weight: Tensor
         loss = loss - (a / v) * (logp.sum(1) if w is None else logp @ w)
     if u is not None:
         loss = loss * u
-    count = torch.ones_like(nll) if u is None and of_target is None else _product(1, u, of_target)
+    row_weight = torch.ones_like(nll) if u is None and of_target is None else _product(1, u, of_target)
     entropy = _entropy(logp) if spec.stats else nll.new_empty(0)
-    stats = RowStats(loss, count, nll, target_logit.to(walk.wide) + nll, entropy, predicted)
+    stats = RowStats(loss, row_weight, nll, target_logit.to(walk.wide) + nll, entropy, predicted)
     if rows.counted is None:
         return stats
-    stats = RowStats(*(torch.where(rows.counted, t, 0) if t.numel() else t for t in stats[:5]), stats.predicted)
-    return stats._replace(predicted=torch.where(rows.counted, predicted, -1)) if spec.stats else stats
+    ignored = (0, 0, 0, 0, 0, -1)
+    return RowStats(*(torch.where(rows.counted, t, i) if t.numel() else t for t, i in zip(stats, ignored, strict=True)))
 
 
 def nll_backward(
@@ -100,7 +100,7 @@ def nll_backward(
         if rows.skipped:
             rows.out.zero_()
             continue
-        i, y = rows.index, rows.target
+        i, y = rows.span, rows.target
         derivative = None if slope is None else slope[: y.shape[0]]
         z, p = walk.load(rows, derivative), walk.work(rows)
         torch.softmax(z, 1, out=p)

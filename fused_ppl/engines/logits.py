@@ -77,7 +77,7 @@ def _backward(logits, *args):  # type: ignore[no-untyped-def]
 
 def _backward_(logits, *args):  # type: ignore[no-untyped-def]
     if row_view(logits) is None:
-        logits.copy_(_backward(logits, *args))
+        logits.copy_(_backward(logits, *args))  # type: ignore[no-untyped-call]
     else:
         _backward_into(logits, logits, *args)
 

@@ -1,0 +1,25 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: `fused-ppl`, or `python -m fused_ppl.cli`. Needs torch and numpy only."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+import fused_ppl
+from fused_ppl.cli import doctor
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code: 0 good, 1 the numbers are wrong, 2 it cannot run as asked."""
+    parser = argparse.ArgumentParser(prog="fused-ppl", description=fused_ppl.__doc__)
+    parser.add_argument("--version", action="version", version=f"fused_ppl {fused_ppl.__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    doctor.add_parser(commands)
+    args = parser.parse_args(argv)
+    try:
+        return int(args.run(args))
+    except (ValueError, NotImplementedError) as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 2

@@ -1,0 +1,9 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`python -m fused_ppl.cli`."""
+
+import sys
+
+from fused_ppl.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())
