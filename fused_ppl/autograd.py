@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_ppl.engines import logits as _logits  # noqa: F401  (registers the ops)
+import fused_ppl.engines.linear_rows
+import fused_ppl.engines.linear_vocab
+import fused_ppl.engines.logits  # noqa: F401  (the three register the ops)
 
 _OPS = torch.ops.fused_ppl
 
@@ -51,6 +53,48 @@ class LogitsLoss(torch.autograd.Function):
         if torch.is_grad_enabled():
             gradient = _FirstOrderOnly.apply(gradient, grad_loss, grad_perplexity, logits)  # type: ignore[no-untyped-call]
         return (gradient, *(None,) * 8)
+
+
+class LinearLoss(torch.autograd.Function):
+    """The nine results of `LogitsLoss`, then the unscaled gradients, from hidden states and the weight of the head.
+
+    Plan "rows" saves unscaled gradients and multiplies them in backward; "vocab" saves lse and computes them there.
+    """
+
+    # (hidden, linear_weight, linear_bias, target, weight, token_weight, num_items, spec, kind, grads, dtype, backend,
+    # memory_budget)
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        *tensors, spec, kind, grads, dtype, backend, memory_budget = args
+        made = grads if kind == "rows" else (False,) * 3
+        return tuple(_OPS.linear_forward(*tensors, *spec.op_args(), backend, dtype, made, memory_budget))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        *tensors, ctx.spec, ctx.kind, ctx.grads, ctx.dtype, ctx.backend, ctx.memory_budget = inputs
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*output[2:])
+        ctx.save_for_backward(*tensors[:6], *output[3:7], *output[9:])
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        grad_loss, grad_perplexity = upstream[:2]
+        if grad_loss is None and grad_perplexity is None:
+            return (None,) * 13
+        *inputs, loss_factor, perplexity_factor, nll, lse, dhidden, dweight, dbias = ctx.saved_tensors
+        scalars = (loss_factor, perplexity_factor, grad_loss, grad_perplexity)
+        with torch.no_grad():
+            if ctx.kind == "rows":
+                made = (dhidden, dweight, dbias)
+                results = _OPS.linear_scale(*inputs[:3], *made, *scalars, ctx.dtype, ctx.grads)
+            else:
+                how = (ctx.backend, ctx.dtype, ctx.grads, ctx.memory_budget)
+                results = _OPS.linear_vocab_backward(*inputs, lse, nll, *scalars, *ctx.spec.op_args(), *how)
+        gradients = [r if needed else None for r, needed in zip(results, ctx.grads, strict=True)]
+        if torch.is_grad_enabled():
+            parents = (grad_loss, grad_perplexity, *inputs[:3])
+            gradients = [None if g is None else _FirstOrderOnly.apply(g, *parents) for g in gradients]  # type: ignore[no-untyped-call]
+        return (*gradients, *(None,) * 10)
 
 
 class _FirstOrderOnly(torch.autograd.Function):

@@ -155,6 +155,43 @@ def check_logits(input: object, class_dim: int) -> None:
         )
 
 
+def check_head(input: object, linear_weight: object, linear_bias: object) -> None:
+    check_float_input("input", input)
+    check_float_input("linear_weight", linear_weight)
+    assert isinstance(input, Tensor) and isinstance(linear_weight, Tensor)
+    if linear_weight.ndim != 2:
+        raise ValueError(f"linear_weight must have shape (V, D); got {tuple(linear_weight.shape)}.")
+    if input.ndim == 0 or input.shape[-1] != linear_weight.shape[1]:
+        raise ValueError(
+            f"input must have shape (..., D) with D = {linear_weight.shape[1]} to match linear_weight of shape "
+            f"{tuple(linear_weight.shape)}; got {tuple(input.shape)}."
+        )
+    check_classes(linear_weight.shape[0])
+    check_device("linear_weight", linear_weight, input)
+    if linear_bias is not None:
+        check_float_input("linear_bias", linear_bias)
+        assert isinstance(linear_bias, Tensor)
+        if tuple(linear_bias.shape) != (linear_weight.shape[0],):
+            raise ValueError(
+                f"linear_bias must have shape ({linear_weight.shape[0]},); got {tuple(linear_bias.shape)}."
+            )
+        check_device("linear_bias", linear_bias, input)
+    dtypes = {t.dtype for t in (input, linear_weight, linear_bias) if isinstance(t, Tensor)}
+    if len(dtypes) > 1 and not torch.is_autocast_enabled(input.device.type):
+        raise TypeError(
+            f"input, linear_weight and linear_bias must have one dtype outside autocast; "
+            f"got {', '.join(sorted(str(d) for d in dtypes))}. Convert one of them, or use torch.autocast."
+        )
+
+
+def check_no_inplace(inplace_backward: bool) -> None:
+    if inplace_backward:
+        raise ValueError(
+            "inplace_backward=True is for logits; the fused head has none to write over. "
+            "Use Options(memory_budget=...) to bound its memory."
+        )
+
+
 def check_classes(count: int) -> None:
     if count == 0:
         raise ValueError("input must have at least one class; got a class dimension of size 0.")

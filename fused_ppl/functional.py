@@ -6,8 +6,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fused_ppl import backends, checks, reference
-from fused_ppl.autograd import LogitsLoss
+from fused_ppl import backends, checks, plan, reference
+from fused_ppl.autograd import LinearLoss, LogitsLoss
 from fused_ppl.spec import LossOutput, LossSpec, Options
 
 _DEFAULT = Options()
@@ -160,6 +160,114 @@ def cross_entropy_with_stats(
     return _from_logits(input, target, weight, token_weight, num_items, class_dim, spec, options)
 
 
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    ignore_index: int | None = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    token_weight: Tensor | None = None,
+    z_loss: float = 0.0,
+    num_items: float | Tensor | None = None,
+    options: Options | None = None,
+) -> Tensor:
+    """`cross_entropy` of the logits input @ linear_weight.T + linear_bias, which are never made as a whole.
+
+    The logits of a chunk of rows are turned into their gradient in place and multiplied on, so that three matrix
+    products and no N x V buffer are needed; per-token results recompute the logits in backward instead (four
+    products). `fused_ppl.plan` has the model. The logit of the target is an fp32 dot product, and all sums and the
+    gradients of weight and bias are accumulated in fp32, whatever the dtype. Under autocast the products run in its
+    dtype.
+
+    Args:
+        input: (..., D), hidden states.
+        linear_weight: (V, D), as in `torch.nn.Linear`; may be tied to an embedding.
+        target: (...), int64 or int32.
+        linear_bias: (V,).
+
+    All other arguments, what is returned and what is raised: `cross_entropy`. Options.memory_budget bounds what is
+    held beyond the inputs and the gradients. Rows that are not counted cost no products on a CPU; on a GPU leave the
+    rows of a prompt out before the call.
+
+    Example:
+        >>> import torch, fused_ppl
+        >>> hidden, head = torch.zeros(2, 3, 8), torch.zeros(50, 8)
+        >>> loss = fused_ppl.linear_cross_entropy(hidden, head, torch.zeros(2, 3, dtype=torch.long))
+        >>> round(loss.item(), 4)                      # ln 50
+        3.912
+    """
+    spec = LossSpec(reduction, ignore_index, label_smoothing, logit_scale, softcap, z_loss)
+    return _from_hidden(input, linear_weight, target, linear_bias, weight, token_weight, num_items, spec, options).loss
+
+
+def linear_perplexity(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    ignore_index: int | None = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    token_weight: Tensor | None = None,
+    max_nll: float | None = None,
+    options: Options | None = None,
+) -> Tensor:
+    """`perplexity` of the logits input @ linear_weight.T + linear_bias, which are never made as a whole.
+
+    See `linear_cross_entropy` for the arguments and how it runs, `perplexity` for what it means as a loss.
+
+    Example:
+        >>> import torch, fused_ppl
+        >>> hidden, head = torch.zeros(2, 3, 8), torch.zeros(50, 8)
+        >>> round(fused_ppl.linear_perplexity(hidden, head, torch.zeros(2, 3, dtype=torch.long)).item(), 3)
+        50.0
+    """
+    checks.check_reduction_for_perplexity(reduction)
+    spec = LossSpec(reduction, ignore_index, label_smoothing, logit_scale, softcap, 0.0, max_nll)
+    return _from_hidden(input, linear_weight, target, linear_bias, weight, token_weight, None, spec, options).perplexity
+
+
+def linear_cross_entropy_with_stats(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    ignore_index: int | None = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    token_weight: Tensor | None = None,
+    z_loss: float = 0.0,
+    num_items: float | Tensor | None = None,
+    max_nll: float | None = None,
+    options: Options | None = None,
+) -> LossOutput:
+    """`cross_entropy_with_stats` of the logits input @ linear_weight.T + linear_bias, which are never made as a whole.
+
+    Example:
+        >>> import torch, fused_ppl
+        >>> hidden, head = torch.zeros(2, 8), torch.zeros(50, 8)
+        >>> out = fused_ppl.linear_cross_entropy_with_stats(hidden, head, torch.tensor([3, -100]))
+        >>> round(out.perplexity.item(), 3), out.total_weight.item()
+        (50.0, 1.0)
+    """
+    spec = LossSpec(reduction, ignore_index, label_smoothing, logit_scale, softcap, z_loss, max_nll, stats=True)
+    return _from_hidden(input, linear_weight, target, linear_bias, weight, token_weight, num_items, spec, options)
+
+
 def _from_logits(
     input: Tensor,
     target: Tensor,
@@ -200,6 +308,59 @@ def _from_logits(
         options.inplace_backward,
     )
     loss, perplexity_, total_weight, _, _, nll, lse, entropy, predicted = out
+    if spec.stats:
+        lse = lse.to(nll.dtype)
+    return LossOutput(loss, perplexity_, nll, lse, entropy, predicted, total_weight)
+
+
+def _from_hidden(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    linear_bias: Tensor | None,
+    weight: Tensor | None,
+    token_weight: Tensor | None,
+    num_items: float | Tensor | None,
+    spec: LossSpec,
+    options: Options | None,
+) -> LossOutput:
+    options = _DEFAULT if options is None else options
+    checks.check_options(options)
+    checks.check_head(input, linear_weight, linear_bias)
+    checks.check_target(target, input.shape[:-1], input)
+    checks.check_sequence(spec.reduction, target)
+    checks.check_constant("weight", weight, linear_weight.shape[:1], "one number for each class", input)
+    checks.check_constant("token_weight", token_weight, target.shape, "the shape of target", input)
+    checks.check_num_items(num_items, spec.reduction)
+    checks.check_no_inplace(options.inplace_backward)
+    device = input.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else input.dtype
+    backend = backends.choose(options.backend, input.device, dtype)
+    if num_items is not None:
+        num_items = _scalar(num_items, input)
+    if backend == "reference":
+        checks.check_target_range(target, linear_weight.shape[0], spec.ignore_index)
+        logits = torch.nn.functional.linear(input, linear_weight, linear_bias)
+        return reference.logits_loss(logits, target, spec, weight, token_weight, num_items)
+    tensors = (input, linear_weight, linear_bias)
+    grads = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in tensors)
+    per_token = spec.reduction in ("none", "sequence") or (spec.stats and spec.z_loss > 0)
+    shape = (target.numel(), *linear_weight.shape, dtype.itemsize, device, grads, options.memory_budget)
+    kind = plan.linear_kind(plan.LinearCase(*shape), per_token)
+    out = LinearLoss.apply(  # type: ignore[no-untyped-call]
+        *tensors,
+        target,
+        weight,
+        token_weight,
+        num_items,
+        spec,
+        kind,
+        grads,
+        dtype,
+        backend,
+        options.memory_budget,
+    )
+    loss, perplexity_, total_weight, _, _, nll, lse, entropy, predicted = out[:9]
     if spec.stats:
         lse = lse.to(nll.dtype)
     return LossOutput(loss, perplexity_, nll, lse, entropy, predicted, total_weight)

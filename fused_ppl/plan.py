@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 # bytes of one fp32 buffer of rows that a chunk works on: the second-level cache of a core, and enough to fill a GPU
 CPU_CACHE_PER_THREAD = 2**20
@@ -39,3 +40,101 @@ def row_chunks(outer: int, inner: int, rows: int) -> Iterator[tuple[slice, slice
         for r in range(0, inner, rows):
             e = min(r + rows, inner)
             yield slice(b, b + 1), slice(r, e), slice(b * inner + r, b * inner + e)
+
+
+# A chunk of the fused LM head reads the weight, and reads and writes its gradient, once: below these rows that is no
+# longer little beside the products. By bytes of an element: bf16 products are faster, and need more rows.
+MIN_ROWS = {"cpu": {2: 1024, 4: 256, 8: 256}, "gpu": {2: 1024, 4: 1024, 8: 1024}}
+MAX_ROWS = {"cpu": 2048, "gpu": 4096}
+CHUNK_BYTES = {"cpu": 256 * 2**20, "gpu": 512 * 2**20}
+COLUMNS = 8192  # of a slice of the vocabulary
+
+
+@dataclass(frozen=True)
+class LinearCase:
+    """What the walk of the fused LM head depends on."""
+
+    num_tokens: int  # N
+    num_classes: int  # V
+    hidden_size: int  # D
+    itemsize: int  # of the dtype of the products
+    device_type: str
+    grads: tuple[bool, bool, bool]  # whether hidden states, weight and bias need a gradient
+    memory_budget: int | None = None
+
+    @property
+    def place(self) -> str:
+        return "cpu" if self.device_type == "cpu" else "gpu"
+
+    @property
+    def accumulator_bytes(self) -> int:
+        """The fp32 gradient of weight and bias."""
+        _, grad_weight, grad_bias = self.grads
+        return max(4, self.itemsize) * self.num_classes * (self.hidden_size * grad_weight + grad_bias)
+
+
+@dataclass(frozen=True)
+class LinearPlan:
+    """How the fused LM head walks, with its bytes and FLOPs."""
+
+    kind: str  # "rows", "vocab" or "forward"
+    rows: int  # of a chunk of logits in forward
+    columns: int  # of a slice of the vocabulary in backward; 0 for none
+    temporary_bytes: int  # the larger of what forward and backward hold for themselves
+    saved_bytes: int  # kept from forward to backward
+    flops: int
+    reason: str
+
+    def explain(self) -> str:
+        """The choice in words and numbers."""
+        walk = f"{self.rows} rows at a time"
+        if self.columns:
+            walk += f", backward in slices of {self.columns} columns"
+        return (
+            f"plan {self.kind}: {walk}; {self.reason}. {self.temporary_bytes / 2**20:.0f} MiB temporary, "
+            f"{self.saved_bytes / 2**20:.0f} MiB from forward to backward, {self.flops / 1e9:.1f} GFLOP."
+        )
+
+
+def linear_kind(case: LinearCase, per_token: bool) -> str:
+    """The kind of plan. It never depends on N, which torch.compile may not know.
+
+    `per_token`: the upstream gradient of a token is known only in backward.
+    """
+    if not any(case.grads):
+        return "forward"
+    if per_token:
+        return "vocab"
+    least = case.accumulator_bytes + MIN_ROWS[case.place][case.itemsize] * case.num_classes * case.itemsize
+    return "rows" if case.memory_budget is None or least <= case.memory_budget else "vocab"
+
+
+def linear_plan(case: LinearCase, kind: str) -> LinearPlan:
+    """The chunk sizes of a kind of plan, within the budget where that is possible."""
+    n, v, d, size = case.num_tokens, case.num_classes, case.hidden_size, case.itemsize
+    wide, product = max(4, size), 2 * n * v * d
+    least, most = MIN_ROWS[case.place][size], MAX_ROWS[case.place]
+    rows = min(max(CHUNK_BYTES[case.place] // (v * size), least), most)
+    saved = case.accumulator_bytes + wide * n * d * case.grads[0] if kind == "rows" else 2 * wide * n
+    reasons = {
+        "forward": "nothing requires a gradient",
+        "rows": "one upstream gradient for all tokens, so the gradients are made in forward",
+        "vocab": "backward recomputes the logits: per-token upstream gradients, or too little memory for the "
+        "fp32 gradient of the weight",
+    }
+    reason, columns, backward = reasons[kind], 0, 0
+    if kind == "vocab":
+        fixed = wide * n * d * case.grads[0]
+        columns = max(1, min(COLUMNS, v, CHUNK_BYTES[case.place] // max(1, n * size)))
+        if case.memory_budget is not None:
+            columns = max(1, min(columns, (case.memory_budget - fixed) // max(1, n * size)))
+        backward = fixed + columns * n * size
+    if case.memory_budget is not None:
+        kept = saved if kind == "rows" else 0
+        rows = max(1, min(rows, (case.memory_budget - kept) // (v * size)))
+    rows = max(1, min(rows, n))
+    temporary = max(rows * v * size, backward)
+    if case.memory_budget is not None and temporary + saved > case.memory_budget:
+        reason += f", over the budget of {case.memory_budget / 2**20:.0f} MiB: less is not possible"
+    products = {"forward": 1, "rows": 1, "vocab": 2}[kind] + case.grads[0] + case.grads[1]
+    return LinearPlan(kind, rows, columns, temporary, saved, product * products, reason)

@@ -30,6 +30,15 @@ def group_shape(reduction: str, target_shape: torch.Size) -> torch.Size:
     return target_shape[:-1] if reduction == "sequence" else torch.Size(())
 
 
+def empty_results(like: Tensor, target: Tensor, dtype: torch.dtype, reduction: str, stats: bool) -> list[Tensor]:
+    """What the fakes of the forward ops return: the five `Totals`, then nll, lse, entropy and predicted."""
+    sums, groups = sum_dtype(like.device), group_shape(reduction, target.shape)
+    asked = target.shape if stats else torch.Size((0,))
+    shapes = [(groups, dtype), (groups, dtype), (groups, sums), (groups, sums), (groups, sums)]
+    shapes += [(target.shape, dtype), (target.shape, sums), (asked, dtype), (asked, torch.int64)]
+    return [like.new_empty(shape, dtype=d) for shape, d in shapes]
+
+
 def sum_rows(rows: RowStats, spec: LossSpec, target_shape: torch.Size) -> tuple[Tensor, Tensor, Tensor | None]:
     """S, M and Z of every group of rows; Z is None where nothing asks for it."""
     dtype = sum_dtype(rows.loss.device)

@@ -25,7 +25,9 @@ class Rows(NamedTuple):
     source: Tensor  # (b, r, V), n = b * r: the caller's logits
     out: Tensor | None  # the same place in the gradient
     counted: Tensor | None  # (n,) bool, or None where all rows are known to be counted
-    target: Tensor  # (n, 1) int64, 0 where ignored, inside the range everywhere
+    label: Tensor  # (n, 1) int64: the class, 0 where ignored, inside the range everywhere
+    target: Tensor  # (n, 1) int64: its column in the source, 0 where it is elsewhere
+    owned: Tensor | None  # (n,) bool: whether that column is in the source; None where the source is all classes
     skipped: bool  # known to hold no counted row
 
 
@@ -43,33 +45,56 @@ def nll_forward(
     if weight is not None:
         weight = weight.to(walk.dtype)
     parts = [walk.zeros(rows) if rows.skipped else _chunk_stats(walk, rows, weight, token_weight) for rows in walk]
+    return _collect(walk, parts), None
+
+
+def _collect(walk: _Walk, parts: list[RowStats]) -> RowStats:
     if not parts:
-        return walk.zeros(None), None
+        return walk.zeros(None)
     stats = parts[0] if len(parts) == 1 else RowStats(*(torch.cat(column) for column in zip(*parts, strict=True)))
-    return stats if walk.on_cpu else _mark_out_of_range(stats, walk), None
+    return stats if walk.on_cpu else _mark_out_of_range(stats, walk)
 
 
 def _chunk_stats(walk: _Walk, rows: Rows, w: Tensor | None, token_weight: Tensor | None) -> RowStats:
     spec, y = walk.spec, rows.target
-    a, v = spec.label_smoothing, rows.source.shape[-1]
     z, logp = walk.load(rows), walk.work(rows)
     target_logit = z.gather(1, y).squeeze(1)
+    masked = target_logit.isneginf()
+    top = z.amax(1) if not walk.on_cpu or bool(masked.any()) else None
     predicted = z.argmax(1) if spec.stats else y.new_empty(0)
     torch.log_softmax(z, 1, out=logp)
     nll = logp.gather(1, y).squeeze(1).neg_()
-    of_target = None if w is None else w[y.squeeze(1)]
-    u = None if token_weight is None else token_weight[rows.span].to(walk.dtype)
-
-    loss = nll
-    if a or w is not None:
-        loss = _product(1 - a, of_target) * nll
-    if a:
-        loss = loss - (a / v) * (logp.sum(1) if w is None else logp @ w)
-    if u is not None:
-        loss = loss * u
-    row_weight = torch.ones_like(nll) if u is None and of_target is None else _product(1, u, of_target)
+    lse = target_logit.to(walk.wide) + nll
+    if top is not None:
+        lse = torch.where(masked, top - logp.amax(1), lse)
+    smooth = None
+    if spec.label_smoothing:
+        smooth = -(logp.sum(1) if w is None else logp @ w)
     entropy = _entropy(logp) if spec.stats else nll.new_empty(0)
-    stats = RowStats(loss, row_weight, nll, target_logit.to(walk.wide) + nll, entropy, predicted)
+    return _row_stats(walk, rows, nll, lse, smooth, entropy, predicted, w, token_weight)
+
+
+def _row_stats(
+    walk: _Walk,
+    rows: Rows,
+    nll: Tensor,
+    lse: Tensor,
+    smooth: Tensor | None,  # sum_v w[v] * (lse - z[v])
+    entropy: Tensor,
+    predicted: Tensor,
+    w: Tensor | None,
+    token_weight: Tensor | None,
+) -> RowStats:
+    """l and u * w[y] of the rows beside what is known of them; 0 where ignored."""
+    a = walk.spec.label_smoothing
+    of_target = None if w is None else w[rows.label.squeeze(1)]
+    u = None if token_weight is None else token_weight[rows.span].to(walk.dtype)
+    loss = nll if not a and w is None else _product(1 - a, of_target) * nll
+    if smooth is not None:
+        loss = loss + (a / rows.source.shape[-1]) * smooth
+    loss = _product(loss, u)
+    weight = torch.ones_like(nll) if u is None and of_target is None else _product(1, u, of_target)
+    stats = RowStats(loss, weight, nll, lse, entropy, predicted)
     if rows.counted is None:
         return stats
     ignored = (0, 0, 0, 0, 0, -1)
@@ -88,48 +113,181 @@ def nll_backward(
     token_weight: Tensor | None,
     out: Tensor,  # (B, R, V): a buffer, or the logits themselves
     memory_budget: int | None,
+    columns: tuple[int, int] | None = None,
 ) -> None:
-    """dz[i, v] = p * A[i] - C[i] * w[v] - B[i] * [v = y[i]], times scale * (1 - (z / cap)^2), into `out`."""
-    walk = _Walk(logits, target, spec, memory_budget, out)
+    """The gradient of every row into `out`.
+
+    `columns = (first, num_classes)` says that the logits are a slice of the vocabulary that begins at `first`: then
+    `lse` normalises them, and `weight` is that of all classes.
+    """
+    first, num_classes = columns or (0, logits.shape[-1])
+    walk = _Walk(logits, target, spec, memory_budget, out, columns)
     if weight is not None:
         weight = weight.to(walk.dtype)
-    w_sum = logits.shape[-1] if weight is None else weight.sum()
     slope = None if spec.softcap is None else torch.empty_like(walk.buffer)
     for rows in walk:
         assert rows.out is not None
         if rows.skipped:
             rows.out.zero_()
             continue
-        i, y = rows.span, rows.target
-        derivative = None if slope is None else slope[: y.shape[0]]
+        i = rows.span
+        derivative = None if slope is None else slope[: rows.target.shape[0]]
         z, p = walk.load(rows, derivative), walk.work(rows)
-        torch.softmax(z, 1, out=p)
-
-        of_target = None if weight is None else weight[y.squeeze(1)]
-        u = None if token_weight is None else token_weight[i].to(walk.dtype)
-        g = _product(of_s[i], u)
-        c = g * (spec.label_smoothing / logits.shape[-1]) if spec.label_smoothing else None
-        b = _product(g if c is None else g * (1 - spec.label_smoothing), of_target)
-        # A - B, kept apart so that a target with p -> 1 loses no digits: p * A - B = A * expm1(-nll) + (A - B)
-        rest = None if c is None else c * w_sum
-        if of_z is not None:
-            of_norm = _product(of_z[i] * (2 * spec.z_loss) * lse[i].to(walk.dtype), u, of_target)
-            rest = of_norm if rest is None else rest + of_norm
-        a = b if rest is None else b + rest
-        at_target = torch.expm1(-nll[i]).mul_(a)
-        if rest is not None:
-            at_target += rest
-        p.mul_(a.unsqueeze(1))
-        p.scatter_(1, y, at_target.unsqueeze(1))
-        if c is not None:
-            p.sub_(c.unsqueeze(1)) if weight is None else p.addcmul_(c.unsqueeze(1), weight, value=-1)
-        if derivative is not None:
-            p.mul_(derivative)
-        elif spec.logit_scale != 1:
-            p.mul_(spec.logit_scale)
-        if rows.counted is not None:
-            p.masked_fill_(~rows.counted.unsqueeze(1), 0)
+        of_norm = None if of_z is None else of_z[i] * (2 * spec.z_loss) * lse[i].to(walk.dtype)
+        c = _coefficients(rows, spec, weight, token_weight, num_classes, of_s[i], of_norm, walk.dtype)
+        at_target = c.at_target(torch.expm1(-nll[i]))
+        if columns is None:
+            torch.softmax(z, 1, out=p)
+            p.mul_(c.a.unsqueeze(1))
+        else:
+            # exp of z - lse with lse in two parts: the low one, lost by an fp32 lse, scales the row
+            high = lse[i].to(walk.dtype)
+            torch.sub(z, high.unsqueeze(1), out=p).exp_()
+            p.mul_((c.a * (high - lse[i]).exp().to(walk.dtype)).unsqueeze(1))
+        _finish_gradient(walk, rows, p, c, at_target, weight, derivative, first)
         walk.store(rows, p)
+
+
+def nll_forward_backward(
+    logits: Tensor,  # (R, V): a buffer of the caller's, used up
+    target_logit: Tensor,  # (R,) fp32: takes the place of logits[i, y_i]
+    target: Tensor,  # (R,)
+    spec: LossSpec,
+    weight: Tensor | None,
+    token_weight: Tensor | None,
+    upstream: float | None,
+    memory_budget: int | None,
+) -> RowStats:
+    """The chunk primitive of the fused LM head: statistics, and `upstream` times the gradient of l over the logits.
+
+    The target is left out of the sum, so that nothing of it is lost where it holds nearly all of the mass:
+
+        lse_o = log sum_{v != y} exp z_v,    nll = log(1 + exp(lse_o - z_y)) >= 0,    1 - p_y = -expm1(-nll)
+
+    `upstream` None computes no gradient.
+    """
+    logits = logits.unsqueeze(0)
+    walk = _Walk(logits, target, spec, memory_budget, logits)
+    if weight is not None:
+        weight = weight.to(walk.dtype)
+    slope = torch.empty_like(walk.buffer) if spec.softcap is not None and upstream is not None else None
+    parts = []
+    for rows in walk:
+        if rows.skipped:
+            logits[0, rows.span] = 0
+            parts.append(walk.zeros(rows))
+            continue
+        derivative = None if slope is None else slope[: rows.target.shape[0]]
+        stats, p, others = _without_target(walk, rows, target_logit[rows.span], weight, token_weight, derivative)
+        parts.append(stats)
+        if upstream is not None:
+            of_s = torch.full_like(stats.nll, upstream)
+            of_norm = of_s * (2 * spec.z_loss) * stats.lse.to(walk.dtype) if spec.z_loss else None
+            c = _coefficients(rows, spec, weight, token_weight, logits.shape[-1], of_s, of_norm, walk.dtype)
+            p.mul_((c.a * others).unsqueeze(1))
+            _finish_gradient(walk, rows, p, c, c.at_target(-others), weight, derivative, 0)
+            walk.store(rows, p)
+    return _collect(walk, parts)
+
+
+def _without_target(
+    walk: _Walk,
+    rows: Rows,
+    target_logit: Tensor,
+    w: Tensor | None,
+    token_weight: Tensor | None,
+    derivative: Tensor | None,
+) -> tuple[RowStats, Tensor, Tensor]:
+    """Statistics of the rows, softmax over the classes that are not the target, and the mass of those, 1 - p_y."""
+    spec, y = walk.spec, rows.target
+    x = walk.copy(rows)
+    x.scatter_(1, y, target_logit.unsqueeze(1))
+    walk.transform(x, derivative)
+    z_y = x.gather(1, y)
+    plain_sum = None
+    if spec.label_smoothing:
+        plain_sum = x.sum(1) if w is None else x @ w
+    predicted = x.argmax(1) if spec.stats else y.new_empty(0)
+    x.scatter_(1, y, -torch.inf)
+    top, at = x.max(1, keepdim=True)
+    none = top == -torch.inf  # no other class has any mass: V = 1, or all others are masked
+    x.masked_fill_(none, 0)
+    torch.softmax(x, 1, out=x)
+    lse_others = torch.where(none, -torch.inf, top - x.gather(1, at).log()).squeeze(1)
+    z_y = z_y.squeeze(1)
+    nll = torch.nn.functional.softplus(lse_others - z_y)
+    others = -torch.expm1(-nll)
+    x.scatter_(1, y, 0)
+    lse = torch.where(z_y.isneginf(), lse_others.to(walk.wide), z_y.to(walk.wide) + nll)
+    smooth = None
+    if plain_sum is not None:
+        smooth = (x.shape[1] if w is None else w.sum()) * lse.to(walk.dtype) - plain_sum
+    entropy = nll.new_empty(0)
+    if spec.stats:
+        rest = torch.special.entr(others) + others * torch.special.entr(x).sum(1)
+        entropy = (1 - others) * nll + rest
+    return _row_stats(walk, rows, nll, lse, smooth, entropy, predicted, w, token_weight), x, others
+
+
+class _Coefficients(NamedTuple):
+    """Of one row each: dz[v] = p_v * a - c * w[v] - b * [v = y], a = b + rest."""
+
+    a: Tensor
+    rest: Tensor | None
+    c: Tensor | None
+
+    def at_target(self, p_minus_one: Tensor) -> Tensor:
+        """p_y * a - b, with a - b kept apart so that a target with p -> 1 loses no digits."""
+        value = p_minus_one * self.a
+        return value if self.rest is None else value.add_(self.rest)
+
+
+def _coefficients(
+    rows: Rows,
+    spec: LossSpec,
+    weight: Tensor | None,
+    token_weight: Tensor | None,
+    num_classes: int,
+    of_s: Tensor,
+    of_norm: Tensor | None,  # upstream of Z times d(z_loss * lse^2) / d lse
+    dtype: torch.dtype,
+) -> _Coefficients:
+    of_target = None if weight is None else weight[rows.label.squeeze(1)]
+    u = None if token_weight is None else token_weight[rows.span].to(dtype)
+    g, smoothing = _product(of_s, u), spec.label_smoothing
+    c = g * (smoothing / num_classes) if smoothing else None
+    b = _product(g * (1 - smoothing) if smoothing else g, of_target)
+    rest = None if c is None else c * (num_classes if weight is None else weight.sum())
+    if of_norm is not None:
+        of_norm = _product(of_norm, u, of_target)
+        rest = of_norm if rest is None else rest + of_norm
+    return _Coefficients(b if rest is None else b + rest, rest, c)
+
+
+def _finish_gradient(
+    walk: _Walk,
+    rows: Rows,
+    p: Tensor,  # (n, V): p * a, made into the gradient
+    c: _Coefficients,
+    at_target: Tensor,
+    weight: Tensor | None,
+    derivative: Tensor | None,
+    first: int,
+) -> None:
+    if rows.owned is not None:
+        at_target = torch.where(rows.owned, at_target, p.gather(1, rows.target).squeeze(1))
+    p.scatter_(1, rows.target, at_target.unsqueeze(1))
+    if c.c is not None:
+        if weight is None:
+            p.sub_(c.c.unsqueeze(1))
+        else:
+            p.addcmul_(c.c.unsqueeze(1), weight[first : first + p.shape[1]], value=-1)
+    if derivative is not None:
+        p.mul_(derivative)
+    elif walk.spec.logit_scale != 1:
+        p.mul_(walk.spec.logit_scale)
+    if rows.counted is not None:
+        p.masked_fill_(~rows.counted.unsqueeze(1), 0)
 
 
 def _mark_out_of_range(stats: RowStats, walk: _Walk) -> RowStats:
@@ -159,9 +317,15 @@ class _Walk:
     """Goes over the rows of (B, R, V) in chunks, and holds the buffer that a chunk is computed in."""
 
     def __init__(
-        self, logits: Tensor, target: Tensor, spec: LossSpec, memory_budget: int | None, out: Tensor | None = None
+        self,
+        logits: Tensor,
+        target: Tensor,
+        spec: LossSpec,
+        memory_budget: int | None,
+        out: Tensor | None = None,
+        columns: tuple[int, int] | None = None,
     ) -> None:
-        self.logits, self.target, self.spec, self.out = logits, target, spec, out
+        self.logits, self.target, self.spec, self.out, self.columns = logits, target, spec, out, columns
         self.dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
         self.wide = sum_dtype(logits.device)
         self.on_cpu = logits.device.type == "cpu"
@@ -172,16 +336,21 @@ class _Walk:
 
     def __iter__(self) -> Iterator[Rows]:
         target, ignore_index, v = self.target, self.spec.ignore_index, self.logits.shape[-1]
-        on_cpu, counted = self.on_cpu, None
-        index = target.long()
+        first, num_classes = self.columns or (0, v)
+        on_cpu, counted, owned = self.on_cpu, None, None
+        label = target.long()
         if on_cpu or checks.debug():
-            low, high = checks.check_target_range(target, v, ignore_index)
+            low, high = checks.check_target_range(target, num_classes, ignore_index)
         if ignore_index is not None and not (on_cpu and not low <= ignore_index <= high):
             counted = target != ignore_index
-            index = index * counted
+            label = label * counted
         if not on_cpu:
-            index = index.clamp(0, v - 1)
-        index = index.unsqueeze(1)
+            label = label.clamp(0, num_classes - 1)
+        column = label
+        if self.columns is not None:
+            owned = (label >= first) & (label < first + v)
+            column = (label - first) * owned
+        label, column = label.unsqueeze(1), column.unsqueeze(1)
         for b, r, i in plan.row_chunks(self.logits.shape[0], self.logits.shape[1], self.rows):
             out = None if self.out is None else self.out[b, r]
             mine = None if counted is None else counted[i]
@@ -189,24 +358,37 @@ class _Walk:
             if mine is not None and on_cpu:
                 any_, all_ = bool(mine.any()), bool(mine.all())
                 mine, skipped = None if all_ else mine, not any_
-            yield Rows(i, self.logits[b, r], out, mine, index[i], skipped)
+            yield Rows(
+                i, self.logits[b, r], out, mine, label[i], column[i], None if owned is None else owned[i], skipped
+            )
 
     def load(self, rows: Rows, derivative: Tensor | None = None) -> Tensor:
-        """z of the rows, (n, V): the caller's own memory where nothing has to be done to it.
-
-        `derivative` takes dz/dx where a cap makes it depend on x.
-        """
-        scale, cap = self.spec.logit_scale, self.spec.softcap
-        if scale == 1 and cap is None and _is_matrix(rows.source, self.dtype):
+        """z of the rows, (n, V): the caller's own memory, which stays as it is, where nothing has to be done to it."""
+        if self.spec.logit_scale == 1 and self.spec.softcap is None and _is_matrix(rows.source, self.dtype):
             return rows.source.view(-1, rows.source.shape[-1])
         x = self.buffer[: rows.target.shape[0]]
         x.view(rows.source.shape).copy_(rows.source)
+        self.transform(x, derivative)
+        return x
+
+    def copy(self, rows: Rows) -> Tensor:
+        """The logits of the rows where they can be computed in: in place in a buffer of the right type."""
+        x = self.work(rows)
+        if not _is_matrix(rows.source, self.dtype):
+            x.view(rows.source.shape).copy_(rows.source)
+        return x
+
+    def transform(self, x: Tensor, derivative: Tensor | None) -> None:
+        """z = cap(scale * x) in place; `derivative` takes dz/dx where a cap makes it depend on x."""
+        scale, cap = self.spec.logit_scale, self.spec.softcap
         if cap is None:
-            return x if scale == 1 else x.mul_(scale)
+            if scale != 1:
+                x.mul_(scale)
+            return
         x.mul_(scale / cap).tanh_()
         if derivative is not None:
             torch.mul(x, x, out=derivative).neg_().add_(1).mul_(scale)
-        return x.mul_(cap)
+        x.mul_(cap)
 
     def work(self, rows: Rows) -> Tensor:
         """(n, V) to compute in: the gradient's own memory where it has the right type and layout."""

@@ -83,17 +83,8 @@ def _backward_(logits, *args):  # type: ignore[no-untyped-def]
 
 
 def _forward_fake(logits, target, weight, token_weight, num_items, reduction_, *rest):  # type: ignore[no-untyped-def]
-    stats = rest[6]
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    sums = reduction.sum_dtype(logits.device)
-    groups = reduction.group_shape(reduction_, target.shape)
-    value = [logits.new_empty(groups, dtype=d) for d in (dtype, dtype, sums, sums, sums)]
-    asked = target.shape if stats else (0,)
-    tokens = [
-        logits.new_empty(s, dtype=d)
-        for s, d in ((target.shape, dtype), (target.shape, sums), (asked, dtype), (asked, torch.int64))
-    ]
-    return *value, *tokens
+    return tuple(reduction.empty_results(logits, target, dtype, reduction_, rest[6]))
 
 
 LIBRARY.impl("logits_forward", _forward, "CompositeExplicitAutograd")

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The matrix products of an LM head, and the rows that take part in them.
+
+Products run in one dtype: that of the hidden states, or what autocast says. A CPU without instructions for it computes
+in fp32, from slices of the weight converted on the way. What a product adds to is fp32 (fp64 for fp64).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from fused_ppl.spec import LossSpec
+
+SLICE = 4096  # columns of a product that is converted or added in cache
+
+
+def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """What the products of this dtype run in on this device."""
+    if device.type != "cpu" or dtype in (torch.float32, torch.float64):
+        return dtype
+    native = torch.ops.mkldnn._is_mkldnn_bf16_supported if dtype == torch.bfloat16 else lambda: False
+    return dtype if native() else torch.float32
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def empty_gradients(
+    hidden: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, grads: Sequence[bool]
+) -> tuple[Tensor, ...]:
+    """Contiguous, in the dtype of what each is the gradient of; 0 elements where none is needed."""
+    likes = (hidden, linear_weight, linear_bias)
+    return tuple(
+        torch.empty(like.shape, dtype=like.dtype, device=like.device)
+        if needed and like is not None
+        else hidden.new_empty(0)
+        for like, needed in zip(likes, grads, strict=True)
+    )
+
+
+class Head:
+    """logits = h W^T + bias for the counted rows, and the two products that lead back."""
+
+    def __init__(
+        self,
+        hidden: Tensor,  # (N, D)
+        linear_weight: Tensor,  # (V, D)
+        linear_bias: Tensor | None,  # (V,)
+        target: Tensor,  # (N,)
+        spec: LossSpec,
+        dtype: torch.dtype,
+    ) -> None:
+        self.dtype = product_dtype(dtype, hidden.device)
+        self.wide = wide_dtype(self.dtype)
+        self.on_cpu = hidden.device.type == "cpu"
+        self.weight, self.bias, self.target = linear_weight, linear_bias, target
+        self.converted = linear_weight.dtype != self.dtype
+        if self.converted and self.dtype != torch.float32:
+            self.weight, self.converted = linear_weight.to(self.dtype), False
+        self.kept: Tensor | None = None  # on a CPU the counted rows, where some are not
+        counted = None if spec.ignore_index is None else target != spec.ignore_index
+        if counted is not None and self.on_cpu:
+            if not bool(counted.all()):
+                self.kept = counted.nonzero().squeeze(1)
+                hidden, self.target = hidden[self.kept], target[self.kept]
+        elif counted is not None:
+            # what an ignored row holds must not reach the gradient of the weight, not even NaN times 0
+            hidden = hidden.masked_fill(~counted.unsqueeze(1), 0)
+        self.hidden = hidden
+
+    def rows(self, values: Tensor | None) -> Tensor | None:
+        """A value of every token, for the rows that take part."""
+        return values if values is None or self.kept is None else values[self.kept]
+
+    def spread(self, values: Tensor, num_tokens: int, ignored: float = 0) -> Tensor:
+        """A value of every row that takes part, for every token."""
+        if self.kept is None or not values.numel():
+            return values if values.numel() or not num_tokens else values.new_full((num_tokens,), ignored)
+        out = values.new_full((num_tokens, *values.shape[1:]), ignored)
+        return out.index_copy_(0, self.kept, values)
+
+    def slices(self, columns: int, step: int) -> Iterator[slice]:
+        for v in range(0, columns, step):
+            yield slice(v, min(v + step, columns))
+
+    def logits(self, h: Tensor, out: Tensor, first: int = 0) -> None:
+        """h W^T + bias over the columns from `first` on, into a buffer."""
+        columns = out.shape[1]
+        for s in self.slices(columns, SLICE if self.converted else columns):
+            w = self.weight[first + s.start : first + s.stop].to(self.dtype).t()
+            if self.bias is None:
+                torch.mm(h, w, out=out[:, s])
+            else:
+                torch.addmm(self.bias[first + s.start : first + s.stop].to(self.dtype), h, w, out=out[:, s])
+
+    def target_logits(self, h: Tensor, label: Tensor) -> Tensor:
+        """The logit of each row's class as an fp32 dot, not rounded to the dtype of the products."""
+        label = label.clamp(0, self.weight.shape[0] - 1).long()
+        dot = (h.to(self.wide) * self.weight[label].to(self.wide)).sum(1)
+        return dot if self.bias is None else dot + self.bias[label].to(self.wide)
+
+    def add_hidden_gradient(self, g: Tensor, out: Tensor, first: int = 0) -> None:
+        """out += g W, for the columns of g."""
+        for s in self.slices(g.shape[1], SLICE if self.converted else g.shape[1]):
+            self._add_product(out, g[:, s], self.weight[first + s.start : first + s.stop].to(self.dtype))
+
+    def add_weight_gradient(self, g: Tensor, h: Tensor, out: Tensor) -> None:
+        """out += g^T h. A product that a CPU rounds to bf16 is added slice by slice, while it is in cache."""
+        direct = g.dtype == out.dtype
+        for s in self.slices(g.shape[1], g.shape[1] if direct else SLICE):
+            self._add_product(out[s], g[:, s].t(), h)
+
+    def _add_product(self, out: Tensor, a: Tensor, b: Tensor) -> None:
+        if a.dtype == out.dtype:
+            out.addmm_(a, b)
+        elif self.on_cpu:
+            out.add_(torch.mm(a, b))
+        else:
+            out.add_(torch.mm(a, b, out_dtype=out.dtype))

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The fused LM head by chunks of rows: logits of a chunk -> its gradient in place -> dh = G W, dW += G^T h.
+
+The gradients are those of S (and of z_loss * Z), unscaled; what multiplies them is one number, known after the last
+row and applied by `linear_scale`. Without gradients to make, the same walk is the forward of every plan.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fused_ppl import backends, plan, reduction
+from fused_ppl.engines import LIBRARY
+from fused_ppl.engines.head import Head, empty_gradients, product_dtype, wide_dtype
+from fused_ppl.spec import SPEC_SCHEMA, LossSpec, RowStats
+
+HALF_SCALE = 1024.0  # fp16 chunks carry the gradient times this: p < 3e-8 would be flushed
+
+LIBRARY.define(
+    "linear_forward(Tensor hidden, Tensor linear_weight, Tensor? linear_bias, Tensor target, Tensor? weight, "
+    f"Tensor? token_weight, Tensor? num_items, {SPEC_SCHEMA}, str backend, ScalarType dtype, bool[3] grads, "
+    "int? memory_budget) "
+    "-> (Tensor loss, Tensor perplexity, Tensor total_weight, Tensor loss_factor, Tensor perplexity_factor, "
+    "Tensor nll, Tensor lse, Tensor entropy, Tensor predicted, Tensor dhidden, Tensor dweight, Tensor dbias)"
+)
+LIBRARY.define(
+    "linear_scale(Tensor hidden, Tensor linear_weight, Tensor? linear_bias, Tensor dhidden, Tensor dweight, "
+    "Tensor dbias, Tensor loss_factor, Tensor perplexity_factor, Tensor? grad_loss, Tensor? grad_perplexity, "
+    "ScalarType dtype, bool[3] grads) -> (Tensor, Tensor, Tensor)"
+)
+
+_spec = functools.lru_cache(LossSpec)
+
+
+def _forward(hidden, linear_weight, linear_bias, target, weight, token_weight, num_items, *rest):  # type: ignore[no-untyped-def]
+    *spec_args, backend_name, dtype, grads, memory_budget = rest
+    spec, backend = _spec(*spec_args), backends.load(backend_name)
+    (v, d), n = linear_weight.shape, target.numel()
+    flat, labels = hidden.reshape(-1, d), target.reshape(-1)
+    head = Head(flat, linear_weight, linear_bias, labels, spec, dtype)
+    case = plan.LinearCase(n, v, d, head.dtype.itemsize, hidden.device.type, tuple(grads), memory_budget)
+    chunk = plan.linear_plan(case, "rows" if any(grads) else "forward").rows
+    dhidden, dweight, dbias = (t.zero_() for t in _accumulators(hidden, linear_weight, grads, dtype))
+    upstream = None
+    if any(grads):
+        upstream = HALF_SCALE if head.dtype == torch.float16 else 1.0
+
+    m = head.target.shape[0]
+    u = head.rows(None if token_weight is None else token_weight.reshape(-1))
+    buffer = torch.empty(min(chunk, max(m, 1)), v, dtype=head.dtype, device=hidden.device)
+    dh = dhidden.view(-1, d) if head.kept is None else dhidden.new_zeros((m, d) if grads[0] else (0, d))
+    parts = []
+    for start in range(0, m, chunk):
+        r = slice(start, min(start + chunk, m))
+        h, y = head.hidden[r].to(head.dtype), head.target[r]
+        g = buffer[: h.shape[0]]
+        head.logits(h, g)
+        target_logit = head.target_logits(h, y)
+        parts.append(
+            backend.nll_forward_backward(
+                g, target_logit, y, spec, weight, None if u is None else u[r], upstream, memory_budget
+            )
+        )
+        if grads[0]:
+            head.add_hidden_gradient(g, dh[r])
+        if grads[1]:
+            head.add_weight_gradient(g, h, dweight)
+        if grads[2]:
+            dbias += g.sum(0, dtype=dbias.dtype)
+    if head.kept is not None and grads[0]:
+        dhidden.view(-1, d).index_copy_(0, head.kept, dh)
+
+    rows = _all_tokens(head, parts, spec, n, dtype)
+    totals = reduction.finish(*reduction.sum_rows(rows, spec, target.shape), spec, num_items, rows.nll.dtype)
+    tokens = [t.view(target.shape) if t.numel() == n else t for t in rows[2:]]
+    return *totals, *tokens, dhidden, dweight, dbias
+
+
+def _all_tokens(head: Head, parts: list[RowStats], spec: LossSpec, n: int, dtype: torch.dtype) -> RowStats:
+    if not parts:
+        zero = torch.zeros(n, dtype=wide_dtype(dtype), device=head.target.device)
+        asked = n if spec.stats else 0
+        lse = zero.to(reduction.sum_dtype(zero.device))
+        return RowStats(zero, zero, zero, lse, zero[:asked].clone(), zero[:asked].long() - 1)
+    stats = RowStats(*(torch.cat(column) for column in zip(*parts, strict=True)))
+    if head.kept is None:
+        return stats
+    ignored = (0, 0, 0, 0, 0, -1)
+    return RowStats(*(head.spread(t, n, i) if t.numel() else t for t, i in zip(stats, ignored, strict=True)))
+
+
+def _accumulators(hidden: Tensor, linear_weight: Tensor, grads: Sequence[bool], dtype: torch.dtype) -> list[Tensor]:
+    shapes = (hidden.shape, linear_weight.shape, linear_weight.shape[:1])
+    return [hidden.new_empty(s if g else (0,), dtype=wide_dtype(dtype)) for s, g in zip(shapes, grads, strict=True)]
+
+
+def _scale(hidden, linear_weight, linear_bias, dhidden, dweight, dbias, *rest):  # type: ignore[no-untyped-def]
+    loss_factor, perplexity_factor, grad_loss, grad_perplexity, dtype, grads = rest
+    factor = None if grad_loss is None else grad_loss * loss_factor
+    if grad_perplexity is not None:
+        of_perplexity = grad_perplexity * perplexity_factor
+        factor = of_perplexity if factor is None else factor + of_perplexity
+    assert factor is not None
+    if product_dtype(dtype, hidden.device) == torch.float16:
+        factor = factor / HALF_SCALE
+    results = empty_gradients(hidden, linear_weight, linear_bias, grads)
+    for gradient, result, needed in zip((dhidden, dweight, dbias), results, grads, strict=True):
+        if needed:
+            torch.mul(gradient, factor.to(gradient.dtype), out=result)
+    return results
+
+
+def _scale_fake(hidden, linear_weight, linear_bias, *rest):  # type: ignore[no-untyped-def]
+    return empty_gradients(hidden, linear_weight, linear_bias, rest[-1])
+
+
+def _forward_fake(hidden, linear_weight, linear_bias, target, weight, token_weight, num_items, *rest):  # type: ignore[no-untyped-def]
+    reduction_, stats, dtype, grads = rest[0], rest[7], rest[-3], rest[-2]
+    results = reduction.empty_results(hidden, target, wide_dtype(dtype), reduction_, stats)
+    return *results, *_accumulators(hidden, linear_weight, grads, dtype)
+
+
+LIBRARY.impl("linear_forward", _forward, "CompositeExplicitAutograd")
+LIBRARY.impl("linear_scale", _scale, "CompositeExplicitAutograd")
+torch.library.register_fake("fused_ppl::linear_forward", _forward_fake, lib=LIBRARY)
+torch.library.register_fake("fused_ppl::linear_scale", _scale_fake, lib=LIBRARY)
