@@ -1,9 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fused perplexity and cross-entropy losses over large vocabularies, for PyTorch, in Triton and in plain PyTorch."""
 
-from fused_ppl.functional import cross_entropy, cross_entropy_with_stats, perplexity
+from fused_ppl.functional import (
+    cross_entropy,
+    cross_entropy_with_stats,
+    linear_cross_entropy,
+    linear_cross_entropy_with_stats,
+    linear_perplexity,
+    perplexity,
+)
 from fused_ppl.metrics import Perplexity
-from fused_ppl.modules import CrossEntropyLoss, PerplexityLoss
+from fused_ppl.modules import CrossEntropyLoss, LinearCrossEntropyLoss, LinearPerplexityLoss, PerplexityLoss
 from fused_ppl.spec import LossOutput, Options
 from fused_ppl.targets import next_token_targets
 
@@ -11,12 +18,17 @@ __version__ = "0.1.0.dev0"
 
 __all__ = [
     "CrossEntropyLoss",
+    "LinearCrossEntropyLoss",
+    "LinearPerplexityLoss",
     "LossOutput",
     "Options",
     "Perplexity",
     "PerplexityLoss",
     "cross_entropy",
     "cross_entropy_with_stats",
+    "linear_cross_entropy",
+    "linear_cross_entropy_with_stats",
+    "linear_perplexity",
     "next_token_targets",
     "perplexity",
 ]

@@ -184,6 +184,14 @@ def check_head(input: object, linear_weight: object, linear_bias: object) -> Non
         )
 
 
+def check_no_out_features(out_features: object) -> None:
+    if out_features != ():
+        raise ValueError(
+            f"out_features must be (): one class index for each hidden state; got {out_features!r}. "
+            "For several targets of one hidden state use torch.nn.LinearCrossEntropyLoss."
+        )
+
+
 def check_no_inplace(inplace_backward: bool) -> None:
     if inplace_backward:
         raise ValueError(

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The losses as `torch.nn.Module`, for code that builds its loss once."""
+"""The losses as `torch.nn.Module`, for code that builds its loss once; the linear ones own their head."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
-from fused_ppl import functional
+from fused_ppl import checks, functional
 from fused_ppl.spec import Options
 
 
@@ -113,3 +114,139 @@ class PerplexityLoss(_Loss):
 
     def forward(self, input: Tensor, target: Tensor, *, token_weight: Tensor | None = None) -> Tensor:
         return functional.perplexity(input, target, self.weight, token_weight=token_weight, **self.keywords)  # type: ignore[arg-type]
+
+
+class _LinearLoss(_Loss):
+    """Owns the head, `.linear`; tie it to an embedding by assigning `.linear.weight`."""
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        out_features: tuple[int, ...],
+        bias: bool,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+        weight: Tensor | None,
+        **keywords: object,
+    ) -> None:
+        super().__init__(weight, **keywords)
+        checks.check_no_out_features(out_features)
+        self.linear = nn.Linear(in_features, num_classes, bias=bias, device=device, dtype=dtype)
+
+
+class LinearCrossEntropyLoss(_LinearLoss):
+    """`fused_ppl.linear_cross_entropy` with its own head, in the place of `torch.nn.LinearCrossEntropyLoss`.
+
+    Example:
+        >>> import torch, fused_ppl
+        >>> loss = fused_ppl.LinearCrossEntropyLoss(16, 1000)
+        >>> loss(torch.zeros(4, 16), torch.tensor([0, 1, 2, 999])).item() > 0
+        True
+        >>> embedding = torch.nn.Embedding(1000, 16)
+        >>> loss.linear.weight = embedding.weight      # tied
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        out_features: tuple[int, ...] = (),
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        weight: Tensor | None = None,
+        ignore_index: int | None = -100,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        logit_scale: float = 1.0,
+        softcap: float | None = None,
+        z_loss: float = 0.0,
+        options: Options | None = None,
+    ) -> None:
+        super().__init__(
+            in_features,
+            num_classes,
+            out_features,
+            bias,
+            device,
+            dtype,
+            weight,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            label_smoothing=label_smoothing,
+            logit_scale=logit_scale,
+            softcap=softcap,
+            z_loss=z_loss,
+            options=options,
+        )
+
+    def forward(
+        self,
+        input: Tensor,
+        target: Tensor,
+        *,
+        token_weight: Tensor | None = None,
+        num_items: float | Tensor | None = None,
+    ) -> Tensor:
+        return functional.linear_cross_entropy(
+            input,
+            self.linear.weight,
+            target,
+            linear_bias=self.linear.bias,
+            weight=self.weight,
+            token_weight=token_weight,
+            num_items=num_items,
+            **self.keywords,  # type: ignore[arg-type]
+        )
+
+
+class LinearPerplexityLoss(_LinearLoss):
+    """`fused_ppl.linear_perplexity` with its own head; the constructor of `LinearCrossEntropyLoss`."""
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        out_features: tuple[int, ...] = (),
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        weight: Tensor | None = None,
+        ignore_index: int | None = -100,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        logit_scale: float = 1.0,
+        softcap: float | None = None,
+        max_nll: float | None = None,
+        options: Options | None = None,
+    ) -> None:
+        super().__init__(
+            in_features,
+            num_classes,
+            out_features,
+            bias,
+            device,
+            dtype,
+            weight,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            label_smoothing=label_smoothing,
+            logit_scale=logit_scale,
+            softcap=softcap,
+            max_nll=max_nll,
+            options=options,
+        )
+
+    def forward(self, input: Tensor, target: Tensor, *, token_weight: Tensor | None = None) -> Tensor:
+        return functional.linear_perplexity(
+            input,
+            self.linear.weight,
+            target,
+            linear_bias=self.linear.bias,
+            weight=self.weight,
+            token_weight=token_weight,
+            **self.keywords,  # type: ignore[arg-type]
+        )

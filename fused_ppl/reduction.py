@@ -46,7 +46,7 @@ def sum_rows(rows: RowStats, spec: LossSpec, target_shape: torch.Size) -> tuple[
 
     def grouped(r: Tensor) -> Tensor:
         if spec.reduction == "none":
-            return r.view(target_shape).to(dtype)
+            return r.view(target_shape).to(dtype, copy=True)
         if spec.reduction == "sequence":
             return r.view(target_shape).sum(-1, dtype=dtype)
         return r.sum(dtype=dtype)
@@ -61,7 +61,7 @@ def finish(
     total = s if z is None else s + spec.z_loss * z
     if spec.reduction == "none":
         perplexity, slope = _exp(s, spec.max_nll)
-        return Totals(total.to(dtype), perplexity.to(dtype), m, torch.ones_like(s), slope)
+        return Totals(total.to(dtype), perplexity.to(dtype, copy=True), m, torch.ones_like(s), slope)
     inverse = m.reciprocal().nan_to_num_(nan=math.nan, posinf=0.0, neginf=0.0)
     mean = s / m
     perplexity, _ = _exp(mean, spec.max_nll)

@@ -7,28 +7,13 @@ fp32 and contiguous, on an fp32 buffer otherwise. Interface and shapes: `fused_p
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fused_ppl import checks, plan
-from fused_ppl.reduction import sum_dtype
+from fused_ppl.backends.torch_walk import Rows, Walk
 from fused_ppl.spec import LossSpec, RowStats, Totals
-
-
-class Rows(NamedTuple):
-    """One chunk of rows."""
-
-    span: slice  # of the flat rows
-    source: Tensor  # (b, r, V), n = b * r: the caller's logits
-    out: Tensor | None  # the same place in the gradient
-    counted: Tensor | None  # (n,) bool, or None where all rows are known to be counted
-    label: Tensor  # (n, 1) int64: the class, 0 where ignored, inside the range everywhere
-    target: Tensor  # (n, 1) int64: its column in the source, 0 where it is elsewhere
-    owned: Tensor | None  # (n,) bool: whether that column is in the source; None where the source is all classes
-    skipped: bool  # known to hold no counted row
 
 
 def nll_forward(
@@ -41,21 +26,21 @@ def nll_forward(
     memory_budget: int | None,
 ) -> tuple[RowStats, Totals | None]:
     """nll, lse and the rows' parts of S and M; entropy and argmax on request."""
-    walk = _Walk(logits, target, spec, memory_budget)
+    walk = Walk(logits, target, spec, memory_budget)
     if weight is not None:
         weight = weight.to(walk.dtype)
     parts = [walk.zeros(rows) if rows.skipped else _chunk_stats(walk, rows, weight, token_weight) for rows in walk]
     return _collect(walk, parts), None
 
 
-def _collect(walk: _Walk, parts: list[RowStats]) -> RowStats:
+def _collect(walk: Walk, parts: list[RowStats]) -> RowStats:
     if not parts:
         return walk.zeros(None)
     stats = parts[0] if len(parts) == 1 else RowStats(*(torch.cat(column) for column in zip(*parts, strict=True)))
     return stats if walk.on_cpu else _mark_out_of_range(stats, walk)
 
 
-def _chunk_stats(walk: _Walk, rows: Rows, w: Tensor | None, token_weight: Tensor | None) -> RowStats:
+def _chunk_stats(walk: Walk, rows: Rows, w: Tensor | None, token_weight: Tensor | None) -> RowStats:
     spec, y = walk.spec, rows.target
     z, logp = walk.load(rows), walk.work(rows)
     target_logit = z.gather(1, y).squeeze(1)
@@ -75,7 +60,7 @@ def _chunk_stats(walk: _Walk, rows: Rows, w: Tensor | None, token_weight: Tensor
 
 
 def _row_stats(
-    walk: _Walk,
+    walk: Walk,
     rows: Rows,
     nll: Tensor,
     lse: Tensor,
@@ -121,7 +106,7 @@ def nll_backward(
     `lse` normalises them, and `weight` is that of all classes.
     """
     first, num_classes = columns or (0, logits.shape[-1])
-    walk = _Walk(logits, target, spec, memory_budget, out, columns)
+    walk = Walk(logits, target, spec, memory_budget, out, columns)
     if weight is not None:
         weight = weight.to(walk.dtype)
     slope = None if spec.softcap is None else torch.empty_like(walk.buffer)
@@ -167,7 +152,7 @@ def nll_forward_backward(
     `upstream` None computes no gradient.
     """
     logits = logits.unsqueeze(0)
-    walk = _Walk(logits, target, spec, memory_budget, logits)
+    walk = Walk(logits, target, spec, memory_budget, logits)
     if weight is not None:
         weight = weight.to(walk.dtype)
     slope = torch.empty_like(walk.buffer) if spec.softcap is not None and upstream is not None else None
@@ -191,7 +176,7 @@ def nll_forward_backward(
 
 
 def _without_target(
-    walk: _Walk,
+    walk: Walk,
     rows: Rows,
     target_logit: Tensor,
     w: Tensor | None,
@@ -265,7 +250,7 @@ def _coefficients(
 
 
 def _finish_gradient(
-    walk: _Walk,
+    walk: Walk,
     rows: Rows,
     p: Tensor,  # (n, V): p * a, made into the gradient
     c: _Coefficients,
@@ -290,7 +275,7 @@ def _finish_gradient(
         p.masked_fill_(~rows.counted.unsqueeze(1), 0)
 
 
-def _mark_out_of_range(stats: RowStats, walk: _Walk) -> RowStats:
+def _mark_out_of_range(stats: RowStats, walk: Walk) -> RowStats:
     """NaN where a target is out of range; a CPU has raised already."""
     bad = (walk.target < 0) | (walk.target >= walk.logits.shape[-1])
     if walk.spec.ignore_index is not None:
@@ -311,103 +296,3 @@ def _entropy(logp: Tensor) -> Tensor:
     """-sum p log p, 0 where p is; `logp` is used up."""
     p = logp.exp()
     return p.mul_(logp.clamp_(min=torch.finfo(logp.dtype).min)).sum(1).neg_()
-
-
-class _Walk:
-    """Goes over the rows of (B, R, V) in chunks, and holds the buffer that a chunk is computed in."""
-
-    def __init__(
-        self,
-        logits: Tensor,
-        target: Tensor,
-        spec: LossSpec,
-        memory_budget: int | None,
-        out: Tensor | None = None,
-        columns: tuple[int, int] | None = None,
-    ) -> None:
-        self.logits, self.target, self.spec, self.out, self.columns = logits, target, spec, out, columns
-        self.dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-        self.wide = sum_dtype(logits.device)
-        self.on_cpu = logits.device.type == "cpu"
-        outer, inner, v = logits.shape
-        rows = plan.rows_per_chunk(v, self.dtype.itemsize, logits.device.type, torch.get_num_threads(), memory_budget)
-        self.rows = min(rows, max(1, outer * inner))
-        self.buffer = torch.empty(self.rows, v, dtype=self.dtype, device=logits.device)
-
-    def __iter__(self) -> Iterator[Rows]:
-        target, ignore_index, v = self.target, self.spec.ignore_index, self.logits.shape[-1]
-        first, num_classes = self.columns or (0, v)
-        on_cpu, counted, owned = self.on_cpu, None, None
-        label = target.long()
-        if on_cpu or checks.debug():
-            low, high = checks.check_target_range(target, num_classes, ignore_index)
-        if ignore_index is not None and not (on_cpu and not low <= ignore_index <= high):
-            counted = target != ignore_index
-            label = label * counted
-        if not on_cpu:
-            label = label.clamp(0, num_classes - 1)
-        column = label
-        if self.columns is not None:
-            owned = (label >= first) & (label < first + v)
-            column = (label - first) * owned
-        label, column = label.unsqueeze(1), column.unsqueeze(1)
-        for b, r, i in plan.row_chunks(self.logits.shape[0], self.logits.shape[1], self.rows):
-            out = None if self.out is None else self.out[b, r]
-            mine = None if counted is None else counted[i]
-            skipped = False
-            if mine is not None and on_cpu:
-                any_, all_ = bool(mine.any()), bool(mine.all())
-                mine, skipped = None if all_ else mine, not any_
-            yield Rows(
-                i, self.logits[b, r], out, mine, label[i], column[i], None if owned is None else owned[i], skipped
-            )
-
-    def load(self, rows: Rows, derivative: Tensor | None = None) -> Tensor:
-        """z of the rows, (n, V): the caller's own memory, which stays as it is, where nothing has to be done to it."""
-        if self.spec.logit_scale == 1 and self.spec.softcap is None and _is_matrix(rows.source, self.dtype):
-            return rows.source.view(-1, rows.source.shape[-1])
-        x = self.buffer[: rows.target.shape[0]]
-        x.view(rows.source.shape).copy_(rows.source)
-        self.transform(x, derivative)
-        return x
-
-    def copy(self, rows: Rows) -> Tensor:
-        """The logits of the rows where they can be computed in: in place in a buffer of the right type."""
-        x = self.work(rows)
-        if not _is_matrix(rows.source, self.dtype):
-            x.view(rows.source.shape).copy_(rows.source)
-        return x
-
-    def transform(self, x: Tensor, derivative: Tensor | None) -> None:
-        """z = cap(scale * x) in place; `derivative` takes dz/dx where a cap makes it depend on x."""
-        scale, cap = self.spec.logit_scale, self.spec.softcap
-        if cap is None:
-            if scale != 1:
-                x.mul_(scale)
-            return
-        x.mul_(scale / cap).tanh_()
-        if derivative is not None:
-            torch.mul(x, x, out=derivative).neg_().add_(1).mul_(scale)
-        x.mul_(cap)
-
-    def work(self, rows: Rows) -> Tensor:
-        """(n, V) to compute in: the gradient's own memory where it has the right type and layout."""
-        if rows.out is not None and _is_matrix(rows.out, self.dtype):
-            return rows.out.view(-1, rows.out.shape[-1])
-        return self.buffer[: rows.target.shape[0]]
-
-    def store(self, rows: Rows, value: Tensor) -> None:
-        assert rows.out is not None
-        if not _is_matrix(rows.out, self.dtype):
-            rows.out.copy_(value.view(rows.out.shape))
-
-    def zeros(self, rows: Rows | None) -> RowStats:
-        """What is said of rows that are all ignored."""
-        n = 0 if rows is None else rows.target.shape[0]
-        zero, asked = self.buffer.new_zeros(n), n if self.spec.stats else 0
-        return RowStats(zero, zero, zero, zero.to(self.wide), zero[:asked], self.target.new_full((asked,), -1).long())
-
-
-def _is_matrix(chunk: Tensor, dtype: torch.dtype) -> bool:
-    """Whether (b, r, V) is (n, V) in memory, in the dtype of the computation."""
-    return chunk.dtype == dtype and chunk.is_contiguous()
