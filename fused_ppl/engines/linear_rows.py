@@ -82,10 +82,10 @@ def _forward(hidden, linear_weight, linear_bias, target, weight, token_weight, n
 
 def _all_tokens(head: Head, parts: list[RowStats], spec: LossSpec, n: int, dtype: torch.dtype) -> RowStats:
     if not parts:
-        zeros = [torch.zeros(n, dtype=wide_dtype(dtype), device=head.target.device) for _ in range(4)]
-        lse = zeros[3].to(reduction.sum_dtype(head.target.device))
         asked = n if spec.stats else 0
-        return RowStats(*zeros[:3], lse, torch.zeros_like(zeros[3][:asked]), zeros[3][:asked].long() - 1)
+        loss, row_weight, nll, lse = (torch.zeros(n, dtype=wide_dtype(dtype)) for _ in range(4))
+        lse = lse.to(reduction.sum_dtype(lse.device))
+        return RowStats(loss, row_weight, nll, lse, nll[:asked].clone(), nll[:asked].long() - 1)
     stats = RowStats(*(torch.cat(column) for column in zip(*parts, strict=True)))
     if head.kept is None:
         return stats
