@@ -42,10 +42,10 @@ def step(provider: str, logits: Tensor, target: Tensor) -> Callable[[], Tensor]:
     if provider == "fused_ppl, in place":
         options = fused_ppl.Options(inplace_backward=True)
 
+        made = logits.detach().requires_grad_().clone()  # not a leaf, as the logits of a model are not
+
         def in_place() -> Tensor:
-            x = logits.detach().requires_grad_()
-            loss = fused_ppl.perplexity(x.view_as(x), target, options=options)
-            return torch.autograd.grad(loss, x)[0]
+            return torch.autograd.grad(fused_ppl.perplexity(made, target, options=options), made)[0]
 
         return in_place
     loss_of = {"eager": eager, "torch.compile": torch.compile(eager), "fused_ppl": fused_ppl.perplexity}[provider]

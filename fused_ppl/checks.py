@@ -211,6 +211,17 @@ def check_inplace_backward(input: Tensor) -> None:
             "inplace_backward=True writes the gradient over input, but input is a leaf whose values belong to you. "
             "Use Options(inplace_backward=False), or pass the result of an operation, as the logits of a model are."
         )
+    base = None if torch.compiler.is_compiling() else input._base
+    if base is not None and base.is_leaf and base.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            "inplace_backward=True writes the gradient over input, but input is a view of a leaf whose values belong "
+            "to you. Use Options(inplace_backward=False), or pass the result of an operation that copies."
+        )
+    if any(stride == 0 and size > 1 for stride, size in zip(input.stride(), input.shape, strict=True)):
+        raise ValueError(
+            f"inplace_backward=True writes the gradient over input, but rows or classes of input share memory: strides "
+            f"{input.stride()} for shape {tuple(input.shape)}. Use Options(inplace_backward=False), or input.contiguous()."
+        )
 
 
 def check_target_range(target: Tensor, num_classes: int, ignore_index: int | None) -> tuple[int, int]:

@@ -6,8 +6,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+<<<<<<< ours
 from fused_ppl import backends, checks, plan, reference
 from fused_ppl.autograd import LinearLoss, LogitsLoss
+=======
+from fused_ppl import backends, checks, reference
+from fused_ppl.autograd import LogitsLoss
+from fused_ppl.reduction import sum_dtype
+>>>>>>> theirs
 from fused_ppl.spec import LossOutput, LossSpec, Options
 
 _DEFAULT = Options()
@@ -370,4 +376,4 @@ def _scalar(value: float | Tensor, input: Tensor) -> Tensor:
     """A number on the device of the input, without waiting for it."""
     if isinstance(value, Tensor):
         return value.detach().reshape(()).to(input.device, non_blocking=True)
-    return torch.full((), float(value), dtype=torch.float32, device=input.device)
+    return torch.full((), float(value), dtype=sum_dtype(input.device), device=input.device)

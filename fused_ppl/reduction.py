@@ -62,8 +62,11 @@ def finish(
     if spec.reduction == "none":
         perplexity, slope = _exp(s, spec.max_nll)
         return Totals(total.to(dtype), perplexity.to(dtype, copy=True), m, torch.ones_like(s), slope)
-    inverse = m.reciprocal().nan_to_num_(nan=math.nan, posinf=0.0, neginf=0.0)
-    mean = s / m
+    inverse = m.reciprocal()
+    # with label smoothing S need not be 0 where M is, so that S / M would not be NaN by itself
+    no_mean = inverse.nan_to_num(nan=math.nan, posinf=math.nan, neginf=math.nan)
+    inverse = inverse.nan_to_num_(nan=math.nan, posinf=0.0, neginf=0.0)
+    mean = s * no_mean
     perplexity, _ = _exp(mean, spec.max_nll)
     _, slope = _exp(s * inverse, spec.max_nll)
     if num_items is not None:
@@ -72,7 +75,7 @@ def finish(
     elif spec.reduction == "sum":
         loss, factor = total, torch.ones_like(s)
     else:
-        loss, factor = mean if z is None else total / m, inverse
+        loss, factor = mean if z is None else total * no_mean, inverse
     return Totals(loss.to(dtype), perplexity.to(dtype), m, factor, slope * inverse)
 
 

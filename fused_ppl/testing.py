@@ -4,7 +4,12 @@
 The policy is the same on every machine. A result is compared with the float64 truth, and may be wrong by at most
 twice what eager PyTorch is wrong by on the same input, plus 4 ulp of the largest entry of its row:
 
-    |actual - truth| <= 2 * max_row |eager - truth| + 4 * eps(dtype of the result) * max_row |truth|
+    |actual - truth| <= 2 * max |eager - truth| + 4 * eps * max_row |truth| + condition * eps_32 * max |truth|
+
+What eager is wrong by is taken over the whole tensor, and the last term, one rounding of fp32 arithmetic, is there
+because a row in which eager's roundings happen to cancel would be held to nothing: p = 0.996 is rounded before the 1
+is subtracted, and eager misses 2 * its own error in 1 % to 9 % of the rows when the roundings are drawn again. One ulp
+of L is L ulp of exp(L): `condition` is L for a perplexity. Where eager is not finite it excuses nothing.
 
 Values (loss, nll, lse, perplexity, entropy) are fp32 whatever the input dtype, and eager computes them in fp32 from
 the upcast input. Gradients have the dtype of the input, and eager rounds them to it once.
@@ -75,15 +80,18 @@ def make_target(
     return target.to(device)
 
 
-def assert_as_good_as_eager(actual: Tensor, eager: Tensor, truth: Tensor, name: str = "result") -> None:
+def assert_as_good_as_eager(
+    actual: Tensor, eager: Tensor, truth: Tensor, name: str = "result", *, condition: float = 1.0
+) -> None:
     """Hold a result to the policy above; on failure name the worst element and the three values.
 
     Args:
         actual: the result to judge; its dtype sets the ulp.
         eager: what eager PyTorch gives on the same input.
         truth: float64. NaN and infinities must stand at the same places in `actual`.
+        condition: how many ulp of the result one ulp inside costs; the mean nll for a perplexity.
     """
-    error, allowed = error_and_bound(actual, eager, truth)
+    error, allowed = error_and_bound(actual, eager, truth, condition)
     bad = ~(error <= allowed)
     if bool(bad.any()):
         excess = torch.where(bad, (error - allowed).nan_to_num(nan=float("inf")), -1.0)
@@ -96,7 +104,7 @@ def assert_as_good_as_eager(actual: Tensor, eager: Tensor, truth: Tensor, name: 
         )
 
 
-def error_and_bound(actual: Tensor, eager: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
+def error_and_bound(actual: Tensor, eager: Tensor, truth: Tensor, condition: float = 1.0) -> tuple[Tensor, Tensor]:
     """|actual - truth| and what the policy allows, elementwise. Equal infinities and NaN count as no error."""
     if not actual.shape == eager.shape == truth.shape:
         shapes = f"{tuple(actual.shape)}, eager {tuple(eager.shape)}, truth {tuple(truth.shape)}"
@@ -104,14 +112,15 @@ def error_and_bound(actual: Tensor, eager: Tensor, truth: Tensor) -> tuple[Tenso
     if truth.dtype != torch.float64:
         raise AssertionError(f"truth must be float64; got {truth.dtype}")
     eps = torch.finfo(actual.dtype).eps
-    actual, eager = actual.detach().double(), eager.detach().double()
+    inside = min(eps, torch.finfo(torch.float32).eps)
     truth = truth.detach()
-    error = _distance(actual, truth)
-    lost = _distance(eager, truth)
+    error, lost = (_distance(t.detach().double(), truth) for t in (actual, eager))
     size = torch.where(truth.isfinite(), truth.abs(), 0.0)
-    if truth.ndim == 0 or truth.numel() == 0:
-        return error, EAGER_FACTOR * lost + ULPS * eps * size
-    return error, EAGER_FACTOR * lost.amax(-1, keepdim=True) + ULPS * eps * size.amax(-1, keepdim=True)
+    if truth.numel() == 0:
+        return error, lost
+    of_row = size.amax(-1, keepdim=True).expand_as(size) if size.ndim else size
+    lost = torch.where(lost.isfinite(), lost, 0.0).max()
+    return error, EAGER_FACTOR * lost + ULPS * eps * of_row + condition * inside * size.max()
 
 
 def _distance(a: Tensor, truth: Tensor) -> Tensor:

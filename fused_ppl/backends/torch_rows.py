@@ -43,19 +43,17 @@ def _collect(walk: Walk, parts: list[RowStats]) -> RowStats:
 def _chunk_stats(walk: Walk, rows: Rows, w: Tensor | None, token_weight: Tensor | None) -> RowStats:
     spec, y = walk.spec, rows.target
     z, logp = walk.load(rows), walk.work(rows)
-    target_logit = z.gather(1, y).squeeze(1)
-    masked = target_logit.isneginf()
-    top = z.amax(1) if not walk.on_cpu or bool(masked.any()) else None
-    predicted = z.argmax(1) if spec.stats else y.new_empty(0)
+    # lse = z - logp in any column; in the largest nothing cancels, and a target of probability zero does no harm
+    top = z.argmax(1, keepdim=True) if spec.stats or spec.z_loss else y
+    top_logit = z.gather(1, top)
     torch.log_softmax(z, 1, out=logp)
+    lse = (top_logit.to(walk.wide) - logp.gather(1, top)).squeeze(1)
     nll = logp.gather(1, y).squeeze(1).neg_()
-    lse = target_logit.to(walk.wide) + nll
-    if top is not None:
-        lse = torch.where(masked, top - logp.amax(1), lse)
     smooth = None
     if spec.label_smoothing:
         smooth = -(logp.sum(1) if w is None else logp @ w)
     entropy = _entropy(logp) if spec.stats else nll.new_empty(0)
+    predicted = top.squeeze(1) if spec.stats else y.new_empty(0)
     return _row_stats(walk, rows, nll, lse, smooth, entropy, predicted, w, token_weight)
 
 

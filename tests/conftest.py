@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every test runs under, and what several of them need.
+
+Every buffer that fused_ppl leaves uninitialised is filled with NaN, so that an element that is never written shows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.testing import assert_close
+
+import fused_ppl
+from fused_ppl import Options
+from fused_ppl.testing import assert_as_good_as_eager, value_and_gradient
+
+BACKENDS = ["torch"]  # the whole suite runs over each; "triton" joins here, under TRITON_INTERPRET=1
+INTERPRETER_LIMIT = 20_000  # logits; the interpreter takes minutes for more
+
+
+@pytest.fixture(params=BACKENDS, scope="session")
+def backend(request: pytest.FixtureRequest) -> str:
+    """The backend under test."""
+    return str(request.param)
+
+
+@pytest.fixture(scope="session")
+def options(backend: str) -> Options:
+    return Options(backend=backend)
+
+
+@pytest.fixture(scope="session")
+def fits(backend: str) -> Callable[..., None]:
+    """Skip a case that is too big, or of a dtype that is not there, for the interpreter."""
+
+    def check(*shape: int, dtype: torch.dtype = torch.float32) -> None:
+        if backend == "triton" and dtype == torch.float64:
+            pytest.skip("the kernels compute in float32 and refuse float64")
+        if backend == "triton" and math.prod(shape) > INTERPRETER_LIMIT:
+            pytest.skip(f"{math.prod(shape)} logits take the interpreter minutes; the limit is {INTERPRETER_LIMIT}")
+
+    return check
+
+
+@pytest.fixture(autouse=True)
+def _surroundings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same random numbers for each test, and no setting of the caller's shell."""
+    for name in ("FUSED_PPL_BACKEND", "FUSED_PPL_DEBUG"):
+        monkeypatch.delenv(name, raising=False)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _threads_that_do_not_get_in_each_other_s_way() -> None:
+    """pytest-xdist starts a process for each core, and each would take every core for itself."""
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.empty and its kin give NaN to fused_ppl."""
+
+    def poison(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def poisoned(*args: object, **keywords: object) -> Tensor:
+            buffer = allocate(*args, **keywords)
+            caller = sys._getframe(1).f_globals.get("__name__", "")
+            if caller.startswith("fused_ppl") and type(buffer) is Tensor and buffer.device.type != "meta":
+                buffer.fill_(float("nan") if buffer.dtype.is_floating_point else -(2**31) + 1)
+            return buffer
+
+        return poisoned
+
+    for name in ("empty", "empty_like", "empty_strided"):
+        monkeypatch.setattr(torch, name, poison(getattr(torch, name)))
+    for name in ("new_empty", "new_empty_strided"):
+        monkeypatch.setattr(Tensor, name, poison(getattr(Tensor, name)))
+
+
+@pytest.fixture(scope="session")
+def judge(options: Options) -> Callable[..., None]:
+    """Hold value and gradient of one loss to the tolerance policy. Truth and eager are the reference, which has its
+    own tests against numbers computed by hand."""
+
+    def check(
+        loss: Callable[..., Tensor], logits: Tensor, target: Tensor, upstream: Tensor | float = 1.0, **keywords: object
+    ) -> None:
+        mine = keywords.pop("options", options)
+
+        def of(x: Tensor, how: object) -> tuple[Tensor, Tensor]:
+            return value_and_gradient(lambda x: loss(x, target, options=how, **keywords), x, upstream)
+
+        value, gradient = of(logits, mine)
+        eager, eager_gradient = of(logits, Options(backend="reference"))
+        truth, true_gradient = of(logits.double(), Options(backend="reference"))
+        assert value.dtype == (torch.float64 if logits.dtype == torch.float64 else torch.float32)
+        assert gradient.dtype == logits.dtype
+        finite = truth[truth.isfinite()]
+        nats = finite.log().clamp(min=1).amax().item() if loss is fused_ppl.perplexity and finite.numel() else 1.0
+        name = f"{loss.__name__} {keywords}"
+        assert_as_good_as_eager(value, eager, truth, name, condition=nats)
+        dim = keywords.get("class_dim", 1 if logits.ndim > 1 else 0)
+        grads = [g.movedim(dim, -1) for g in (gradient, eager_gradient, true_gradient)]
+        assert_as_good_as_eager(*grads, f"gradient of {name}", condition=nats)
+        # the policy measures by the largest entry, the target's: in half precision all others could be zero. They are
+        # rounded from fp32 once, each by itself
+        kind = torch.finfo(logits.dtype)
+        fp32 = 4 * nats * min(kind.eps, torch.finfo(torch.float32).eps)
+        largest = true_gradient.nan_to_num(posinf=0, neginf=0).abs().amax().item() if gradient.numel() else 0.0
+        atol = fp32 * largest + kind.smallest_normal * kind.eps
+        assert_close(gradient.double(), true_gradient, rtol=kind.eps, atol=atol, equal_nan=True)
+
+    return check
+
+
+@pytest.fixture(scope="session")
+def peak_bytes() -> Callable[[Callable[[], object]], int]:
+    """The most bytes of CPU tensors alive at once during a call, beyond those alive before it."""
+
+    def measure(call: Callable[[], object]) -> int:
+        # the profiler sees every allocation of torch's allocator, those inside of aten's kernels as well
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            result = call()
+        events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+        assert events, "the profiler recorded no allocation"
+        alive = peak = 0
+        for event in sorted(events, key=lambda e: e.start_ns()):
+            alive += event.nbytes()
+            peak = max(peak, alive)
+        del result
+        return peak
+
+    return measure
+
+
+class _FakeGpuIndexing(TorchFunctionMode):
+    """A CPU build of torch refuses to index a fake CUDA tensor from Python (it looks for a device guard), and to copy
+    into one; the ops behind do not."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        aten = torch.ops.aten
+        if func is Tensor.__getitem__:
+            return self._index(*args)
+        if func is Tensor.__setitem__:
+            part, value = self._index(*args[:2]), args[2]
+            return aten.copy_(part, value) if isinstance(value, Tensor) else aten.fill_(part, value)
+        if func is Tensor.copy_:
+            return aten.copy_(*args)
+        if func is Tensor.item:
+            return aten._local_scalar_dense(*args)
+        return func(*args, **(kwargs or {}))
+
+    @staticmethod
+    def _index(x: Tensor, index: object) -> Tensor:
+        if isinstance(index, Tensor):
+            return torch.ops.aten.index(x, [index])
+        for dim, part in enumerate(index if isinstance(index, tuple) else (index,)):
+            x = torch.ops.aten.slice(x, dim, part.start, part.stop)
+        return x
+
+
+@pytest.fixture(scope="session")
+def fake_gpu() -> Callable[[], contextlib.AbstractContextManager[None]]:
+    """Tensors made within are on a CUDA device that is not there; whatever would wait for it raises."""
+
+    @contextlib.contextmanager
+    def mode() -> Iterator[None]:
+        with FakeTensorMode(), _FakeGpuIndexing():
+            yield
+
+    return mode
+
+
+@pytest.fixture(scope="session")
+def every_option() -> Callable[..., dict[str, object]]:
+    """All options of what one loss computes, at once."""
+
+    def make(loss: object, num_classes: int, target: Tensor) -> dict[str, object]:
+        generator = torch.Generator().manual_seed(7)
+        keywords: dict[str, object] = {
+            "weight": torch.rand(num_classes, generator=generator) + 0.5,
+            "token_weight": torch.rand(target.shape, generator=generator) + 0.5,
+            "label_smoothing": 0.1,
+            "logit_scale": 0.7,
+            "softcap": 5.0,
+        }
+        if loss is fused_ppl.perplexity:
+            return {**keywords, "max_nll": 1.0}
+        return {**keywords, "z_loss": 1e-2}
+
+    return make
