@@ -219,8 +219,8 @@ def check_inplace_backward(input: Tensor) -> None:
         )
     if any(stride == 0 and size > 1 for stride, size in zip(input.stride(), input.shape, strict=True)):
         raise ValueError(
-            f"inplace_backward=True writes the gradient over input, but rows or classes of input share memory: strides "
-            f"{input.stride()} for shape {tuple(input.shape)}. Use Options(inplace_backward=False), or input.contiguous()."
+            f"inplace_backward=True writes the gradient over input, but elements of input share memory: strides "
+            f"{input.stride()} for shape {tuple(input.shape)}. Use Options(inplace_backward=False), or .contiguous()."
         )
 
 

@@ -6,14 +6,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-<<<<<<< ours
 from fused_ppl import backends, checks, plan, reference
 from fused_ppl.autograd import LinearLoss, LogitsLoss
-=======
-from fused_ppl import backends, checks, reference
-from fused_ppl.autograd import LogitsLoss
 from fused_ppl.reduction import sum_dtype
->>>>>>> theirs
 from fused_ppl.spec import LossOutput, LossSpec, Options
 
 _DEFAULT = Options()
