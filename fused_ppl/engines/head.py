@@ -78,8 +78,8 @@ class Head:
 
     def spread(self, values: Tensor, num_tokens: int, ignored: float = 0) -> Tensor:
         """A value of every row that takes part, for every token."""
-        if self.kept is None or not values.numel():
-            return values if values.numel() or not num_tokens else values.new_full((num_tokens,), ignored)
+        if self.kept is None:
+            return values
         out = values.new_full((num_tokens, *values.shape[1:]), ignored)
         return out.index_copy_(0, self.kept, values)
 
