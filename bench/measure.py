@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -30,6 +31,14 @@ def interleaved(functions: dict[str, Callable[[], object]], rounds: int, warmup:
 def paired_ratio(seconds: list[float], base: list[float]) -> float:
     """The median of the ratios round by round."""
     return statistics.median(a / b for a, b in zip(seconds, base, strict=True))
+
+
+def bootstrap_ratio(seconds: list[float], base: list[float], draws: int = 2000) -> tuple[float, float, float]:
+    """The median of the ratios round by round, with its 95 % bootstrap interval: (low, median, high)."""
+    ratios = [a / b for a, b in zip(seconds, base, strict=True)]
+    generator = random.Random(0)
+    medians = sorted(statistics.median(generator.choices(ratios, k=len(ratios))) for _ in range(draws))
+    return medians[draws // 40], statistics.median(ratios), medians[-draws // 40]
 
 
 def peak_resident(function: Callable[[], object]) -> int:
