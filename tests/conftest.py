@@ -142,9 +142,9 @@ def peak_bytes() -> Callable[[Callable[[], object]], int]:
     return measure
 
 
-class _FakeGpuIndexing(TorchFunctionMode):
-    """A CPU build of torch refuses to index a fake CUDA tensor from Python (it looks for a device guard), and to copy
-    into one; the ops behind do not."""
+class _FakeGpuMethods(TorchFunctionMode):
+    """A CPU build of torch refuses some methods of fake CUDA tensors, indexing among them, because it looks for a
+    device guard first; the ops behind them are not refused."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         aten = torch.ops.aten
@@ -153,11 +153,13 @@ class _FakeGpuIndexing(TorchFunctionMode):
         if func is Tensor.__setitem__:
             part, value = self._index(*args[:2]), args[2]
             return aten.copy_(part, value) if isinstance(value, Tensor) else aten.fill_(part, value)
-        if func is Tensor.copy_:
-            return aten.copy_(*args)
-        if func is Tensor.item:
-            return aten._local_scalar_dense(*args)
-        return func(*args, **(kwargs or {}))
+        try:
+            return func(*args, **(kwargs or {}))
+        except RuntimeError as error:
+            if "not linked with support" not in str(error):
+                raise
+            name = {"__invert__": "bitwise_not"}.get(func.__name__, func.__name__)
+            return getattr(aten, name)(*args, **(kwargs or {}))
 
     @staticmethod
     def _index(x: Tensor, index: object) -> Tensor:
@@ -174,7 +176,7 @@ def fake_gpu() -> Callable[[], contextlib.AbstractContextManager[None]]:
 
     @contextlib.contextmanager
     def mode() -> Iterator[None]:
-        with FakeTensorMode(), _FakeGpuIndexing():
+        with FakeTensorMode(), _FakeGpuMethods():
             yield
 
     return mode
