@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -35,7 +37,8 @@ def test_every_row_is_shifted_by_itself(shape):
     tokens = torch.arange(torch.Size(shape).numel()).view(shape)
     got = next_token_targets(tokens, ignore_index=-1)
     assert got.shape == tokens.shape
-    for row, expected in zip(got.reshape(-1, shape[-1]), tokens.reshape(-1, shape[-1]), strict=True):
+    rows = math.prod(shape[:-1])
+    for row, expected in zip(got.reshape(rows, shape[-1]), tokens.reshape(rows, shape[-1]), strict=True):
         assert row.tolist() == by_loop(expected.tolist(), 1, [0, shape[-1]], -1)
 
 
