@@ -13,9 +13,11 @@ import torch
 import fused_ppl
 from fused_ppl import CrossEntropyLoss, Options, PerplexityLoss, checks, cross_entropy, perplexity
 from fused_ppl import cross_entropy_with_stats as with_stats
+from fused_ppl import linear_cross_entropy as head
 from fused_ppl import next_token_targets as targets
 
 X, Y = torch.zeros(4, 7), torch.zeros(4, dtype=torch.long)
+H = torch.zeros(5, 3)
 LEAF = torch.zeros(4, 7, requires_grad=True)
 INPLACE = Options(inplace_backward=True)
 
@@ -83,6 +85,26 @@ ROWS = [
     ("check_logits", lambda: perplexity(X, Y, class_dim=1.0), TypeError, "class_dim must be an int", "float", ""),
     ("check_logits", lambda: perplexity(X, Y, class_dim=2), IndexError, "in [-2, 1]", "got 2", ""),
     ("check_logits", lambda: perplexity(X, Y, class_dim=-3), IndexError, "in [-2, 1]", "got -3", ""),
+    ("check_head", lambda: head(X, H[0], Y), ValueError, "linear_weight must have shape (V, D)", "(3,)", ""),
+    ("check_head", lambda: head(X, H, Y), ValueError, "(..., D) with D = 3", "(4, 7)", ""),
+    ("check_head", lambda: head(H, H, Y, linear_bias=X[0]), ValueError, "linear_bias must have shape (5,)", "(7,)", ""),
+    ("check_head", lambda: head(H, H.bfloat16(), Y[:1].expand(5)), TypeError, "one dtype", "torch.bfloat16", "autocast"),
+    (
+        "check_no_out_features",
+        lambda: fused_ppl.LinearCrossEntropyLoss(3, 5, out_features=(2,)),
+        ValueError,
+        "out_features must be ()",
+        "(2,)",
+        "torch.nn.LinearCrossEntropyLoss",
+    ),
+    (
+        "check_no_inplace",
+        lambda: head(H, H, Y[:1].expand(5), options=INPLACE),
+        ValueError,
+        "is for logits",
+        "inplace_backward=True",
+        "memory_budget",
+    ),
     ("check_classes", lambda: perplexity(X[:, :0], Y), ValueError, "at least one class", "size 0", ""),
     ("check_inplace_backward", lambda: perplexity(LEAF, Y, options=INPLACE), ValueError, "is a leaf", "", "=False"),
     (

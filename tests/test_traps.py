@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """One test, or more, for each bug that a library like this one has had. The numbers are those of the list of traps.
 
-5 (frozen parts of a head) and 16 to 21 and 26 belong to parts that are not there yet, or to the benchmarks.
+5 (frozen parts of a head) and 16 stand in tests/test_linear.py; 17 to 21 and 26 need several devices or ranks, or belong to
+the benchmarks.
 """
 
 from __future__ import annotations
@@ -269,10 +270,10 @@ def test_13_an_index_that_int32_would_wrap_raises(options):
 
 def test_13_on_a_gpu_a_target_out_of_range_gives_nan(monkeypatch):
     """The code that a GPU takes, on a CPU: it is chosen by the device's type alone."""
-    from fused_ppl.backends import torch_rows
+    from fused_ppl.backends import torch_rows, torch_walk
 
     x, target = make_logits((1, 3, 7)), torch.tensor([0, 7, -100])
-    walk = torch_rows._Walk(x, target, fused_ppl.spec.LossSpec(), None)
+    walk = torch_walk.Walk(x, target, fused_ppl.spec.LossSpec(), None)
     monkeypatch.setattr(walk, "on_cpu", False)
     (rows,) = walk
     assert rows.target.flatten().tolist() == [0, 6, 0]  # inside the range: nothing else is read
