@@ -1,12 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plans are pure functions of shape, dtype, needs, device and budget: tested as such."""
+"""Plans are pure functions of shape, dtype, needs, device and budget; and the bytes that a loss takes are measured."""
 
 from __future__ import annotations
 
+import pytest
+import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from fused_ppl import plan
+from fused_ppl import Options, cross_entropy, cross_entropy_with_stats, perplexity, plan
+from fused_ppl.testing import make_logits, make_target
+
+MIB = 2**20
 
 CASES = st.builds(
     plan.LinearCase,
@@ -88,3 +93,81 @@ def test_a_chunk_of_rows_feeds_every_thread_and_keeps_to_the_budget(v, itemsize,
     rows = plan.rows_per_chunk(v, itemsize, "cpu", threads, budget)
     assert rows >= (1 if budget is not None else threads)
     assert budget is None or rows == 1 or rows * v * itemsize <= budget
+
+
+def test_chunks_are_as_few_as_rectangles_allow():
+    assert len(list(plan.row_chunks(1, 100, 10))) == 10
+    assert len(list(plan.row_chunks(10, 10, 30))) == 4  # 3 + 3 + 3 + 1 whole outer indices
+    assert len(list(plan.row_chunks(1, 2**40, 2**39))) == 2
+
+
+def run(loss, x, target, **keywords):
+    value = loss(x, target, **keywords)
+    if isinstance(value, tuple):
+        value = value.loss + value.perplexity
+    return torch.autograd.grad(value, x)
+
+
+LOSSES = {
+    "cross-entropy": (cross_entropy, {}),
+    "perplexity": (perplexity, {}),
+    "all options": (
+        cross_entropy_with_stats,
+        {"label_smoothing": 0.1, "softcap": 5.0, "logit_scale": 0.5, "z_loss": 0.1, "max_nll": 9.0},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_nothing_of_the_size_of_the_logits_but_their_gradient(dtype, name, backend, fits, peak_bytes):
+    fits(2048, 8192)
+    loss, keywords = LOSSES[name]
+    x = make_logits((2048, 8192), dtype).requires_grad_()  # 64 MiB in fp32
+    target = make_target((2048,), 8192, ignored=0.1)
+    gradient = x.numel() * x.element_size()
+    peak = peak_bytes(lambda: run(loss, x, target, options=Options(backend), **keywords))
+    assert gradient <= peak <= gradient + 16 * MIB
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_not_even_that_in_place(dtype, name, backend, fits, peak_bytes):
+    fits(2048, 8192)
+    loss, keywords = LOSSES[name]
+    x = make_logits((2048, 8192), dtype).requires_grad_() * 1
+    target = make_target((2048,), 8192, ignored=0.1)
+    options = Options(backend, inplace_backward=True)
+    assert peak_bytes(lambda: run(loss, x, target, options=options, **keywords)) <= 16 * MIB
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_memory_budget_is_kept(name, backend, fits, peak_bytes):
+    fits(512, 8192)
+    loss, keywords = LOSSES[name]
+    x = make_logits((512, 8192)).requires_grad_()
+    target = make_target((512,), 8192)
+    per_row = 512 * 256  # 256 bytes for the statistics of each row
+    for budget in (MIB // 2, 2 * MIB, 4 * MIB):
+        options = Options(backend, memory_budget=budget)
+        peak = peak_bytes(lambda o=options: run(loss, x, target, options=o, **keywords))
+        assert peak - x.numel() * 4 <= budget + per_row
+
+
+def test_forward_alone_takes_no_gradient(backend, fits, peak_bytes):
+    fits(2048, 8192)
+    x, target = make_logits((2048, 8192), torch.bfloat16), make_target((2048,), 8192)
+    assert peak_bytes(lambda: cross_entropy_with_stats(x, target, options=Options(backend))) <= 16 * MIB
+
+
+@pytest.mark.parametrize("layout", [lambda x: x.view(2, 1024, 2048).transpose(0, 1), lambda x: x[:, :2000]])
+def test_views_are_not_copied(layout, backend, fits, peak_bytes):
+    fits(2048, 2048)
+    x = layout(make_logits((2048, 2048), torch.bfloat16))
+    target = make_target(x.shape[:-1], x.shape[-1])
+    assert peak_bytes(lambda: perplexity(x, target, class_dim=-1, options=Options(backend))) <= 6 * MIB
+
+
+def test_the_measure_of_memory_sees_a_copy(peak_bytes):
+    x, target = make_logits((2048, 2048)), make_target((2048,), 2048)
+    assert peak_bytes(lambda: torch.nn.functional.cross_entropy(x.double(), target)) >= 2 * x.numel() * 8
