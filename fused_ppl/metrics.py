@@ -63,6 +63,7 @@ class Perplexity:
         weight = torch.ones_like(nll) if token_weight is None else token_weight
         self._add(nll, weight if self.ignore_index is None else torch.where(target.ne(self.ignore_index), weight, 0))
 
+    @torch.no_grad()
     def update_nll(self, nll: Tensor, total_weight: Tensor | float | None = None) -> None:
         """Add nll that are known already, in nats: one for each token, or their sum.
 
@@ -72,7 +73,7 @@ class Perplexity:
         """
         checks.check_float_input("nll", nll)
         weight = nll.numel() if total_weight is None else total_weight
-        self._add(nll.detach(), torch.as_tensor(weight, dtype=torch.float64, device=nll.device))
+        self._add(nll, torch.as_tensor(weight, dtype=torch.float64, device=nll.device))
 
     def _add(self, nll: Tensor, weight: Tensor) -> None:
         wide = torch.float32 if nll.device.type == "mps" else torch.float64

@@ -125,7 +125,7 @@ def error_and_bound(actual: Tensor, eager: Tensor, truth: Tensor, condition: flo
 
 def _distance(a: Tensor, truth: Tensor) -> Tensor:
     same = (a == truth) | (a.isnan() & truth.isnan())
-    return torch.where(same, 0.0, (a - truth).abs().nan_to_num(nan=float("inf")))
+    return torch.where(same, 0.0, (a - truth).abs().nan_to_num(nan=float("inf"), posinf=float("inf")))
 
 
 def value_and_gradient(

@@ -44,7 +44,9 @@ class Walk:
         self.wide = sum_dtype(logits.device)
         self.on_cpu = logits.device.type == "cpu"
         outer, inner, v = logits.shape
-        rows = plan.rows_per_chunk(v, self.dtype.itemsize, logits.device.type, torch.get_num_threads(), memory_budget)
+        # entropy and the derivative of a cap take a second buffer
+        row = self.dtype.itemsize * (1 + (spec.stats or spec.softcap is not None))
+        rows = plan.rows_per_chunk(v, row, logits.device.type, torch.get_num_threads(), memory_budget)
         self.rows = min(rows, max(1, outer * inner))
         self.buffer = torch.empty(self.rows, v, dtype=self.dtype, device=logits.device)
 
