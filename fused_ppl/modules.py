@@ -203,7 +203,14 @@ class LinearCrossEntropyLoss(_LinearLoss):
 
 
 class LinearPerplexityLoss(_LinearLoss):
-    """`fused_ppl.linear_perplexity` with its own head; the constructor of `LinearCrossEntropyLoss`."""
+    """`fused_ppl.linear_perplexity` with its own head; the constructor of `LinearCrossEntropyLoss`.
+
+    Example:
+        >>> import torch, fused_ppl
+        >>> loss = fused_ppl.LinearPerplexityLoss(16, 1000)
+        >>> round(loss(torch.zeros(4, 16), torch.tensor([0, 1, 2, 999])).item(), 2)
+        1000.0
+    """
 
     def __init__(
         self,
