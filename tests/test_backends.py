@@ -79,7 +79,7 @@ def test_the_environment_sets_the_default_and_a_name_overrides_it(monkeypatch):
     monkeypatch.setenv("FUSED_PPL_BACKEND", "")
     assert backends.choose(None, CPU, FP32) == "torch"
     monkeypatch.setenv("FUSED_PPL_BACKEND", "cuda")
-    with pytest.raises(ValueError, match="FUSED_PPL_BACKEND must be one of .* got 'cuda'"):
+    with pytest.raises(ValueError, match=r"FUSED_PPL_BACKEND must be one of .* got 'cuda'"):
         backends.choose(None, CPU, FP32)
 
 

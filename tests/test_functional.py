@@ -14,7 +14,7 @@ from fused_ppl import Options, cross_entropy, cross_entropy_with_stats, perplexi
 from fused_ppl.testing import KINDS, assert_as_good_as_eager, make_logits, make_target
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-# one class; fewer than a vector; one less and one more than a power of two; a round one; one tile and a bit; GPT-2; Qwen
+# one class; fewer than a vector; a power of two and one less or more; a round number; a tile and a bit; GPT-2; Qwen
 ROWS_OF = {1: 5, 2: 5, 3: 7, 127: 5, 129: 5, 1000: 7, 4099: 3, 50257: 3, 151643: 2}
 REFERENCE = Options(backend="reference")
 LOSSES = [cross_entropy, perplexity]
@@ -145,6 +145,18 @@ def test_layouts_that_no_view_turns_into_rows(judge):
     target = make_target((2, 3, 5), 7, ignored=0.2)
     judge(perplexity, images, target)
     judge(cross_entropy, images.permute(3, 1, 0, 2), target.permute(2, 0, 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", [1, 2, 5, 1000])
+@pytest.mark.parametrize(
+    "part", [lambda x: x[:, :-1], lambda x: x[:, -2:], lambda x: x[:, 1:3], lambda x: x[::2], lambda x: x[:, ::3]]
+)
+def test_parts_of_a_batch_of_sequences(part, rows, dtype, backend, judge):
+    """Slices (B, T', V) of (B, T, V), whose gradient is not laid out as they are; in chunks of any size."""
+    logits = part(make_logits((3, 8, 37), dtype))
+    target = make_target(logits.shape[:2], 37, ignored=0.2)
+    judge(perplexity, logits, target, class_dim=-1, options=Options(backend=backend, memory_budget=37 * 4 * rows))
 
 
 def test_channels_last_images(judge):

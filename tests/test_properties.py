@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -92,7 +93,7 @@ def test_rows_split_in_any_way_give_the_same_m_to_the_bit_and_the_same_s(options
         )
 
     whole = sums(0, x.shape[0])
-    parts = [sums(a, b) for a, b in zip(bounds, bounds[1:], strict=False)]
+    parts = [sums(a, b) for a, b in itertools.pairwise(bounds)]
     assert torch.equal(sum(p.total_weight for p in parts), whole.total_weight)
     assert_close(sum(p.loss.double() for p in parts), whole.loss.double(), rtol=1e-6, atol=1e-6)
     assert_close(torch.cat([p.nll for p in parts]), whole.nll, rtol=1e-6, atol=1e-6)
@@ -108,7 +109,7 @@ def test_the_metric_does_not_depend_on_the_batches(options, data):
     bounds = data.draw(splits(x.shape[0]))
     whole, merged = Perplexity(options=options), Perplexity(options=options)
     whole.update(x, target, token_weight=token_weight)
-    for a, b in zip(bounds, bounds[1:], strict=False):
+    for a, b in itertools.pairwise(bounds):
         part = Perplexity(options=options)
         part.update(x[a:b], target[a:b], token_weight=token_weight[a:b])
         merged.merge(part)

@@ -56,7 +56,9 @@ def test_z_loss_is_added_to_the_loss_and_not_to_the_perplexity():
         assert out.perplexity.item() == pytest.approx(math.exp(1.5))
     out = finish(6, 4, 10, z_loss=0.5, num_items=2)
     assert out.loss == 5.5
-    none = reduction.finish(torch.tensor([1.0]), torch.tensor([1.0]), torch.tensor([4.0]), LossSpec("none", z_loss=0.5), None, F64)
+    none = reduction.finish(
+        torch.tensor([1.0]), torch.tensor([1.0]), torch.tensor([4.0]), LossSpec("none", z_loss=0.5), None, F64
+    )
     assert none.loss == 3
     assert none.perplexity.item() == pytest.approx(math.e)
 
@@ -77,7 +79,9 @@ def test_nothing_counted_is_nan_with_factor_zero():
     assert out.loss == 0
 
 
-@pytest.mark.parametrize("keywords", [{}, {"max_nll": 1.0}, {"max_nll": 2.0}, {"num_items": 3}, {"reduction": "none"}], ids=str)
+@pytest.mark.parametrize(
+    "keywords", [{}, {"max_nll": 1.0}, {"max_nll": 2.0}, {"num_items": 3}, {"reduction": "none"}], ids=str
+)
 @pytest.mark.parametrize("s", [6.0, -2.0, 3.9])
 def test_factors_are_the_derivatives_by_s(s, keywords):
     h = 1e-6
@@ -129,7 +133,13 @@ def test_sums_are_float64_whatever_the_rows_are():
 def test_upstream_of_a_row_is_that_of_its_group():
     factor, shape = torch.tensor([2.0, 3.0], dtype=F64), torch.Size((2, 3))
     of_s, of_z = reduction.row_upstream(
-        torch.tensor([1.0, 10.0]), torch.tensor([0.5, 0.25]), factor, factor * 2, LossSpec("sequence", z_loss=1.0), shape, F64
+        torch.tensor([1.0, 10.0]),
+        torch.tensor([0.5, 0.25]),
+        factor,
+        factor * 2,
+        LossSpec("sequence", z_loss=1.0),
+        shape,
+        F64,
     )
     assert of_s.tolist() == [2 + 2] * 3 + [30 + 1.5] * 3
     assert of_z.tolist() == [2.0] * 3 + [30.0] * 3  # the perplexity has no z-loss

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -14,7 +15,7 @@ from fused_ppl.testing import make_logits
 
 def by_loop(tokens: list[int], steps: int, boundaries: list[int], ignore: int) -> list[int]:
     targets = []
-    for begin, end in zip(boundaries, boundaries[1:], strict=False):
+    for begin, end in itertools.pairwise(boundaries):
         targets += [tokens[t + steps] if t + steps < end else ignore for t in range(begin, end)]
     return targets
 

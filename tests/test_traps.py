@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """One test, or more, for each bug that a library like this one has had. The numbers are those of the list of traps.
 
-5 (frozen parts of a head) and 16 stand in tests/test_linear.py; 17 to 21 and 26 need several devices or ranks, or belong to
-the benchmarks.
+5 (frozen parts of a head) and 16 stand in tests/test_linear.py; 17 to 21 and 26 need several devices or ranks, or
+belong to the benchmarks.
 """
 
 from __future__ import annotations
@@ -236,7 +236,10 @@ def test_11_more_than_two_to_the_31_logits(backend, fits):
 
 @pytest.mark.parametrize("shape", [(2**20, 4096), (65536, 2**16 + 1), (1, 2**31 + 1)], ids=str)
 def test_11_shapes_are_computed_beyond_two_to_the_31(shape):
-    x, target = torch.empty(shape, device="meta", requires_grad=True), torch.zeros(shape[0], dtype=torch.long, device="meta")
+    x, target = (
+        torch.empty(shape, device="meta", requires_grad=True),
+        torch.zeros(shape[0], dtype=torch.long, device="meta"),
+    )
     (gradient,) = torch.autograd.grad(perplexity(x, target, options=Options("torch")), x)
     assert gradient.shape == x.shape
     assert gradient.stride() == x.stride()
