@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The report of one or more runs: JSON, a plot of the curves, a table."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from lm_data import Corpus
+from lm_measure import Run, machine, versions
+from matplotlib.figure import Figure
+from rich.table import Table
+
+# colours that stay apart for colour-blind readers; dashes because equal losses draw one curve over another
+STYLES = {
+    "perplexity": ("#0072B2", "-"),
+    "cross_entropy": ("#D55E00", (0, (6, 3))),
+    "torch": ("#009E73", (0, (1.5, 2))),
+}
+COLUMNS = ("loss", "perplexity", "bits/\ntoken", "bits/\nbyte", "tokens\nper s", "peak\nMB", "added\nMB", "train\ns")
+
+
+class Report:
+    """Collects the runs and writes them to `out`; written at every validation, so that no interrupt loses a run."""
+
+    def __init__(self, out: Path, arguments: dict[str, Any], corpus: Corpus, unigram: float) -> None:
+        self.json_path, self.plot_path = out / "run.json", out / "curves.png"
+        self.corpus, self.unigram = corpus, unigram
+        arguments = {name: jsonable(value) for name, value in arguments.items()}
+        self.head = {"arguments": arguments, "versions": versions(), "machine": machine(arguments["device"])}
+        self.runs: list[Run] = []
+        out.mkdir(parents=True, exist_ok=True)
+
+    def start(self, loss: str, tokens_per_step: int) -> Run:
+        self.runs.append(Run(loss, tokens_per_step))
+        return self.runs[-1]
+
+    def save_json(self) -> None:
+        """Write beside the file and rename over it: a reader sees the old one or the new one, never half of one."""
+        corpus = {name: value for name, value in vars(self.corpus).items() if not isinstance(value, torch.Tensor)}
+        corpus |= {"train_tokens": len(self.corpus.train), "validation_tokens": self.corpus.validation.numel()}
+        runs = [{**asdict(run), "summary": run.summary()} for run in self.runs]
+        record = {**self.head, "corpus": corpus, "unigram_perplexity": self.unigram, "runs": runs}
+        partial = self.json_path.with_suffix(".json.partial")
+        partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        os.replace(partial, self.json_path)
+
+    def save_plot(self) -> None:
+        figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
+        axes = figure.subplots()
+        axes.set_yscale("log")
+        for run in self.runs:
+            draw_run(axes, run)
+        axes.axhline(self.unigram, color="0.35", linewidth=1, linestyle=(0, (8, 4)))
+        label = f"unigram model: {self.unigram:,.1f}"
+        axes.annotate(
+            label,
+            (0.01, self.unigram),
+            xycoords=("axes fraction", "data"),
+            xytext=(0, -5),
+            textcoords="offset points",
+            va="top",
+            color="0.35",
+        )
+        axes.set_xlim(left=0)
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1000:g}k" if value else "0")
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        axes.set_xlabel("training tokens")
+        axes.set_ylabel("perplexity")
+        key = "faint: each batch   line: running mean   dots: held-out text"
+        axes.set_title(key, loc="left", color="0.35", size=10)
+        figure.suptitle(f"Perplexity, vocabulary of {self.corpus.vocab_size:,}", x=0.01, ha="left", weight="bold")
+        axes.grid(True, which="major", color="0.9")
+        axes.spines[["top", "right"]].set_visible(False)
+        if self.runs:
+            axes.legend(frameon=False)
+        figure.savefig(self.plot_path)
+
+    def table(self) -> Table:
+        """Fits 80 columns."""
+        table = Table(title="Held-out text at the end of training")
+        for column in COLUMNS:
+            table.add_column(column, justify="left" if column == "loss" else "right")
+        for run in self.runs:
+            s = run.summary()
+            table.add_row(
+                run.loss if run.finished else f"{run.loss} (stopped)",
+                number(s["validation_perplexity"], ",.1f"),
+                number(s["bits_per_token"], ".3f"),
+                number(s["bits_per_byte"], ".3f"),
+                number(s["tokens_per_second"], ",.0f"),
+                number(s["memory_peak_mb"], ",.0f"),
+                number(s["memory_added_mb"], ",.0f"),
+                number(s["train_seconds"], ",.0f"),
+            )
+        table.add_section()
+        table.add_row("unigram model", number(self.unigram, ",.1f"), style="dim")
+        table.add_row("uniform model", number(self.corpus.vocab_size, ",.1f"), style="dim")
+        return table
+
+    def verdict(self) -> str:
+        """One sentence on the first loss that was run."""
+        last = self.runs[0].summary()["validation_perplexity"] if self.runs else None
+        if last is None:
+            return "No validation was reached."
+        side = "below" if last < self.unigram else "not below"
+        return f"{self.runs[0].loss}: validation perplexity {last:,.1f}, {side} the unigram model's {self.unigram:,.1f}"
+
+
+def draw_run(axes: Any, run: Run) -> None:
+    """Batches faint, their running mean strong, validation as points."""
+    colour, line = STYLES[run.loss]
+    tokens = [step["tokens"] for step in run.steps]
+    perplexity = [step["perplexity"] for step in run.steps]
+    held_out = [point["perplexity"] for point in run.validation]
+    label = f"{run.loss} (held-out: {held_out[-1]:,.1f})" if held_out else run.loss
+    axes.plot(tokens, perplexity, color=colour, linewidth=0.8, alpha=0.25)
+    axes.plot(tokens, running_mean(perplexity), color=colour, linestyle=line, linewidth=1.8, label=label)
+    at = [point["tokens"] for point in run.validation]
+    axes.plot(at, held_out, "o", color=colour, markeredgecolor="white", markersize=8, zorder=3, clip_on=False)
+
+
+def running_mean(perplexity: list[float], keep: float = 0.8) -> list[float]:
+    """Exponential moving average of log perplexity, corrected for its start: perplexities multiply, they do not add."""
+    mean, weight, result = 0.0, 0.0, []
+    for value in torch.tensor(perplexity, dtype=torch.float64).log().tolist():
+        mean, weight = keep * mean + (1 - keep) * value, keep * weight + (1 - keep)
+        result.append(mean / weight)
+    return torch.tensor(result, dtype=torch.float64).exp().tolist()
+
+
+def number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def jsonable(value: Any) -> Any:
+    """Paths as text; the rest as it is."""
+    if isinstance(value, list):
+        return [jsonable(item) for item in value]
+    return str(value) if isinstance(value, Path) else value

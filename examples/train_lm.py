@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Train a small GPT-style language model on real text with the perplexity loss.
+
+    python examples/train_lm.py                     Python's own library, a 32k vocabulary, two CPU cores, two minutes
+    python examples/train_lm.py --compare           perplexity, cross_entropy and torch one after another, one table
+    python examples/train_lm.py --text a.txt b.txt --device cuda --dim 512 --layers 8 --steps 5000
+
+The gradient of the perplexity is PPL times that of cross-entropy: tens of thousands times as long at the start (PPL is
+about V there), hundreds of times at the end. Two things let one learning rate serve both losses. Clipping by the
+global norm gives every perplexity gradient the length --clip, so no step sees the factor. AdamW divides by the
+gradient's own running size, so a common length does not matter either. One difference is left: where the gradient of
+cross-entropy is shorter than --clip it stays short, and weighs less in AdamW's averages. SGD without clipping has
+neither protection: there the factor multiplies the learning rate.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from lm_data import Corpus, TextError, load_corpus, random_batches, unigram_perplexity
+from lm_measure import PeakMemory, Run
+from lm_model import GPT
+from lm_report import Report
+from rich.console import Console
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import fused_ppl
+
+
+def torch_cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+    """What most training code does: logits, an fp32 copy of them, then a log-softmax as large as they are."""
+    return F.cross_entropy(F.linear(hidden, head).float().flatten(0, -2), targets.flatten())
+
+
+# (B, T, D) hidden states, (V, D) weight of the head, (B, T) targets -> scalar; the fused ones never make the logits
+LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "perplexity": fused_ppl.linear_perplexity,
+    "cross_entropy": fused_ppl.linear_cross_entropy,
+    "torch": torch_cross_entropy,
+}
+
+
+def train(model: GPT, corpus: Corpus, args: argparse.Namespace, *, run: Run, report: Report) -> None:
+    """The loop: batch, loss, backward, clip, step; validation now and then."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(warm_up_then_decay, steps=args.steps))
+    batches = random_batches(corpus.train, args.batch_size, args.context, steps=args.steps, seed=args.seed)
+    progress = tqdm(batches, total=args.steps, desc=run.loss, unit="step", dynamic_ncols=True)
+    for step, tokens in enumerate(progress, start=1):
+        started = time.perf_counter()
+        loss = next_token_loss(model, tokens.to(args.device), LOSSES[run.loss], args)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        # .item() waits for the device, so the time is the whole step's
+        run.add_step(loss=loss.item(), gradient_norm=norm.item(), seconds=time.perf_counter() - started)
+        progress.set_postfix(perplexity=f"{run.perplexity:,.1f}")
+        if step % args.eval_every == 0 or step == args.steps:
+            run.add_validation(evaluate(model, corpus.validation, args), corpus.bytes_per_token)
+            progress.write(f"step {step}: validation perplexity {run.validation[-1]['perplexity']:,.1f}")
+            report.save_json()
+    run.finished = True
+
+
+def next_token_loss(
+    model: GPT, tokens: Tensor, loss_function: Callable[[Tensor, Tensor, Tensor], Tensor], args: argparse.Namespace
+) -> Tensor:
+    """The targets are shifted, nothing is sliced. Products run in --dtype; the losses accumulate in fp32."""
+    dtype = getattr(torch, args.dtype)
+    with torch.autocast(tokens.device.type, dtype=dtype, enabled=dtype is not torch.float32):
+        return loss_function(model.hidden(tokens), model.embedding.weight, fused_ppl.next_token_targets(tokens))
+
+
+@torch.no_grad()
+def evaluate(model: GPT, windows: Tensor, args: argparse.Namespace) -> fused_ppl.Perplexity:
+    """Over all windows: the metric carries sums, because an average of perplexities is not the perplexity."""
+    metric, nll_sum = fused_ppl.Perplexity(), partial(fused_ppl.linear_cross_entropy, reduction="sum")
+    for batch in windows.split(args.batch_size):
+        tokens = batch.to(args.device)
+        nll = next_token_loss(model, tokens, nll_sum, args)
+        metric.update_nll(nll, tokens.numel() - len(tokens))  # the last token of a sequence predicts nothing
+    return metric
+
+
+def warm_up_then_decay(step: int, *, steps: int) -> float:
+    """Factor of the learning rate: up over the first tenth, then down along a cosine to a twentieth."""
+    warm_up = max(steps // 10, 1)
+    if step < warm_up:
+        return (step + 1) / warm_up
+    progress = (step - warm_up) / max(steps - warm_up, 1)
+    return 0.05 + 0.95 * (1 + math.cos(math.pi * progress)) / 2
+
+
+def run_one(loss: str, corpus: Corpus, report: Report, args: argparse.Namespace) -> None:
+    """A model and a training run from the seed: the same weights and the same batches for every loss."""
+    torch.manual_seed(args.seed)
+    run = report.start(loss, tokens_per_step=args.batch_size * args.context)
+    with PeakMemory(run, args.device):
+        model = GPT(corpus.vocab_size, context=args.context, dim=args.dim, heads=args.heads, layers=args.layers)
+        train(model.to(args.device), corpus, args, run=run, report=report)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    args = parse_arguments(arguments)
+    console = Console()
+    try:
+        with console.status("reading the text and training its vocabulary"):
+            corpus = load_corpus(args.text, args.vocab_size, context=args.context, windows=args.eval_windows)
+        targets = fused_ppl.next_token_targets(corpus.validation)
+        report = Report(args.out, vars(args), corpus, unigram_perplexity(corpus.train, targets, corpus.vocab_size))
+    except (TextError, OSError) as error:  # no usable text, or --out cannot be written
+        print(f"train_lm: {error}", file=sys.stderr)
+        return 1
+    console.print(corpus.describe(), highlight=False)
+    if corpus.vocab_size < args.vocab_size:
+        console.print(
+            f"(--vocab-size asked for {args.vocab_size:,}; the text repeats no more pairs of tokens to merge)"
+        )
+    console.print(f"unigram perplexity of the held-out text: {report.unigram:,.1f}", highlight=False)
+    code = 0
+    try:
+        for loss in LOSSES if args.compare else [args.loss]:
+            run_one(loss, corpus, report, args)
+    except KeyboardInterrupt:
+        code = 130
+        print("train_lm: interrupted; what was run is kept", file=sys.stderr)
+    except ArithmeticError as error:  # the training diverged
+        code = 1
+        print(f"train_lm: {error}. Try a smaller --lr than {args.lr:g}.", file=sys.stderr)
+    finally:
+        report.save_json()
+        report.save_plot()
+    console.print(report.table())
+    console.print(report.verdict())
+    print(f"{report.json_path}\n{report.plot_path}")
+    return code
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    summary, _, details = __doc__.partition("\n\n")
+    parser = argparse.ArgumentParser(
+        description=summary, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    loss = parser.add_mutually_exclusive_group()
+    loss.add_argument("--loss", choices=LOSSES, default="perplexity", help="torch is eager F.cross_entropy in fp32")
+    loss.add_argument("--compare", action="store_true", help="run every loss from the same seed and print one table")
+    add("--text", type=Path, nargs="+", metavar="FILE", help="train on these files (default: Python's own library)")
+    add("--out", type=Path, default=Path("runs/train_lm"), help="folder for run.json and curves.png (%(default)s)")
+    add("--vocab-size", type=positive, default=32768, metavar="V", help="tokens in the BPE vocabulary (%(default)s)")
+    add("--steps", type=positive, default=120, help="steps of the optimizer (%(default)s)")
+    add("--batch-size", type=positive, default=8, metavar="B", help="sequences in a step (%(default)s)")
+    add("--context", type=positive, default=128, metavar="T", help="tokens in a sequence (%(default)s)")
+    add("--lr", type=float, default=2e-3, help="peak learning rate, for every loss (%(default)s)")
+    add("--clip", type=float, default=1.0, help="largest norm of the gradient; keep it for perplexity (%(default)s)")
+    add("--weight-decay", type=float, default=0.1, metavar="W", help="of AdamW (%(default)s)")
+    add("--dim", type=positive, default=192, metavar="D", help="width of the model (%(default)s)")
+    add("--heads", type=positive, default=4, help="attention heads; divides --dim (%(default)s)")
+    add("--layers", type=positive, default=3, help="blocks (%(default)s)")
+    add("--eval-every", type=positive, default=40, metavar="STEPS", help="steps between validations (%(default)s)")
+    add("--eval-windows", type=positive, default=128, metavar="N", help="held-out sequences in each (%(default)s)")
+    add("--seed", type=int, default=0, help="of the weights and the batches (%(default)s)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1 (%(default)s)")
+    add("--dtype", choices=("float32", "bfloat16"), help="of products and logits (float32 on a CPU, else bfloat16)")
+    args = parser.parse_args(arguments)
+    args.dtype = args.dtype or ("float32" if args.device == "cpu" else "bfloat16")
+    if args.vocab_size < 257:
+        parser.error(f"--vocab-size must be at least 257, the bytes and the end of a text; got {args.vocab_size}")
+    if args.dim % args.heads:
+        parser.error(f"--heads must divide --dim; got --dim {args.dim} --heads {args.heads}")
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error(f"--device {args.device} needs a GPU that torch {torch.__version__} can use; try --device cpu")
+    return args
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"must be a whole number above 0; got {text}")
+    return int(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
