@@ -8,8 +8,8 @@ import math
 import torch
 from torch import Tensor
 
-from fused_ppl import checks, functional
-from fused_ppl.spec import Options
+from fused_ppl import checks, functional, reduction
+from fused_ppl.spec import LossSpec, Options
 
 
 class Perplexity:
@@ -89,7 +89,7 @@ class Perplexity:
 
     def compute(self) -> Tensor:
         """The perplexity, a 0-d float64 tensor; NaN before any counted token."""
-        return (self.nll_sum / self.total_weight).exp()
+        return reduction.finish(self.nll_sum, self.total_weight, None, LossSpec(), None, self.nll_sum.dtype).perplexity
 
     @property
     def bits_per_token(self) -> Tensor:
