@@ -59,7 +59,7 @@ class LogitsLoss(torch.autograd.Function):
         with torch.no_grad():
             if ctx.inplace:
                 _OPS.logits_backward_(*args)
-                gradient = logits
+                gradient = logits.detach()  # the logits themselves would bring their graph along
             else:
                 gradient = _OPS.logits_backward(*args)
         if torch.is_grad_enabled():
