@@ -18,6 +18,18 @@ import fused_ppl.engines.logits  # noqa: F401  (the three register the ops)
 _OPS = torch.ops.fused_ppl
 
 
+def run(function: type[torch.autograd.Function], *args: Any) -> tuple[Tensor, ...]:
+    """`function.apply`.
+
+    Where nothing records a gradient, Dynamo takes a forward of one variadic parameter for one that wants a ctx.
+    """
+    if torch.compiler.is_compiling():
+        tensors = [a for a in args if isinstance(a, Tensor)]
+        if not torch.is_grad_enabled() or not any(t.requires_grad for t in tensors):
+            return function.forward(*args)  # type: ignore[no-any-return]
+    return function.apply(*args)  # type: ignore[no-any-return]
+
+
 class LogitsLoss(torch.autograd.Function):
     """(loss, perplexity, total_weight, loss_factor, perplexity_factor, nll, lse, entropy, predicted) from logits."""
 
@@ -47,7 +59,7 @@ class LogitsLoss(torch.autograd.Function):
         with torch.no_grad():
             if ctx.inplace:
                 _OPS.logits_backward_(*args)
-                gradient = logits
+                gradient = logits.detach()  # the logits themselves would bring their graph along
             else:
                 gradient = _OPS.logits_backward(*args)
         if torch.is_grad_enabled():

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fused_ppl import backends, checks, plan, reference
-from fused_ppl.autograd import LinearLoss, LogitsLoss
+from fused_ppl.autograd import LinearLoss, LogitsLoss, run
 from fused_ppl.reduction import sum_dtype
 from fused_ppl.spec import LossOutput, LossSpec, Options
 
@@ -297,7 +297,8 @@ def _from_logits(
     if backend == "reference":
         checks.check_target_range(target, logits.shape[-1], spec.ignore_index)
         return reference.logits_loss(logits, target, spec, weight, token_weight, num_items)
-    out = LogitsLoss.apply(  # type: ignore[no-untyped-call]
+    out = run(
+        LogitsLoss,
         logits,
         target,
         weight,
@@ -348,7 +349,8 @@ def _from_hidden(
     per_token = spec.reduction in ("none", "sequence") or (spec.stats and spec.z_loss > 0)
     shape = (target.numel(), *linear_weight.shape, dtype.itemsize, device, grads, options.memory_budget)
     kind = plan.linear_kind(plan.LinearCase(*shape), per_token)
-    out = LinearLoss.apply(  # type: ignore[no-untyped-call]
+    out = run(
+        LinearLoss,
         *tensors,
         target,
         weight,

@@ -76,7 +76,8 @@ def _forward(hidden, linear_weight, linear_bias, target, weight, token_weight, n
 
     rows = _all_tokens(head, parts, spec, n, dtype)
     totals = reduction.finish(*reduction.sum_rows(rows, spec, target.shape), spec, num_items, rows.nll.dtype)
-    tokens = [t.view(target.shape) if t.numel() == n else t for t in rows[2:]]
+    tokens = [t.view(target.shape) for t in rows[2:4]]
+    tokens += [t.view(target.shape) if spec.stats else t for t in rows[4:]]
     return *totals, *tokens, dhidden, dweight, dbias
 
 

@@ -7,6 +7,7 @@ Two opaque ops over logits of shape (..., V) with the classes last, of any strid
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 
 import torch
@@ -44,8 +45,7 @@ def _forward(logits, target, weight, token_weight, num_items, *rest):  # type: i
     )
     if totals is None:
         totals = reduction.finish(*reduction.sum_rows(rows, spec, shape), spec, num_items, rows.nll.dtype)
-    per_token = [t.view(shape) if t.numel() == math.prod(shape) else t for t in rows[2:]]
-    return *totals, *per_token
+    return *totals, rows.nll.view(shape), rows.lse.view(shape), *(t.view(shape) if spec.stats else t for t in rows[4:])
 
 
 def _backward_into(out: Tensor, logits, target, weight, token_weight, lse, nll, *rest) -> None:  # type: ignore[no-untyped-def]
@@ -54,8 +54,9 @@ def _backward_into(out: Tensor, logits, target, weight, token_weight, lse, nll, 
     of_s, of_z = reduction.row_upstream(
         grad_loss, grad_perplexity, loss_factor, perplexity_factor, spec, target.shape, nll.dtype
     )
+    rows = as_rows(logits)
     backend.nll_backward(
-        as_rows(logits),
+        rows,
         target.reshape(-1),
         lse.reshape(-1),
         nll.reshape(-1),
@@ -64,7 +65,7 @@ def _backward_into(out: Tensor, logits, target, weight, token_weight, lse, nll, 
         spec,
         weight,
         _flat(token_weight),
-        as_rows(out),
+        out.view(rows.shape),  # row by row as the logits: contiguous, or of their strides
         budget,
     )
 
@@ -100,13 +101,19 @@ def row_view(logits: Tensor) -> Tensor | None:
 
     (B, T, V) contiguous gives (1, N, V); (N, C, H, W) with the classes moved last gives (N, H * W, C).
     """
-    lead, v = logits.shape[:-1], logits.shape[-1]
+    lead = list(zip(logits.shape[:-1], logits.stride()[:-1], strict=True))
     for split in range(len(lead) + 1):
-        try:
-            return logits.view(math.prod(lead[:split]), math.prod(lead[split:]), v)
-        except RuntimeError:
-            continue
+        if _merges(lead[:split]) and _merges(lead[split:]):
+            return logits.view(
+                *(math.prod(n for n, _ in part) for part in (lead[:split], lead[split:])), logits.shape[-1]
+            )
     return None
+
+
+def _merges(dims: list[tuple[int, int]]) -> bool:
+    """Whether one stride walks over all of these (size, stride). By arithmetic: a fake tensor must decide as a real."""
+    dims = [(size, stride) for size, stride in dims if size != 1]
+    return all(stride == n * inner for (_, stride), (n, inner) in itertools.pairwise(dims))
 
 
 def as_rows(logits: Tensor) -> Tensor:
