@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 
+import hypothesis
 import pytest
 import torch
 from torch import Tensor
@@ -22,6 +23,10 @@ from torch.testing import assert_close
 import fused_ppl
 from fused_ppl import Options
 from fused_ppl.testing import assert_as_good_as_eager, value_and_gradient
+
+# the same examples every time, and no limit on the time of one: a machine may be busy
+hypothesis.settings.register_profile("suite", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("suite")
 
 BACKENDS = ["torch"]  # the whole suite runs over each; "triton" joins here, under TRITON_INTERPRET=1
 INTERPRETER_LIMIT = 20_000  # logits; the interpreter takes minutes for more

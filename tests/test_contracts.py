@@ -74,6 +74,7 @@ def test_inplace_backward_gives_the_same_gradient_in_the_memory_of_the_logits(la
     expected, _, unchanged = run(False)
     got, logits, bumped = run(True)
     assert_close(got, expected, rtol=0, atol=0)
+    assert not got.requires_grad  # the logits do
     assert unchanged == 0
     assert bumped > 0
     assert_close(logits, got, rtol=0, atol=0)

@@ -198,6 +198,29 @@ def test_statistics(kind, keywords, options):
         assert_close(ours.predicted, truth.predicted)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none", "sequence"])
+@pytest.mark.parametrize(
+    ("shape", "class_dim"),
+    [((7,), 1), ((4, 7), 1), ((2, 3, 7), -1), ((2, 7, 3, 5), 1), ((0, 7), 1), ((2, 0, 7), -1)],
+    ids=str,
+)
+def test_every_result_has_the_shape_and_dtype_that_is_promised(shape, class_dim, reduction, options):
+    logits = make_logits(shape)
+    of_target = logits.shape[:-1] if class_dim == -1 or logits.ndim == 1 else logits.movedim(1, -1).shape[:-1]
+    if not of_target and reduction == "sequence":
+        pytest.skip("one token is no sequence")
+    target = make_target(of_target, 7)
+    of_loss = {"none": of_target, "sequence": of_target[:-1]}.get(reduction, ())
+    for how in (options, REFERENCE):
+        out = cross_entropy_with_stats(logits, target, class_dim=class_dim, reduction=reduction, options=how)
+        for name in ("loss", "perplexity", "total_weight"):
+            assert getattr(out, name).shape == of_loss, name
+        for name in ("nll", "lse", "entropy", "predicted"):
+            assert getattr(out, name).shape == of_target, name
+        kinds = [torch.float32] * 2 + [torch.float32] * 3 + [torch.int64, torch.float64]
+        assert [t.dtype for t in out] == kinds
+
+
 def test_lse_is_exact_where_the_target_has_no_chance(options):
     # a masked class as target: nll is 1e9, and lse must not be what is left after subtracting it
     logits = torch.tensor([[5.0, 0.0, 1.0, -1e9], [5.0, 0.0, 1.0, -math.inf], [5.0, 0.0, 1.0, -60.0]])
