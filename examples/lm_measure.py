@@ -24,7 +24,6 @@ class Run:
     tokens_per_step: int
     steps: list[dict[str, float]] = field(default_factory=list)
     validation: list[dict[str, float]] = field(default_factory=list)
-    memory_before: int = 0
     memory_peak: int = 0
     finished: bool = False
 
@@ -65,7 +64,6 @@ class Run:
             "bits_per_token": last.get("bits_per_token"),
             "bits_per_byte": last.get("bits_per_byte"),
             "memory_peak_mb": self.memory_peak / 2**20,
-            "memory_added_mb": (self.memory_peak - self.memory_before) / 2**20,
         }
 
 
@@ -76,14 +74,14 @@ class PeakMemory:
     """
 
     def __init__(self, run: Run, device: str, interval: float = 0.005) -> None:
-        self.run, self.cuda, self.interval = run, device.startswith("cuda"), interval
+        self.run, self.device, self.interval = run, device, interval
+        self.cuda = device.startswith("cuda")
         self.process, self.stop = psutil.Process(), threading.Event()
         self.thread = threading.Thread(target=self._watch, daemon=True)
 
     def __enter__(self) -> None:
         if self.cuda:
-            torch.cuda.reset_peak_memory_stats()
-        self.run.memory_before = torch.cuda.memory_allocated() if self.cuda else self.process.memory_info().rss
+            torch.cuda.reset_peak_memory_stats(self.device)
         self.thread.start()
 
     def __exit__(self, *error: object) -> None:
@@ -96,7 +94,7 @@ class PeakMemory:
             self._look()
 
     def _look(self) -> None:
-        now = torch.cuda.max_memory_allocated() if self.cuda else self.process.memory_info().rss
+        now = torch.cuda.max_memory_allocated(self.device) if self.cuda else self.process.memory_info().rss
         self.run.memory_peak = max(self.run.memory_peak, now)
 
 

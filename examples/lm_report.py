@@ -21,7 +21,7 @@ STYLES = {
     "cross_entropy": ("#D55E00", (0, (6, 3))),
     "torch": ("#009E73", (0, (1.5, 2))),
 }
-COLUMNS = ("loss", "perplexity", "bits/\ntoken", "bits/\nbyte", "tokens\nper s", "peak\nMB", "added\nMB", "train\ns")
+COLUMNS = ("loss", "perplexity", "bits/\ntoken", "bits/\nbyte", "tokens\nper s", "peak\nMB", "train\ns")
 
 
 class Report:
@@ -57,14 +57,15 @@ class Report:
             draw_run(axes, run)
         axes.axhline(self.unigram, color="0.35", linewidth=1, linestyle=(0, (8, 4)))
         label = f"unigram model: {self.unigram:,.1f}"
-        axes.annotate(
+        axes.text(
+            0.99,
+            self.unigram,
             label,
-            (0.01, self.unigram),
-            xycoords=("axes fraction", "data"),
-            xytext=(0, -5),
-            textcoords="offset points",
-            va="top",
+            transform=axes.get_yaxis_transform(),
+            ha="right",
+            va="center",
             color="0.35",
+            bbox={"facecolor": "white", "edgecolor": "none"},
         )
         axes.set_xlim(left=0)
         axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1000:g}k" if value else "0")
@@ -94,7 +95,6 @@ class Report:
                 number(s["bits_per_byte"], ".3f"),
                 number(s["tokens_per_second"], ",.0f"),
                 number(s["memory_peak_mb"], ",.0f"),
-                number(s["memory_added_mb"], ",.0f"),
                 number(s["train_seconds"], ",.0f"),
             )
         table.add_section()
@@ -121,16 +121,13 @@ def draw_run(axes: Any, run: Run) -> None:
     axes.plot(tokens, perplexity, color=colour, linewidth=0.8, alpha=0.25)
     axes.plot(tokens, running_mean(perplexity), color=colour, linestyle=line, linewidth=1.8, label=label)
     at = [point["tokens"] for point in run.validation]
-    axes.plot(at, held_out, "o", color=colour, markeredgecolor="white", markersize=8, zorder=3, clip_on=False)
+    axes.plot(at, held_out, "o", color=colour, markeredgecolor="white", markersize=7, zorder=3, clip_on=False)
 
 
-def running_mean(perplexity: list[float], keep: float = 0.8) -> list[float]:
-    """Exponential moving average of log perplexity, corrected for its start: perplexities multiply, they do not add."""
-    mean, weight, result = 0.0, 0.0, []
-    for value in torch.tensor(perplexity, dtype=torch.float64).log().tolist():
-        mean, weight = keep * mean + (1 - keep) * value, keep * weight + (1 - keep)
-        result.append(mean / weight)
-    return torch.tensor(result, dtype=torch.float64).exp().tolist()
+def running_mean(perplexity: list[float], reach: int = 4) -> list[float]:
+    """Geometric mean over each step and the `reach` steps on both sides: perplexities multiply, they do not add."""
+    logs = torch.tensor(perplexity, dtype=torch.float64).log()
+    return [logs[max(i - reach, 0) : i + reach + 1].mean().exp().item() for i in range(len(logs))]
 
 
 def number(value: float | None, form: str) -> str:

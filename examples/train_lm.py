@@ -5,12 +5,13 @@
     python examples/train_lm.py --compare           perplexity, cross_entropy and torch one after another, one table
     python examples/train_lm.py --text a.txt b.txt --device cuda --dim 512 --layers 8 --steps 5000
 
-The gradient of the perplexity is PPL times that of cross-entropy: tens of thousands times as long at the start (PPL is
-about V there), hundreds of times at the end. Two things let one learning rate serve both losses. Clipping by the
-global norm gives every perplexity gradient the length --clip, so no step sees the factor. AdamW divides by the
-gradient's own running size, so a common length does not matter either. One difference is left: where the gradient of
-cross-entropy is shorter than --clip it stays short, and weighs less in AdamW's averages. SGD without clipping has
-neither protection: there the factor multiplies the learning rate.
+The gradient of the perplexity is PPL times that of cross-entropy: the same direction, tens of thousands of times as
+long at the start (PPL is about V there), hundreds of times at the end. Two things let one learning rate serve both
+losses. Clipping by the global norm gives every perplexity gradient the length --clip, so no step sees the factor;
+AdamW divides by the gradient's own running size, so a common length does not matter either. The default --clip is
+short enough to bite at every step of cross-entropy too, and then all losses take the same steps. With a longer --clip
+cross-entropy's late, short gradients weigh less in AdamW's averages, and the curves part: that is the clipping, not
+the loss. SGD without clipping has neither protection: there the factor multiplies the learning rate.
 """
 
 from __future__ import annotations
@@ -163,7 +164,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--batch-size", type=positive, default=8, metavar="B", help="sequences in a step (%(default)s)")
     add("--context", type=positive, default=128, metavar="T", help="tokens in a sequence (%(default)s)")
     add("--lr", type=float, default=2e-3, help="peak learning rate, for every loss (%(default)s)")
-    add("--clip", type=float, default=1.0, help="largest norm of the gradient; keep it for perplexity (%(default)s)")
+    add("--clip", type=float, default=0.5, help="largest norm of the gradient; keep it for perplexity (%(default)s)")
     add("--weight-decay", type=float, default=0.1, metavar="W", help="of AdamW (%(default)s)")
     add("--dim", type=positive, default=192, metavar="D", help="width of the model (%(default)s)")
     add("--heads", type=positive, default=4, help="attention heads; divides --dim (%(default)s)")
