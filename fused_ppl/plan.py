@@ -6,8 +6,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-# bytes of one fp32 buffer of rows that a chunk works on: the second-level cache of a core, and enough to fill a GPU
-CPU_CACHE_PER_THREAD = 2**20
+# bytes of the buffer of rows that a chunk works on. On a CPU it stays in the shared cache; smaller ones cost more
+# barriers between threads, which are slow where other programs want the cores. On a GPU it is enough to fill it
+CPU_BUFFER_PER_THREAD = 4 * 2**20
+CPU_BUFFER = 32 * 2**20
 GPU_BUFFER = 64 * 2**20
 
 
@@ -15,7 +17,7 @@ def rows_per_chunk(num_classes: int, itemsize: int, device_type: str, threads: i
     """Rows whose buffer stays in cache, at least one for each thread, and within the budget (never below one row)."""
     row = num_classes * itemsize
     if device_type == "cpu":
-        rows = max(threads, CPU_CACHE_PER_THREAD * threads // row)
+        rows = max(threads, min(CPU_BUFFER_PER_THREAD * threads, CPU_BUFFER) // row)
     else:
         rows = max(1, GPU_BUFFER // row)
     if memory_budget is not None:

@@ -165,7 +165,9 @@ def test_views_are_not_copied(layout, backend, fits, peak_bytes):
     fits(2048, 2048)
     x = layout(make_logits((2048, 2048), torch.bfloat16))
     target = make_target(x.shape[:-1], x.shape[-1])
-    assert peak_bytes(lambda: perplexity(x, target, class_dim=-1, options=Options(backend))) <= 6 * MIB
+    assert (
+        peak_bytes(lambda: perplexity(x, target, class_dim=-1, options=Options(backend))) <= 10 * MIB
+    )  # the buffer is 8, a copy another 8
 
 
 def test_the_measure_of_memory_sees_a_copy(peak_bytes):
