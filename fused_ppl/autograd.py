@@ -38,7 +38,7 @@ class LogitsLoss(torch.autograd.Function):
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
         *tensors, spec, backend, memory_budget, _ = args
-        return tuple(_OPS.logits_forward(*tensors, *spec.op_args(), backend, memory_budget))
+        return tuple(_OPS.logits_forward(*tensors, *spec, backend, memory_budget))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -55,7 +55,7 @@ class LogitsLoss(torch.autograd.Function):
             return (None,) * 9
         saved = ctx.saved_tensors
         logits = saved[0]
-        args = (*saved, grad_loss, grad_perplexity, *ctx.spec.op_args(), ctx.backend, ctx.memory_budget)
+        args = (*saved, grad_loss, grad_perplexity, *ctx.spec, ctx.backend, ctx.memory_budget)
         with torch.no_grad():
             if ctx.inplace:
                 _OPS.logits_backward_(*args)
@@ -79,7 +79,7 @@ class LinearLoss(torch.autograd.Function):
     def forward(*args: Any) -> tuple[Tensor, ...]:
         *tensors, spec, kind, grads, dtype, backend, memory_budget = args
         made = grads if kind == "rows" else (False,) * 3
-        return tuple(_OPS.linear_forward(*tensors, *spec.op_args(), backend, dtype, made, memory_budget))
+        return tuple(_OPS.linear_forward(*tensors, *spec, backend, dtype, made, memory_budget))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -101,7 +101,7 @@ class LinearLoss(torch.autograd.Function):
                 results = _OPS.linear_scale(*inputs[:3], *made, *scalars, ctx.dtype, ctx.grads)
             else:
                 how = (ctx.backend, ctx.dtype, ctx.grads, ctx.memory_budget)
-                results = _OPS.linear_vocab_backward(*inputs, lse, nll, *scalars, *ctx.spec.op_args(), *how)
+                results = _OPS.linear_vocab_backward(*inputs, lse, nll, *scalars, *ctx.spec, *how)
         gradients = [r if needed else None for r, needed in zip(results, ctx.grads, strict=True)]
         if torch.is_grad_enabled():
             parents = (grad_loss, grad_perplexity, *inputs[:3])

@@ -72,7 +72,7 @@ class LinearCase:
     def accumulator_bytes(self) -> int:
         """The fp32 gradient of weight and bias."""
         _, grad_weight, grad_bias = self.grads
-        return max(4, self.itemsize) * self.num_classes * (self.hidden_size * grad_weight + grad_bias)
+        return max(4, self.itemsize) * self.num_classes * ((self.hidden_size if grad_weight else 0) + int(grad_bias))
 
 
 @dataclass(frozen=True)

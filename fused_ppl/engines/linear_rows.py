@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fused_ppl import backends, plan, reduction
-from fused_ppl.engines import LIBRARY
+from fused_ppl.engines import LIBRARY, memory
 from fused_ppl.engines.head import Head, empty_gradients, product_dtype, wide_dtype
 from fused_ppl.spec import SPEC_SCHEMA, LossSpec, RowStats
 
@@ -44,14 +44,15 @@ def _forward(hidden, linear_weight, linear_bias, target, weight, token_weight, n
     head = Head(flat, linear_weight, linear_bias, labels, spec, dtype)
     case = plan.LinearCase(n, v, d, head.dtype.itemsize, hidden.device.type, tuple(grads), memory_budget)
     chunk = plan.linear_plan(case, "rows" if any(grads) else "forward").rows
-    dhidden, dweight, dbias = (t.zero_() for t in _accumulators(hidden, linear_weight, grads, dtype))
+    shapes = _accumulator_shapes(hidden, linear_weight, grads)
+    dhidden, dweight, dbias = (memory.empty(s, wide_dtype(dtype), hidden.device).zero_() for s in shapes)
     upstream = None
     if any(grads):
         upstream = HALF_SCALE if head.dtype == torch.float16 else 1.0
 
     m = head.target.shape[0]
     u = head.rows(None if token_weight is None else token_weight.reshape(-1))
-    buffer = torch.empty(min(chunk, max(m, 1)), v, dtype=head.dtype, device=hidden.device)
+    buffer = memory.empty((min(chunk, max(m, 1)), v), head.dtype, hidden.device)
     dh = dhidden.view(-1, d) if head.kept is None else dhidden.new_zeros((m, d) if grads[0] else (0, d))
     parts = []
     for start in range(0, m, chunk):
@@ -94,9 +95,10 @@ def _all_tokens(head: Head, parts: list[RowStats], spec: LossSpec, n: int, dtype
     return RowStats(*(head.spread(t, n, i) if t.numel() else t for t, i in zip(stats, ignored, strict=True)))
 
 
-def _accumulators(hidden: Tensor, linear_weight: Tensor, grads: Sequence[bool], dtype: torch.dtype) -> list[Tensor]:
+def _accumulator_shapes(hidden: Tensor, linear_weight: Tensor, grads: Sequence[bool]) -> list[Sequence[int]]:
+    """Of the gradients of hidden states, weight and bias; 0 elements where none is needed."""
     shapes = (hidden.shape, linear_weight.shape, linear_weight.shape[:1])
-    return [hidden.new_empty(s if g else (0,), dtype=wide_dtype(dtype)) for s, g in zip(shapes, grads, strict=True)]
+    return [shape if needed else (0,) for shape, needed in zip(shapes, grads, strict=True)]
 
 
 def _scale(hidden, linear_weight, linear_bias, dhidden, dweight, dbias, *rest):  # type: ignore[no-untyped-def]
@@ -122,7 +124,8 @@ def _scale_fake(hidden, linear_weight, linear_bias, *rest):  # type: ignore[no-u
 def _forward_fake(hidden, linear_weight, linear_bias, target, weight, token_weight, num_items, *rest):  # type: ignore[no-untyped-def]
     reduction_, stats, dtype, grads = rest[0], rest[7], rest[-3], rest[-2]
     results = reduction.empty_results(hidden, target, wide_dtype(dtype), reduction_, stats)
-    return *results, *_accumulators(hidden, linear_weight, grads, dtype)
+    made = [hidden.new_empty(s, dtype=wide_dtype(dtype)) for s in _accumulator_shapes(hidden, linear_weight, grads)]
+    return *results, *made
 
 
 LIBRARY.impl("linear_forward", _forward, "CompositeExplicitAutograd")

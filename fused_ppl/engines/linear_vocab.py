@@ -12,7 +12,7 @@ import functools
 import torch
 
 from fused_ppl import backends, plan, reduction
-from fused_ppl.engines import LIBRARY
+from fused_ppl.engines import LIBRARY, memory
 from fused_ppl.engines.head import Head, empty_gradients
 from fused_ppl.spec import SPEC_SCHEMA, LossSpec
 
@@ -44,7 +44,7 @@ def _backward(hidden, linear_weight, linear_bias, target, weight, token_weight, 
     dhidden, dweight, dbias = empty_gradients(hidden, linear_weight, linear_bias, grads)
     h = head.hidden.to(head.dtype)
     dh = torch.zeros((n, d) if grads[0] else (0,), dtype=head.wide, device=hidden.device)
-    buffer = torch.empty(n * columns, dtype=head.dtype, device=hidden.device)
+    buffer = memory.empty((n * columns,), head.dtype, hidden.device)
     for first in range(0, v, columns):
         last = min(first + columns, v)
         g = buffer[: n * (last - first)].view(n, last - first)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fused_ppl import backends, reduction
-from fused_ppl.engines import LIBRARY
+from fused_ppl.engines import LIBRARY, memory
 from fused_ppl.spec import SPEC_SCHEMA, LossSpec
 
 _spec = functools.lru_cache(LossSpec)
@@ -71,7 +71,8 @@ def _backward_into(out: Tensor, logits, target, weight, token_weight, lse, nll, 
 
 
 def _backward(logits, *args):  # type: ignore[no-untyped-def]
-    out = empty_gradient(logits)
+    contiguous = logits.is_contiguous()
+    out = memory.empty(logits.shape, logits.dtype, logits.device) if contiguous else empty_gradient(logits)
     _backward_into(out, logits, *args)
     return out
 
