@@ -98,7 +98,7 @@ class LinearLoss(torch.autograd.Function):
         with torch.no_grad():
             if ctx.kind == "rows":
                 made = (dhidden, dweight, dbias)
-                results = _OPS.linear_scale(*inputs[:3], *made, *scalars, ctx.dtype, ctx.grads)
+                results = _OPS.linear_scale(*inputs[:3], *made, *scalars, ctx.grads)
             else:
                 how = (ctx.backend, ctx.dtype, ctx.grads, ctx.memory_budget)
                 results = _OPS.linear_vocab_backward(*inputs, lse, nll, *scalars, *ctx.spec, *how)

@@ -44,8 +44,8 @@ def check_memory_budget(value: object) -> None:
         raise ValueError(f"memory_budget must be a number of bytes > 0, or None; got {value!r}. 2**29 is 512 MiB.")
 
 
-def check_options(options: object) -> None:
-    if type(options).__name__ != "Options":
+def check_options(options: object, kind: type) -> None:
+    if not isinstance(options, kind):
         raise TypeError(f"options must be a fused_ppl.Options; got {type(options).__name__}. Pass Options(...).")
 
 

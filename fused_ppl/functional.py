@@ -192,9 +192,9 @@ def linear_cross_entropy(
         target: (...), int64 or int32.
         linear_bias: (V,).
 
-    All other arguments, what is returned and what is raised: `cross_entropy`. Options.memory_budget bounds what is
-    held beyond the inputs and the gradients. Rows that are not counted cost no products on a CPU; on a GPU leave the
-    rows of a prompt out before the call.
+    All other arguments, what is returned and what is raised: `cross_entropy`. Options.memory_budget sets the chunk
+    sizes to hold no more beyond inputs and gradients, where that is possible. Rows that are not counted cost no
+    products on a CPU; on a GPU leave the rows of a prompt out before the call.
 
     Example:
         >>> import torch, fused_ppl
@@ -280,7 +280,7 @@ def _from_logits(
     options: Options | None,
 ) -> LossOutput:
     options = _DEFAULT if options is None else options
-    checks.check_options(options)
+    checks.check_options(options, Options)
     checks.check_logits(input, class_dim)
     logits = input if input.ndim == 1 or class_dim in (-1, input.ndim - 1) else input.movedim(class_dim, -1)
     checks.check_classes(logits.shape[-1])
@@ -327,7 +327,7 @@ def _from_hidden(
     options: Options | None,
 ) -> LossOutput:
     options = _DEFAULT if options is None else options
-    checks.check_options(options)
+    checks.check_options(options, Options)
     checks.check_head(input, linear_weight, linear_bias)
     checks.check_target(target, input.shape[:-1], input)
     checks.check_sequence(spec.reduction, target)
@@ -336,7 +336,8 @@ def _from_hidden(
     checks.check_num_items(num_items, spec.reduction)
     checks.check_no_inplace(options.inplace_backward)
     device = input.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else input.dtype
+    cast = torch.is_autocast_enabled(device) and input.dtype != torch.float64  # which autocast leaves alone
+    dtype = torch.get_autocast_dtype(device) if cast else input.dtype
     backend = backends.choose(options.backend, input.device, dtype)
     if num_items is not None:
         num_items = _scalar(num_items, input)

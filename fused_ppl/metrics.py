@@ -64,21 +64,20 @@ class Perplexity:
         self._add(nll, weight if self.ignore_index is None else torch.where(target.ne(self.ignore_index), weight, 0))
 
     @torch.no_grad()
-    def update_nll(self, nll: Tensor, total_weight: Tensor | float | None = None) -> None:
-        """Add nll that are known already, in nats: one for each token, or their sum.
+    def update_nll(self, nll: Tensor, total_weight: Tensor | float) -> None:
+        """Add S and M that are known already, in nats: `out.loss` and `out.total_weight` of reduction="sum".
 
         Args:
-            nll: of any shape; 0 where ignored, as in `LossOutput.nll`.
-            total_weight: the number of counted tokens, or tensors of weights. None counts every element of `nll`.
+            nll: S, or the parts of it: of any shape, weighted if tokens are, 0 where ignored.
+            total_weight: M, or the parts of it: the number of counted tokens, or the sum of their weights.
         """
         checks.check_float_input("nll", nll)
-        weight = nll.numel() if total_weight is None else total_weight
-        self._add(nll, torch.as_tensor(weight, dtype=torch.float64, device=nll.device))
+        self._add(nll, torch.as_tensor(total_weight, dtype=reduction.sum_dtype(nll.device), device=nll.device))
 
     def _add(self, nll: Tensor, weight: Tensor) -> None:
-        wide = torch.float32 if nll.device.type == "mps" else torch.float64
-        self.nll_sum = self.nll_sum.to(nll.device) + nll.sum(dtype=wide)
-        self.total_weight = self.total_weight.to(nll.device) + weight.sum(dtype=wide)
+        device, wide = nll.device, reduction.sum_dtype(nll.device)
+        self.nll_sum = self.nll_sum.to(device, wide) + nll.sum(dtype=wide)
+        self.total_weight = self.total_weight.to(device, wide) + weight.sum(dtype=wide)
 
     def merge(self, other: Perplexity) -> Perplexity:
         """Add what another metric has seen, of another worker or another part of the data. Returns itself."""

@@ -3,22 +3,31 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from fused_ppl import checks, functional
-from fused_ppl.spec import Options
+from fused_ppl.spec import LossSpec, Options
 
 
 class _Loss(nn.Module):
-    """Keeps the keywords of a loss; `weight` is a buffer, so that it moves with the module."""
+    """Keeps the keywords of a loss as attributes, as torch's losses do; `weight` is a buffer and moves along."""
 
     weight: Tensor | None
 
     def __init__(self, weight: Tensor | None, **keywords: object) -> None:
         super().__init__()
+        LossSpec(**{k: v for k, v in keywords.items() if k not in ("class_dim", "options")})  # type: ignore[arg-type]
         self.register_buffer("weight", weight)
-        self.keywords = keywords
+        self._names = tuple(keywords)
+        for name, value in keywords.items():
+            setattr(self, name, value)
+
+    @property
+    def keywords(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self._names}
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.keywords.items())
@@ -73,7 +82,7 @@ class CrossEntropyLoss(_Loss):
             self.weight,
             token_weight=token_weight,
             num_items=num_items,
-            **self.keywords,  # type: ignore[arg-type]
+            **self.keywords,
         )
 
 
@@ -113,7 +122,7 @@ class PerplexityLoss(_Loss):
         )
 
     def forward(self, input: Tensor, target: Tensor, *, token_weight: Tensor | None = None) -> Tensor:
-        return functional.perplexity(input, target, self.weight, token_weight=token_weight, **self.keywords)  # type: ignore[arg-type]
+        return functional.perplexity(input, target, self.weight, token_weight=token_weight, **self.keywords)
 
 
 class _LinearLoss(_Loss):
@@ -198,7 +207,7 @@ class LinearCrossEntropyLoss(_LinearLoss):
             weight=self.weight,
             token_weight=token_weight,
             num_items=num_items,
-            **self.keywords,  # type: ignore[arg-type]
+            **self.keywords,
         )
 
 
@@ -255,5 +264,5 @@ class LinearPerplexityLoss(_LinearLoss):
             linear_bias=self.linear.bias,
             weight=self.weight,
             token_weight=token_weight,
-            **self.keywords,  # type: ignore[arg-type]
+            **self.keywords,
         )

@@ -50,6 +50,7 @@ MIN_ROWS = {"cpu": {2: 1024, 4: 256, 8: 256}, "gpu": {2: 1024, 4: 1024, 8: 1024}
 MAX_ROWS = {"cpu": 2048, "gpu": 4096}
 CHUNK_BYTES = {"cpu": 256 * 2**20, "gpu": 512 * 2**20}
 COLUMNS = 8192  # of a slice of the vocabulary
+LEAST_COLUMNS = 256
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,12 @@ class LinearPlan:
         )
 
 
+def _within(wanted: int, room: int, size: int, least: int) -> int:
+    """How many of `size` bytes fit. Where nothing does, the budget is lost: less than `least` would save little more
+    and cost everything."""
+    return min(wanted, room // size) if room >= size else min(wanted, least)
+
+
 def linear_kind(case: LinearCase, per_token: bool) -> str:
     """The kind of plan. It never depends on N, which torch.compile may not know.
 
@@ -138,14 +145,14 @@ def linear_plan(case: LinearCase, kind: str) -> LinearPlan:
         fixed = wide * n * d * case.grads[0]
         columns = max(1, min(COLUMNS, v, CHUNK_BYTES[case.place] // max(1, n * size)))
         if case.memory_budget is not None:
-            columns = max(1, min(columns, (case.memory_budget - fixed) // max(1, n * size)))
+            columns = _within(columns, case.memory_budget - fixed, max(1, n * size), LEAST_COLUMNS)
         backward = fixed + columns * n * size
     if case.memory_budget is not None:
         kept = case.packed_bytes + (saved if kind == "rows" else 0)
-        rows = max(1, min(rows, (case.memory_budget - kept) // (v * size)))
+        rows = _within(rows, case.memory_budget - kept, v * size, least)
     rows = max(1, min(rows, n))
     temporary = max(rows * v * size + case.packed_bytes, backward)
     if case.memory_budget is not None and temporary + saved > case.memory_budget:
-        reason += f", over the budget of {case.memory_budget / 2**20:.0f} MiB: less is not possible"
+        reason += f", over the budget of {case.memory_budget / 2**20:.0f} MiB: its fixed part alone does not fit"
     products = {"forward": 1, "rows": 1, "vocab": 2}[kind] + case.grads[0] + case.grads[1]
     return LinearPlan(kind, rows, columns, temporary, saved, product * products, reason)

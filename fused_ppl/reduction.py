@@ -70,7 +70,8 @@ def finish(
     perplexity, _ = _exp(mean, spec.max_nll)
     _, slope = _exp(s * inverse, spec.max_nll)
     if num_items is not None:
-        factor = num_items.to(s.dtype).reciprocal()
+        # without a counted token every gradient is 0, also where num_items is
+        factor = torch.where(m == 0, 0.0, num_items.to(s.dtype).reciprocal())
         loss = total / num_items
     elif spec.reduction == "sum":
         loss, factor = total, torch.ones_like(s)
@@ -88,6 +89,18 @@ def _exp(mean: Tensor, max_nll: float | None) -> tuple[Tensor, Tensor]:
     return slope * (1 + (mean - max_nll).clamp(min=0)), slope
 
 
+def upstream(
+    grad_loss: Tensor | None, grad_perplexity: Tensor | None, loss_factor: Tensor, perplexity_factor: Tensor
+) -> Tensor:
+    """The upstream gradient of S, of the shape of the loss; not both gradients are None."""
+    of_loss = None if grad_loss is None else grad_loss * loss_factor
+    if grad_perplexity is None:
+        assert of_loss is not None
+        return of_loss
+    of_perplexity = grad_perplexity * perplexity_factor
+    return of_perplexity if of_loss is None else of_loss + of_perplexity
+
+
 def row_upstream(
     grad_loss: Tensor | None,
     grad_perplexity: Tensor | None,
@@ -102,11 +115,7 @@ def row_upstream(
     Z takes part in the loss and not in the perplexity; None where nothing asks for it.
     """
     of_z = None if grad_loss is None else grad_loss * loss_factor
-    of_s = of_z
-    if grad_perplexity is not None:
-        of_s = grad_perplexity * perplexity_factor
-        of_s = of_s if of_z is None else of_s + of_z
-    assert of_s is not None
+    of_s = upstream(grad_loss, grad_perplexity, loss_factor, perplexity_factor)
     n = math.prod(target_shape)
 
     def rows(g: Tensor) -> Tensor:

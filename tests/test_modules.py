@@ -117,3 +117,10 @@ def test_modules_take_the_place_of_torch_in_a_training_step(module, function, op
         loss(model(x), target).backward()
         optimizer.step()
     assert loss(model(x), target) < first
+
+
+def test_keywords_are_attributes_and_checked_at_construction():
+    loss = fused_ppl.CrossEntropyLoss(label_smoothing=0.1, ignore_index=0)
+    assert (loss.reduction, loss.ignore_index, loss.label_smoothing) == ("mean", 0, 0.1)
+    with pytest.raises(ValueError, match="reduction must be one of"):
+        fused_ppl.PerplexityLoss(reduction="avg")

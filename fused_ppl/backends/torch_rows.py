@@ -198,7 +198,9 @@ def _without_target(
     torch.softmax(x, 1, out=x)
     lse_others = torch.where(none, -torch.inf, top - x.gather(1, at).log()).squeeze(1)
     z_y = z_y.squeeze(1)
-    nll = torch.nn.functional.softplus(lse_others - z_y)
+    nll = torch.nn.functional.softplus(lse_others - z_y, threshold=40.0)
+    if rows.bad is not None:
+        nll = nll.masked_fill(rows.bad, torch.nan)
     others = -torch.expm1(-nll)
     x.scatter_(1, y, 0)
     lse = torch.where(z_y.isneginf(), lse_others.to(walk.wide), z_y.to(walk.wide) + nll)
@@ -208,7 +210,7 @@ def _without_target(
     entropy = nll.new_empty(0)
     if spec.stats:
         rest = torch.special.entr(others) + others * torch.special.entr(x).sum(1)
-        entropy = (1 - others) * nll + rest
+        entropy = torch.where(others < 1, (1 - others) * nll, 0) + rest
     return _row_stats(walk, rows, nll, lse, smooth, entropy, predicted, w, token_weight), x, others
 
 
@@ -275,9 +277,7 @@ def _finish_gradient(
 
 def _mark_out_of_range(stats: RowStats, walk: Walk) -> RowStats:
     """NaN where a target is out of range; a CPU has raised already."""
-    bad = (walk.target < 0) | (walk.target >= walk.logits.shape[-1])
-    if walk.spec.ignore_index is not None:
-        bad &= walk.target != walk.spec.ignore_index
+    bad = walk.out_of_range()
     loss, nll, lse = (t.masked_fill(bad, torch.nan) for t in (stats.loss, stats.nll, stats.lse))
     return stats._replace(loss=loss, nll=nll, lse=lse)
 

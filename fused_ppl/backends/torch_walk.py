@@ -24,6 +24,7 @@ class Rows(NamedTuple):
     label: Tensor  # (n, 1) int64: the class, 0 where ignored, inside the range everywhere
     target: Tensor  # (n, 1) int64: its column in the source, 0 where it is elsewhere
     owned: Tensor | None  # (n,) bool: whether that column is in the source; None where the source is all classes
+    bad: Tensor | None  # (n,) bool: whether the target is out of range; None on a CPU, which has raised
     skipped: bool  # known to hold no counted row
 
 
@@ -67,6 +68,7 @@ class Walk:
             owned = (label >= first) & (label < first + v)
             column = (label - first) * owned
         label, column = label.unsqueeze(1), column.unsqueeze(1)
+        bad = None if on_cpu else self.out_of_range()
         for b, r, i in plan.row_chunks(self.logits.shape[0], self.logits.shape[1], self.rows):
             out = None if self.out is None else self.out[b, r]
             mine = None if counted is None else counted[i]
@@ -74,9 +76,14 @@ class Walk:
             if mine is not None and on_cpu:
                 any_, all_ = bool(mine.any()), bool(mine.all())
                 mine, skipped = None if all_ else mine, not any_
-            yield Rows(
-                i, self.logits[b, r], out, mine, label[i], column[i], None if owned is None else owned[i], skipped
-            )
+            here, wrong = (None if mask is None else mask[i] for mask in (owned, bad))
+            yield Rows(i, self.logits[b, r], out, mine, label[i], column[i], here, wrong, skipped)
+
+    def out_of_range(self) -> Tensor:
+        """(N,) bool: targets that are neither a class nor ignored."""
+        num_classes = self.columns[1] if self.columns else self.logits.shape[-1]
+        bad = (self.target < 0) | (self.target >= num_classes)
+        return bad if self.spec.ignore_index is None else bad & (self.target != self.spec.ignore_index)
 
     def load(self, rows: Rows, derivative: Tensor | None = None) -> Tensor:
         """z of the rows, (n, V): the caller's own memory, which stays as it is, where nothing has to be done to it."""

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The matrix products of an LM head, and the rows that take part in them.
 
-Products run in one dtype: that of the hidden states, or what autocast says. A CPU without instructions for it computes
-in fp32, from slices of the weight converted on the way. What a product adds to is fp32 (fp64 for fp64).
+Products run in one dtype: that of the hidden states, or what autocast says. fp16 does not hold the gradient of a logit
+(p < 3e-8 is flushed, a large token weight overflows), and a CPU may have no instructions for bf16: these compute in
+fp32, from slices of the weight converted on the way. What a product adds to is fp32 (fp64 for fp64).
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ SLICE = 4096  # columns of a product that is converted or added in cache
 
 def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """What the products of this dtype run in on this device."""
-    if device.type != "cpu" or dtype in (torch.float32, torch.float64):
-        return dtype
-    native = torch.ops.mkldnn._is_mkldnn_bf16_supported if dtype == torch.bfloat16 else lambda: False
-    return dtype if native() else torch.float32
+    if dtype == torch.float16:
+        return torch.float32
+    if dtype == torch.bfloat16 and device.type == "cpu":
+        native = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        return dtype if native else torch.float32
+    return dtype
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -82,6 +85,9 @@ class Head:
             return values
         out = values.new_full((num_tokens, *values.shape[1:]), ignored)
         return out.index_copy_(0, self.kept, values)
+
+    def zeros(self, n: int) -> Tensor:
+        return torch.zeros(n, dtype=self.wide, device=self.target.device)
 
     def slices(self, columns: int, step: int) -> Iterator[slice]:
         for v in range(0, columns, step):

@@ -13,12 +13,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fused_ppl import backends, plan, reduction
+from fused_ppl import backends, checks, plan, reduction
 from fused_ppl.engines import LIBRARY, memory
-from fused_ppl.engines.head import Head, empty_gradients, product_dtype, wide_dtype
+from fused_ppl.engines.head import Head, empty_gradients, wide_dtype
 from fused_ppl.spec import SPEC_SCHEMA, LossSpec, RowStats
-
-HALF_SCALE = 1024.0  # fp16 chunks carry the gradient times this: p < 3e-8 would be flushed
 
 LIBRARY.define(
     "linear_forward(Tensor hidden, Tensor linear_weight, Tensor? linear_bias, Tensor target, Tensor? weight, "
@@ -30,7 +28,7 @@ LIBRARY.define(
 LIBRARY.define(
     "linear_scale(Tensor hidden, Tensor linear_weight, Tensor? linear_bias, Tensor dhidden, Tensor dweight, "
     "Tensor dbias, Tensor loss_factor, Tensor perplexity_factor, Tensor? grad_loss, Tensor? grad_perplexity, "
-    "ScalarType dtype, bool[3] grads) -> (Tensor, Tensor, Tensor)"
+    "bool[3] grads) -> (Tensor, Tensor, Tensor)"
 )
 
 _spec = functools.lru_cache(LossSpec)
@@ -46,10 +44,8 @@ def _forward(hidden, linear_weight, linear_bias, target, weight, token_weight, n
     chunk = plan.linear_plan(case, "rows" if any(grads) else "forward").rows
     shapes = _accumulator_shapes(hidden, linear_weight, grads)
     dhidden, dweight, dbias = (memory.empty(s, wide_dtype(dtype), hidden.device).zero_() for s in shapes)
-    upstream = None
-    if any(grads):
-        upstream = HALF_SCALE if head.dtype == torch.float16 else 1.0
-
+    if head.on_cpu:
+        checks.check_target_range(labels, v, spec.ignore_index)  # here, where positions are still the caller's
     m = head.target.shape[0]
     u = head.rows(None if token_weight is None else token_weight.reshape(-1))
     buffer = memory.empty((min(chunk, max(m, 1)), v), head.dtype, hidden.device)
@@ -63,7 +59,14 @@ def _forward(hidden, linear_weight, linear_bias, target, weight, token_weight, n
         target_logit = head.target_logits(h, y)
         parts.append(
             backend.nll_forward_backward(
-                g, target_logit, y, spec, weight, None if u is None else u[r], upstream, memory_budget
+                g,
+                target_logit,
+                y,
+                spec,
+                weight,
+                None if u is None else u[r],
+                1.0 if any(grads) else None,
+                memory_budget,
             )
         )
         if grads[0]:
@@ -85,7 +88,7 @@ def _forward(hidden, linear_weight, linear_bias, target, weight, token_weight, n
 def _all_tokens(head: Head, parts: list[RowStats], spec: LossSpec, n: int, dtype: torch.dtype) -> RowStats:
     if not parts:
         asked = n if spec.stats else 0
-        loss, row_weight, nll, lse = (torch.zeros(n, dtype=wide_dtype(dtype)) for _ in range(4))
+        loss, row_weight, nll, lse = (head.zeros(n) for _ in range(4))
         lse = lse.to(reduction.sum_dtype(lse.device))
         return RowStats(loss, row_weight, nll, lse, nll[:asked].clone(), nll[:asked].long() - 1)
     stats = RowStats(*(torch.cat(column) for column in zip(*parts, strict=True)))
@@ -102,14 +105,8 @@ def _accumulator_shapes(hidden: Tensor, linear_weight: Tensor, grads: Sequence[b
 
 
 def _scale(hidden, linear_weight, linear_bias, dhidden, dweight, dbias, *rest):  # type: ignore[no-untyped-def]
-    loss_factor, perplexity_factor, grad_loss, grad_perplexity, dtype, grads = rest
-    factor = None if grad_loss is None else grad_loss * loss_factor
-    if grad_perplexity is not None:
-        of_perplexity = grad_perplexity * perplexity_factor
-        factor = of_perplexity if factor is None else factor + of_perplexity
-    assert factor is not None
-    if product_dtype(dtype, hidden.device) == torch.float16:
-        factor = factor / HALF_SCALE
+    loss_factor, perplexity_factor, grad_loss, grad_perplexity, grads = rest
+    factor = reduction.upstream(grad_loss, grad_perplexity, loss_factor, perplexity_factor)
     results = empty_gradients(hidden, linear_weight, linear_bias, grads)
     for gradient, result, needed in zip((dhidden, dweight, dbias), results, grads, strict=True):
         if needed:

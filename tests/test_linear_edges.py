@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The fused LM head: bad input, and corners of the number line."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.testing import assert_close
+
+import fused_ppl
+from fused_ppl import Options, linear_cross_entropy, linear_cross_entropy_with_stats
+
+
+def make_head(n, v, d, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(shape, generator=generator, dtype=dtype) for shape in ((n, d), (v, d), (v,))]
+    return tensors, torch.randint(v, (n,), generator=generator)
+
+
+HEAD = torch.zeros(5, 3)
+HIDDEN = torch.zeros(2, 3)
+ERRORS = {
+    "1-d weight": ((HIDDEN, HEAD[0], {}), ValueError, r"linear_weight must have shape \(V, D\); got \(3,\)"),
+    "wrong width": ((torch.zeros(2, 4), HEAD, {}), ValueError, r"D = 3 .* got \(2, 4\)"),
+    "wrong bias": ((HIDDEN, HEAD, {"linear_bias": torch.zeros(4)}), ValueError, r"must have shape \(5,\); got \(4,\)"),
+    "two dtypes": ((HIDDEN.half(), HEAD, {}), TypeError, "one dtype outside autocast.*float16.*use torch.autocast"),
+    "in place": ((HIDDEN, HEAD, {"options": Options(inplace_backward=True)}), ValueError, "for logits"),
+    "integer hidden": ((HIDDEN.long(), HEAD, {}), TypeError, "input must be float16"),
+    "no classes": ((HIDDEN, HEAD[:0], {}), ValueError, "at least one class"),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_errors_state_the_rule_the_value_and_the_way_out(case):
+    (hidden, weight, keywords), error, message = ERRORS[case]
+    with pytest.raises(error, match=message):
+        linear_cross_entropy(hidden, weight, torch.zeros(2, dtype=torch.long), **keywords)
+
+
+def test_a_target_out_of_range_raises_on_a_cpu():
+    with pytest.raises(IndexError, match=r"target must be in \[0, 5\).*got 5"):
+        linear_cross_entropy(HIDDEN, HEAD, torch.tensor([1, 5]))
+
+
+def test_modules_refuse_several_targets():
+    with pytest.raises(ValueError, match=r"out_features must be \(\)"):
+        fused_ppl.LinearCrossEntropyLoss(4, 5, out_features=(2,))
+
+
+@pytest.mark.parametrize("budget", [None, 1])
+def test_without_a_counted_token_zero_items_give_zero_gradients(budget):
+    tensors, _ = make_head(6, 11, 4)
+    target = torch.full((6,), -100)
+    leaves = [t.requires_grad_() for t in tensors]
+    options = Options(memory_budget=budget)
+    loss = linear_cross_entropy(*leaves[:2], target, linear_bias=leaves[2], num_items=0, options=options)
+    assert all(g.eq(0).all() for g in torch.autograd.grad(loss, leaves))
+
+
+def test_autocast_leaves_float64_alone():
+    tensors, target = make_head(6, 11, 4, torch.float64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mine = linear_cross_entropy(*tensors[:2], target)
+    assert_close(mine, F.cross_entropy(tensors[0] @ tensors[1].T, target))
+
+
+def test_a_target_that_cannot_be_has_an_entropy_all_the_same():
+    (hidden, weight, bias), target = make_head(6, 11, 4)
+    bias[target[2]] = -torch.inf
+    out = linear_cross_entropy_with_stats(hidden, weight, target, linear_bias=bias)
+    logp = F.linear(hidden.double(), weight.double(), bias.double()).log_softmax(1)
+    assert_close(out.entropy.double(), -(logp.exp() * logp.clamp(min=-1e300)).sum(1), rtol=1e-5, atol=1e-6)
+
+
+def test_float64_is_float64_also_21_nats_down():
+    hidden, weight = torch.ones(1, 1, dtype=torch.float64), torch.tensor([[0.0], [21.0]], dtype=torch.float64)
+    nll = linear_cross_entropy(hidden, weight, torch.tensor([0]))
+    assert_close(nll, F.cross_entropy(hidden @ weight.T, torch.tensor([0])), rtol=1e-15, atol=0)
+
+
+def test_a_bad_target_is_named_at_the_callers_position():
+    with pytest.raises(IndexError, match="got 99 at flat position 5"):
+        linear_cross_entropy(torch.zeros(6, 3), HEAD, torch.tensor([-100, -100, -100, 1, 2, 99]))
