@@ -257,6 +257,11 @@ def test_12_gradient_has_the_strides_of_the_logits(options):
         assert grad(perplexity(x, make_target((6,), 37), options=options), x).stride() == x.stride()
 
 
+def test_12_gradient_does_not_keep_the_gaps_of_a_small_part(options):
+    x = make_logits((6, 4, 37))[:, -1].requires_grad_()
+    assert grad(perplexity(x, make_target((6,), 37), options=options), x).is_contiguous()
+
+
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
 @pytest.mark.parametrize("bad", [7, -1, -101, 2**31 - 1, -(2**31)])
 def test_13_a_target_out_of_range_raises_and_reads_nothing(bad, dtype, options):
@@ -264,6 +269,13 @@ def test_13_a_target_out_of_range_raises_and_reads_nothing(bad, dtype, options):
     for loss in LOSSES:
         with pytest.raises(IndexError, match=rf"\[0, 7\).*got {bad} at flat position 1"):
             loss(torch.randn(3, 7), target, options=options)
+
+
+@pytest.mark.parametrize("bad", [-1, 7])
+@pytest.mark.parametrize("ignore_index", [-100, 3, None])
+def test_13_one_beyond_the_range_raises_where_nothing_is_ignored(ignore_index, bad, options):
+    with pytest.raises(IndexError, match=f"got {bad} at flat position 1"):
+        cross_entropy(torch.randn(2, 7), torch.tensor([0, bad]), ignore_index=ignore_index, options=options)
 
 
 def test_13_an_index_that_int32_would_wrap_raises(options):
