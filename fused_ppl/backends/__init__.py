@@ -34,8 +34,10 @@ def choose(name: str | None, device: torch.device, dtype: torch.dtype) -> str:
     Raises:
         NotImplementedError: a named backend cannot run here; the message says why and which can.
     """
+    asked = f"backend={name!r}"
     if name is None:
         name = os.environ.get("FUSED_PPL_BACKEND") or None
+        asked = f"FUSED_PPL_BACKEND={name}"
         if name is not None:
             checks.check_choice("FUSED_PPL_BACKEND", name, BACKENDS, "Unset it to let each call choose.")
     if name is None:
@@ -44,8 +46,8 @@ def choose(name: str | None, device: torch.device, dtype: torch.dtype) -> str:
     if reason is not None:
         able = [b for b in BACKENDS if refusal(b, device, dtype) is None]
         raise NotImplementedError(
-            f"backend={name!r} cannot run on {device.type} with {dtype}: {reason}. "
-            f"Use one of {', '.join(repr(b) for b in able)}, or backend=None for the best that can."
+            f"{asked} cannot run on {device.type} with {dtype}: {reason}. Use one of "
+            f"{', '.join(repr(b) for b in able)}, or backend=None without FUSED_PPL_BACKEND for the best that can."
         )
     return name
 
