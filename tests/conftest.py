@@ -7,6 +7,7 @@ Every buffer that fused_ppl leaves uninitialised is filled with NaN, so that an 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import os
 import sys
@@ -29,7 +30,8 @@ from fused_ppl.testing import assert_as_good_as_eager, value_and_gradient
 hypothesis.settings.register_profile("suite", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("suite")
 
-BACKENDS = ["torch"]  # the whole suite runs over each; "triton" joins here, under TRITON_INTERPRET=1
+# the suite runs over each: over the kernels in a process that has TRITON_INTERPRET=1 from the start
+BACKENDS = ["triton"] if os.environ.get("TRITON_INTERPRET") == "1" else ["torch"]
 INTERPRETER_LIMIT = 20_000  # logits; the interpreter takes minutes for more
 
 
@@ -70,6 +72,27 @@ def _threads_that_do_not_get_in_each_other_s_way() -> None:
     """pytest-xdist starts a process for each core, and each would take every core for itself."""
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _interpreter_that_does_only_what_it_must() -> None:
+    """Triton's interpreter takes two thirds of its time to patch triton.language anew in every function that a kernel
+    calls, and to look for integer overflow; tests/test_kernels.py does look."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    original, core = interpreter.InterpretedFunction.__call__, interpreter.tl.core
+    met: list[object] = []
+
+    def call(self, *args, **keywords):  # type: ignore[no-untyped-def]
+        if core in self.fn.__globals__.values() and not met:
+            met.append(self)  # a function of Triton's own, whose triton.language is another module
+            return original(self, *args, **keywords)
+        return self.rewrite()(*args, **keywords)
+
+    interpreter.InterpretedFunction.__call__ = call
+    builder = interpreter.interpreter_builder
+    builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
 
 
 @pytest.fixture(autouse=True)

@@ -33,7 +33,7 @@ TRITON_ROWS = "fused_ppl/backends/triton_rows.py"
 # one of these outside its room is a second copy of the row formula, or an exp of a mean
 FORMULA_NAMES = {"exp", "exp2", "expm1", "log_softmax", "logsumexp", "one_hot", "softmax"}
 FORMULA_ROOMS = {"fused_ppl/reference.py", "fused_ppl/backends/torch_rows.py", "kernels/primitives.py"}
-EXP_OF_A_MEAN = {"fused_ppl/reduction.py": {"exp"}}
+EXP_OF_A_MEAN = {"fused_ppl/reduction.py": {"exp"}, "kernels/combine.py": {"exp"}}  # combine: inside the launch
 # these spell out eager PyTorch, which a user would have run in our place
 FORMULA_EXEMPT = {"fused_ppl/testing.py", "fused_ppl/cli/numbers.py"}
 

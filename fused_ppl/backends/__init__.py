@@ -28,8 +28,10 @@ from fused_ppl.spec import BACKENDS
 MODULES = {"torch": "fused_ppl.backends.torch_rows", "triton": "fused_ppl.backends.triton_rows"}
 
 
-def choose(name: str | None, device: torch.device, dtype: torch.dtype) -> str:
+def choose(name: str | None, device: torch.device, dtype: torch.dtype, *, head: bool = False) -> str:
     """The backend for this call. A name is that one or an error; None is the best that can run.
+
+    `head` asks for the chunk primitive of the fused LM head.
 
     Raises:
         NotImplementedError: a named backend cannot run here; the message says why and which can.
@@ -41,10 +43,14 @@ def choose(name: str | None, device: torch.device, dtype: torch.dtype) -> str:
         if name is not None:
             checks.check_choice("FUSED_PPL_BACKEND", name, BACKENDS, "Unset it to let each call choose.")
     if name is None:
-        return "triton" if device.type not in ("cpu", "mps") and refusal("triton", device, dtype) is None else "torch"
-    reason = refusal(name, device, dtype)
+        return (
+            "triton"
+            if device.type not in ("cpu", "mps") and refusal("triton", device, dtype, head) is None
+            else "torch"
+        )
+    reason = refusal(name, device, dtype, head)
     if reason is not None:
-        able = [b for b in BACKENDS if refusal(b, device, dtype) is None]
+        able = [b for b in BACKENDS if refusal(b, device, dtype, head) is None]
         raise NotImplementedError(
             f"{asked} cannot run on {device.type} with {dtype}: {reason}. Use one of "
             f"{', '.join(repr(b) for b in able)}, or backend=None without FUSED_PPL_BACKEND for the best that can."
@@ -52,12 +58,12 @@ def choose(name: str | None, device: torch.device, dtype: torch.dtype) -> str:
     return name
 
 
-def refusal(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+def refusal(name: str, device: torch.device, dtype: torch.dtype, head: bool = False) -> str | None:
     """Why a backend cannot run here, or None where it can."""
     if name != "triton":
         return None
-    if importlib.util.find_spec(MODULES["triton"]) is None:
-        return "this version of fused_ppl has no Triton kernels"
+    if head:
+        return "the fused LM head has no Triton kernel yet"
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed (it comes with every GPU build of torch)"
     if dtype == torch.float64:

@@ -82,6 +82,8 @@ def _backward_(logits, *args):  # type: ignore[no-untyped-def]
         logits.copy_(_backward(logits, *args))  # type: ignore[no-untyped-call]
     else:
         _backward_into(logits, logits, *args)
+    # a kernel writes past autograd, which has to know: another backward of the logits must raise
+    torch.autograd.graph.increment_version(logits)
 
 
 def _forward_fake(logits, target, weight, token_weight, num_items, reduction_, *rest):  # type: ignore[no-untyped-def]

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The row formula on a GPU: allocates what the kernels write, and launches them. Interface: `fused_ppl.backends`.
+
+The only file that imports fused_ppl.kernels. No call waits for the device.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fused_ppl import checks
+from fused_ppl.kernels import launch
+from fused_ppl.kernels.nll_backward import launch_nll_backward
+from fused_ppl.kernels.nll_forward import launch_nll_forward
+from fused_ppl.spec import LossSpec, RowStats, Totals
+
+
+def nll_forward(
+    logits: Tensor,  # (B, R, V)
+    target: Tensor,  # (N,)
+    spec: LossSpec,
+    weight: Tensor | None,  # (V,)
+    token_weight: Tensor | None,  # (N,)
+    num_items: Tensor | None,
+    memory_budget: int | None,
+) -> tuple[RowStats, Totals | None]:
+    """Statistics of every row, and, for "mean" and "sum", the finished loss out of the same launch."""
+    n, device = target.shape[0], logits.device
+    if device.type == "cpu" or checks.debug():
+        checks.check_target_range(target, logits.shape[-1], spec.ignore_index)
+
+    def rows(dtype: torch.dtype, size: int = n) -> Tensor:
+        return torch.empty(size, dtype=dtype, device=device)
+
+    stats = RowStats(
+        loss=rows(torch.float32),
+        weight=rows(torch.float32),
+        nll=rows(torch.float32),
+        lse=rows(torch.float64),
+        entropy=rows(torch.float32, n if spec.stats else 0),
+        predicted=rows(torch.int64, n if spec.stats else 0),
+    )
+    if n == 0:
+        return stats, None
+    totals = None
+    if spec.reduction in ("mean", "sum"):
+        dtypes = (torch.float32,) * 2 + (torch.float64,) * 3
+        totals = Totals(*(torch.empty((), dtype=dtype, device=device) for dtype in dtypes))
+    config = _config(logits, heavy=spec.stats or spec.softcap is not None or spec.label_smoothing > 0)
+    launch_nll_forward(
+        logits,
+        target.contiguous(),
+        _weights(weight, token_weight, spec),
+        launch.Rows(*stats[:4], *(stats[4:] if spec.stats else ())),
+        None if totals is None else launch.Sums(*totals, num_items),
+        _workspace(n, config, totals is not None, device),
+        _numbers(spec),
+        config=config,
+        ignore_index=spec.ignore_index,
+        mean=spec.reduction == "mean",
+    )
+    return stats, totals
+
+
+def nll_backward(
+    logits: Tensor,  # (B, R, V)
+    target: Tensor,  # (N,)
+    lse: Tensor,  # (N,) float64
+    nll: Tensor,  # (N,)
+    of_s: Tensor,  # (N,): upstream gradient of S, of any stride
+    of_z: Tensor | None,  # (N,): upstream gradient of Z
+    spec: LossSpec,
+    weight: Tensor | None,
+    token_weight: Tensor | None,
+    out: Tensor,  # (B, R, V): a buffer, or the logits themselves
+    memory_budget: int | None,
+    columns: tuple[int, int] | None = None,
+) -> None:
+    """The gradient of every row into `out`.
+
+    `columns = (first, num_classes)` says that the logits are a slice of the vocabulary that begins at `first`: then
+    `lse` normalises them, and `weight` is that of all classes.
+    """
+    first, num_classes = columns or (0, logits.shape[-1])
+    launch_nll_backward(
+        logits,
+        target.contiguous(),
+        lse.to(torch.float64).contiguous(),
+        nll.contiguous(),
+        launch.Upstream(of_s, of_z),
+        _weights(weight, token_weight, spec),
+        out,
+        _numbers(spec) if of_z is not None else _numbers(spec)._replace(z_loss=None),
+        config=_config(logits, heavy=spec.softcap is not None or (spec.label_smoothing > 0 and weight is not None)),
+        ignore_index=spec.ignore_index,
+        v0=first,
+        num_classes=num_classes,
+    )
+
+
+def _config(logits: Tensor, *, heavy: bool) -> launch.LaunchConfig:
+    b, r, v = logits.shape
+    return launch.choose_config(b * r, v, logits.itemsize, *launch.device_size(logits.device), heavy=heavy)
+
+
+def _numbers(spec: LossSpec) -> launch.Numbers:
+    return launch.numbers(spec.logit_scale, spec.softcap, spec.label_smoothing, spec.z_loss, spec.max_nll)
+
+
+def _weights(weight: Tensor | None, token_weight: Tensor | None, spec: LossSpec) -> launch.Weights:
+    total = weight.sum(dtype=torch.float32) if weight is not None and spec.label_smoothing else None
+    weight, token_weight = (None if w is None else w.contiguous() for w in (weight, token_weight))
+    return launch.Weights(weight, total, token_weight)
+
+
+def _workspace(n: int, config: launch.LaunchConfig, sums: bool, device: torch.device) -> launch.Workspace:
+    """Fresh for every call: a counter that outlived one would be shared by streams, and left dirty by an abort."""
+    split = config.slices > 1
+    counters = torch.zeros(1 + n if split else 1, dtype=torch.int32, device=device) if split or sums else None
+    partials = torch.empty((launch.PARTIALS, n, config.slices), device=device) if split else None
+    return launch.Workspace(counters, partials)

@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Logits to NLL, loss, mean and perplexity in one launch and one read of the logits.
+
+Grid: (N rows, slices of a row). Reads N * V logits once and writes 20 bytes a row. The program that finishes the last
+slice of a row combines the row, the program that finishes the last row sums all rows; both in a fixed order, so the
+result is the same bit for bit whoever comes last. The mathematics: README.md#forward.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fused_ppl.kernels import combine, primitives, walk
+from fused_ppl.kernels.launch import SHARD_FIELDS, LaunchConfig, Numbers, Rows, Sums, Weights, Workspace, on_device
+
+_SHARD_FIELDS = tl.constexpr(SHARD_FIELDS)
+
+
+@triton.jit
+def store_row(row, rows, s, q, d, column, origin, fixed, z2, class_weight, token_weight, weight_sum, numbers,
+              num_classes):  # fmt: skip
+    delta = z2 - origin
+    nll2, log2_sum = primitives.nll_of_sum(s, delta)
+    lse2 = origin + log2_sum
+    nll = (nll2 * primitives.LN2).to(tl.float32)
+    loss = class_weight * nll
+    if numbers.smoothing is not None:
+        total = d.to(tl.float64) + class_weight * (z2 - fixed)
+        spread = (weight_sum * (lse2 - fixed) - total).to(tl.float32)  # sum_v w[v] * (lse - z[v])
+        loss = (1.0 - numbers.smoothing) * loss + spread * (numbers.smoothing / num_classes * primitives.LN2)
+    tl.store(rows.loss + row, token_weight * loss)
+    tl.store(rows.weight + row, token_weight * class_weight)
+    tl.store(rows.nll + row, nll)
+    tl.store(rows.lse + row, lse2 * primitives.LN2)
+    if rows.entropy is not None:
+        tl.store(rows.entropy + row, primitives.entropy_of_sum(s, q, delta, log2_sum))
+    if rows.predicted is not None:
+        tl.store(rows.predicted + row, column.to(tl.int64))
+
+
+@triton.jit
+def store_shard(shards_ptr, row, origin, s, q, d, z2, owned, class_weight, column):
+    """A shard's statistics in nats, its target's share included where it owns the target."""
+    z = tl.where(owned, z2 * primitives.LN2, 0.0)
+    delta = (z2 - origin).to(tl.float32)
+    share = primitives.power(delta)
+    ptr = shards_ptr + row.to(tl.int64) * _SHARD_FIELDS
+    tl.store(ptr, origin * primitives.LN2)
+    tl.store(ptr + 1, s + share)
+    tl.store(ptr + 2, z)
+    tl.store(ptr + 3, d.to(tl.float64) * primitives.LN2 + class_weight * z)
+    tl.store(ptr + 4, (q + share * tl.maximum(delta, -1000.0)) * primitives.LN2)
+    tl.store(ptr + 5, column)
+
+
+@triton.jit
+def store_ignored(row, rows, shards_ptr):
+    if shards_ptr is not None:
+        tl.store(
+            shards_ptr + row.to(tl.int64) * _SHARD_FIELDS + tl.arange(0, 8), 0.0, mask=tl.arange(0, 8) < _SHARD_FIELDS
+        )
+    else:
+        tl.store(rows.loss + row, 0.0)
+        tl.store(rows.weight + row, 0.0)
+        tl.store(rows.nll + row, 0.0)
+        tl.store(rows.lse + row, 0.0)
+        if rows.entropy is not None:
+            tl.store(rows.entropy + row, 0.0)
+        if rows.predicted is not None:
+            tl.store(rows.predicted + row, -1)
+
+
+@triton.jit
+def sum_and_store(row, row_ptr, target, weights, rows, shards_ptr, workspace, numbers, V, v0, num_classes,
+                  tiles_per_slice, stride_v, VECTOR: tl.constexpr, K: tl.constexpr, T: tl.constexpr):  # fmt: skip
+    """Sums this program's slice of the row. True, and the row is stored, in the program that finishes the row."""
+    SHARD: tl.constexpr = shards_ptr is not None
+    PREDICTED: tl.constexpr = SHARD or rows.predicted is not None
+    ENTROPY: tl.constexpr = SHARD or rows.entropy is not None
+    RUNNING_MAX: tl.constexpr = PREDICTED or ENTROPY
+    SMOOTHING: tl.constexpr = numbers.smoothing is not None
+    weight_ptr = weights.per_class + v0 if SMOOTHING and weights.per_class is not None else None
+    multiplier, squash = numbers.multiplier, numbers.squash
+
+    # a target out of range makes a row of NaN; a target that another shard owns adds nothing to this one
+    hole = walk.owned_column(target, v0, V)
+    a_target, _ = primitives.cap(
+        tl.load(row_ptr + hole.to(tl.int64) * stride_v, mask=hole >= 0, other=0.0).to(tl.float32), squash
+    )
+    a_target = tl.where(hole >= 0, a_target, float("-inf") if SHARD else float("nan"))
+    first_tile = tl.program_id(1) * tiles_per_slice
+    reference, s, q, d, column = walk.sum_row(
+        row_ptr, weight_ptr, hole, a_target, multiplier, squash, V, stride_v, first_tile, first_tile + tiles_per_slice,
+        RUNNING_MAX, ENTROPY, PREDICTED, SMOOTHING, VECTOR, K, T,
+    )  # fmt: skip
+
+    finished = True
+    if workspace.partials is not None:
+        combine.store_slice(workspace.partials, row, reference, s, q, d, column)
+        finished = combine.arrive(workspace.counters + 1 + row, tl.num_programs(1))
+        if finished:
+            reference, s, q, d, column = combine.load_slices(workspace.partials, row, multiplier, V, RUNNING_MAX)
+    if finished:
+        # t is a * multiplier - (top * multiplier + fixed)
+        top, fixed = tl.zeros_like(reference), reference
+        if RUNNING_MAX:
+            top, fixed = reference, top
+            column = tl.where((hole >= 0) & (a_target == top), tl.minimum(column, hole), column)
+            column = tl.where(column < V, column, 0)  # a row of -inf, as torch.argmax has it
+        else:
+            # the sum has overflowed, or, in fp32, t has lost so many bits of the largest p that its gradient would show
+            LIMIT: tl.constexpr = 262144.0 if row_ptr.dtype.element_ty == tl.float32 else 1e37
+            if not ((s < LIMIT) & (tl.abs(reference) < 1e37)):
+                fixed = top
+                top, s, q, d, column = walk.sum_row(
+                    row_ptr, weight_ptr, hole, a_target, multiplier, squash, V, stride_v, 0, V + 1,
+                    True, False, False, SMOOTHING, VECTOR, 1, T,
+                )  # fmt: skip
+        scale = tl.cast(multiplier, tl.float64)
+        origin = top.to(tl.float64) * scale + fixed.to(tl.float64)
+        z2 = a_target.to(tl.float64) * scale
+        class_weight, token_weight = walk.target_weights(row, target, weights, num_classes)
+        if SHARD:
+            store_shard(shards_ptr, row, origin, s, q, d, z2, hole >= 0, class_weight, column)
+        else:
+            weight_sum = walk.weight_sum(weights, num_classes)
+            store_row(
+                row, rows, s, q, d, column, origin, fixed, z2, class_weight, token_weight, weight_sum, numbers, num_classes
+            )  # fmt: skip
+    return finished
+
+
+@triton.jit(
+    do_not_specialize=[
+        "ignore_index",
+        "R",
+        "V",
+        "v0",
+        "num_classes",
+        "tiles_per_slice",
+        "stride_b",
+        "stride_r",
+        "stride_v",
+    ],
+    do_not_specialize_on_alignment=["logits_ptr"],
+)
+def nll_forward_kernel(
+    logits_ptr, target_ptr, weights,  # inputs
+    rows, sums, shards_ptr, workspace,  # outputs
+    numbers, ignore_index,  # scalars
+    R, V, v0, num_classes, tiles_per_slice,  # sizes
+    stride_b, stride_r, stride_v,  # strides
+    MEAN: tl.constexpr, VECTOR: tl.constexpr, K: tl.constexpr, T: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    target = tl.load(target_ptr + row)
+    finished = tl.program_id(1) == 0
+
+    # leaves at once, whatever the logits hold
+    ignored = target != target if ignore_index is None else target == ignore_index
+    if ignored:
+        if finished:
+            store_ignored(row, rows, shards_ptr)
+    else:
+        row_ptr = walk.row_pointer(logits_ptr, row, R, stride_b, stride_r)
+        finished = sum_and_store(
+            row, row_ptr, target, weights, rows, shards_ptr, workspace, numbers, V, v0, num_classes,
+            tiles_per_slice, stride_v, VECTOR, K, T,
+        )  # fmt: skip
+
+    if sums is not None:  # noqa: SIM102  (a kernel's `and` has no short circuit)
+        if finished:  # noqa: SIM102
+            if combine.arrive(workspace.counters, tl.num_programs(0)):
+                combine.finish_sums(rows, sums, numbers, tl.num_programs(0), MEAN, T)
+
+
+def launch_nll_forward(
+    logits: Tensor,  # (B, R, V), any strides; row n = b * R + r
+    target: Tensor,  # (N,) int32 or int64
+    weights: Weights,
+    rows: Rows,
+    sums: Sums | None,
+    workspace: Workspace,
+    numbers: Numbers,
+    *,
+    config: LaunchConfig,
+    ignore_index: int | None,
+    mean: bool = True,
+    v0: int = 0,
+    num_classes: int | None = None,
+    shards: Tensor
+    | None = None,  # (N, SHARD_FIELDS) fp64: the statistics of a vocabulary shard, in the place of `rows`
+) -> None:
+    """Writes `rows`, and `sums` of all rows if given; the columns are classes v0, v0 + 1, ... of `num_classes`."""
+    B, R, V = logits.shape
+    if B * R == 0:
+        return
+    stride_b, stride_r, stride_v = logits.stride()
+    vector = stride_v == 1
+    with on_device(logits):
+        nll_forward_kernel[(B * R, config.slices)](
+            logits_ptr=logits, target_ptr=target, weights=weights,
+            rows=rows, sums=sums, shards_ptr=shards, workspace=workspace,
+            numbers=numbers, ignore_index=ignore_index,
+            R=R, V=V, v0=v0, num_classes=V if num_classes is None else num_classes,
+            tiles_per_slice=config.tiles_per_slice,
+            stride_b=stride_b, stride_r=stride_r, stride_v=stride_v,
+            MEAN=mean, VECTOR=vector, K=config.vectors * (1 if vector else 16 // logits.itemsize), T=config.threads,
+            num_warps=config.num_warps, enable_fp_fusion=False,
+        )  # fmt: skip

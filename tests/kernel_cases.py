@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What tests/test_kernels.py runs the kernels on, and the plain float64 PyTorch that it compares with."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from fused_ppl import reduction
+from fused_ppl.spec import LossSpec
+from fused_ppl.testing import assert_as_good_as_eager, make_logits, make_target
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("the kernels run on a CPU only under TRITON_INTERPRET=1", allow_module_level=True)
+interpreter = pytest.importorskip("triton.runtime.interpreter")
+tl = pytest.importorskip("triton.language")
+
+
+from fused_ppl.backends import triton_rows  # noqa: E402
+from fused_ppl.kernels import launch  # noqa: E402
+from fused_ppl.kernels.launch import LaunchConfig, Rows, Sums, Upstream, Workspace  # noqa: E402
+from fused_ppl.kernels.nll_backward import launch_nll_backward  # noqa: E402
+from fused_ppl.kernels.nll_forward import launch_nll_forward  # noqa: E402
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+NAN = float("nan")
+IGNORED = -100
+
+
+class Case(NamedTuple):
+    """What a launch computes from: `logits` is a (1, N, V) view into a buffer that is NaN everywhere else."""
+
+    logits: Tensor
+    target: Tensor
+    spec: LossSpec = LossSpec()
+    weight: Tensor | None = None
+    token_weight: Tensor | None = None
+    num_items: Tensor | None = None
+
+
+class Result(NamedTuple):
+    rows: Rows
+    sums: Sums
+    gradient: Tensor
+
+
+def embed(values: Tensor, offset: int, pad: int) -> tuple[Tensor, Tensor]:
+    """(N, V) values as rows of V + pad, `offset` elements into a 16-byte aligned buffer of NaN; and the buffer."""
+    n, v = values.shape
+    buffer = torch.full((offset + n * (v + pad) + 16,), NAN, dtype=values.dtype)
+    assert buffer.data_ptr() % 16 == 0
+    view = buffer.as_strided((1, n, v), (n * (v + pad), v + pad, 1), offset)
+    view[0] = values
+    return view, buffer
+
+
+def make(n, v, dtype, *, offset=0, pad=0, kind="random", ignored=0.2, **options) -> Case:
+    logits, _ = embed(make_logits((n, v), dtype, kind=kind), offset, pad)
+    return Case(logits, make_target((n,), v, ignored=ignored), **options)
+
+
+def bytes_of(tensor: Tensor) -> Tensor:
+    """All of the tensor's storage, bit for bit: NaN is equal to itself."""
+    return torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage()).clone()
+
+
+def config_of(case: Case, slices: int = 1) -> LaunchConfig:
+    """One warp, so that small rows have several tiles as well."""
+    _, _, v = case.logits.shape
+    tiles = v // (32 * 16 // case.logits.itemsize) + 1
+    per_slice = math.ceil(tiles / slices)
+    return LaunchConfig(
+        vectors=1, num_warps=1, threads=32, tiles_per_slice=per_slice, slices=math.ceil(tiles / per_slice)
+    )
+
+
+def forward(case: Case, config: LaunchConfig, stats: bool = False) -> tuple[Rows, Sums]:
+    n, spec = case.target.shape[0], case.spec
+    rows = Rows(
+        *(torch.full((n,), NAN) for _ in range(3)),
+        lse=torch.full((n,), NAN, dtype=torch.float64),
+        entropy=torch.full((n,), NAN) if stats else None,
+        predicted=torch.full((n,), -7) if stats else None,
+    )
+    sums = Sums(*(torch.full((), NAN, dtype=d) for d in (torch.float32,) * 2 + (torch.float64,) * 3), case.num_items)
+    split = config.slices > 1
+    launch_nll_forward(
+        case.logits,
+        case.target,
+        triton_rows._weights(case.weight, case.token_weight, spec),
+        rows,
+        sums,
+        Workspace(
+            torch.zeros(1 + n * split, dtype=torch.int32),
+            torch.full((launch.PARTIALS, n, config.slices), NAN) if split else None,
+        ),
+        triton_rows._numbers(spec),
+        config=config,
+        ignore_index=spec.ignore_index,
+        mean=spec.reduction == "mean",
+    )
+    return rows, sums
+
+
+def backward(
+    case: Case, rows: Rows, of_s: Tensor, of_z: Tensor, config: LaunchConfig, out: Tensor, **columns
+) -> Tensor:
+    launch_nll_backward(
+        case.logits,
+        case.target,
+        rows.lse,
+        rows.nll,
+        Upstream(of_s, of_z),
+        triton_rows._weights(case.weight, case.token_weight, case.spec),
+        out,
+        triton_rows._numbers(case.spec),
+        config=config,
+        ignore_index=case.spec.ignore_index,
+        **columns,
+    )
+    return out
+
+
+def plain(case: Case, dtype: torch.dtype, of_s: Tensor, of_z: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """Every result from full logits in eager PyTorch of one dtype, and the gradient that autograd finds."""
+    spec, x = case.spec, case.logits[0].detach().to(dtype).requires_grad_()
+    z = x * spec.logit_scale
+    z = z if spec.softcap is None else spec.softcap * torch.tanh(z / spec.softcap)
+    n, v = z.shape
+    counted = torch.ones(n, dtype=torch.bool) if spec.ignore_index is None else case.target != spec.ignore_index
+    y = torch.where(counted, case.target, 0).long()
+    w = torch.ones(v, dtype=dtype) if case.weight is None else case.weight.to(dtype)
+    u = torch.ones(n, dtype=dtype) if case.token_weight is None else case.token_weight.to(dtype)
+    logp = z.log_softmax(1)
+    lse, nll = z.logsumexp(1), -logp[torch.arange(n), y]
+    loss = u * (1 - spec.label_smoothing) * w[y] * nll
+    if spec.label_smoothing:
+        loss = loss - u * spec.label_smoothing / v * (w * logp).sum(1)
+    p = logp.exp()
+    results = {
+        "loss": loss,
+        "weight": u * w[y],
+        "nll": nll,
+        "lse": lse,
+        "entropy": -torch.where(p > 0, p * logp, 0).sum(1),
+    }
+    results = {name: torch.where(counted, r, 0) for name, r in results.items()}
+    total = of_s.to(dtype) * results["loss"]
+    total = total + of_z.to(dtype) * spec.z_loss * results["weight"] * results["lse"].square()
+    (gradient,) = torch.autograd.grad(total[counted].sum(), x)
+    results["predicted"] = torch.where(counted, z.argmax(1), -1)
+    gradient[~counted] = 0
+    return {name: r.detach() for name, r in results.items()}, gradient
+
+
+def check(case: Case, config: LaunchConfig | None = None, stats: bool = False) -> Result:
+    """Forward and backward within the policy of fused_ppl.testing; inputs, surroundings and paddings untouched."""
+    config = config or config_of(case)
+    n, v = case.target.shape[0], case.logits.shape[2]
+    of_s, of_z = torch.linspace(-2, 3, n), torch.linspace(1, 2, n)
+    before = bytes_of(case.logits)
+    rows, sums = forward(case, config, stats)
+    stride = case.logits.stride(1)
+    out, buffer = embed(torch.full((n, v), NAN, dtype=case.logits.dtype), case.logits.storage_offset(), stride - v)
+    buffer.fill_(7.0)
+    out.fill_(NAN)
+    backward(case, rows, of_s, of_z, config, out)
+    assert torch.equal(bytes_of(case.logits), before), "the inputs have changed"
+    outside = torch.ones_like(buffer, dtype=torch.bool)
+    outside.as_strided(out.shape, out.stride(), out.storage_offset()).fill_(False)
+    assert bool((buffer[outside] == 7.0).all()), "written outside of the rows"
+
+    eager, eager_gradient = plain(case, torch.float32, of_s, of_z)
+    truth, true_gradient = plain(case, torch.float64, of_s, of_z)
+    for name in ("loss", "weight", "nll", "lse") + (("entropy",) if stats else ()):
+        actual = getattr(rows, name).float()
+        # an absolute error of the logits is one of every result: the floor is an ulp of the largest logit too
+        size = case.logits[0].abs().nan_to_num(posinf=0, neginf=0).amax().item() if name != "weight" else 0
+        assert_as_good_as_eager(actual, eager[name], truth[name], name, condition=1 + size)
+    if stats:
+        assert rows.predicted is not None and torch.equal(rows.predicted, truth["predicted"])
+    assert_as_good_as_eager(out[0], eager_gradient.to(out.dtype), true_gradient, "gradient")
+    assert not out[0][case.target == case.spec.ignore_index].any()
+    spec = dataclasses.replace(case.spec, max_nll=case.spec.max_nll)
+    stated = reduction.sum_rows(triton_rows.RowStats(*rows[:4], rows.loss, rows.loss), spec, case.target.shape)
+    want = reduction.finish(*stated, spec, case.num_items, torch.float32)
+    for name, value in want._asdict().items():
+        assert_close(
+            getattr(sums, name), value, rtol=1e-12 if value.dtype == torch.float64 else 3e-7, atol=0, equal_nan=True
+        )
+    return Result(rows, sums, out)
+
+
+# one class; fewer than a vector of 8, and of 4; a tile of 256 (one warp, fp16) without its last vectors, and several

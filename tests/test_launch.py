@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Launch configurations are pure functions: tested without Triton."""
+
+from __future__ import annotations
+
+import pytest
+
+from fused_ppl.kernels import launch
+from fused_ppl.kernels.launch import choose_config
+
+
+@pytest.mark.parametrize("num_sms", [1, 108, 132, 148])
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("heavy", [False, True])
+def test_configurations_cover_every_row_and_fill_the_device(num_sms, itemsize, heavy):
+    for warp in (32, 64):
+        for v in (1, 31, 512, 2047, 4096, 50257, 65536, 151643, 10**6):
+            for n in (1, 7, 100, 5000, 10**5):
+                config = choose_config(n, v, itemsize, num_sms, warp, heavy=heavy)
+                tile = config.vectors * config.threads * 16 // itemsize
+                assert config.threads == warp * config.num_warps
+                assert (
+                    config.tiles_per_slice * config.slices
+                    >= v // tile + 1
+                    > config.tiles_per_slice * (config.slices - 1)
+                )
+                assert config.slices == 1 or v // config.slices >= 4096
+                assert config.slices <= launch.MAX_SLICES
+    assert choose_config(10**5, 151643, 2, 132).slices == 1
+    assert choose_config(100, 151643, 2, 132).slices > 8
