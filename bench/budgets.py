@@ -246,7 +246,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.check:
         found = check(args.target, args.options)
-        sys.exit("\n".join(found))
+        sys.exit("\n".join(found) or 0)
     print("| " + " | ".join(HEADER) + " |")
     print("|" + "---|" * len(HEADER))
     for target in args.target:
