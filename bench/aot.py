@@ -27,10 +27,8 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 TOOLS = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
-_TYPES = {
-    torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32",
-    torch.float64: "fp64", torch.int32: "i32", torch.int64: "i64",
-}  # fmt: skip
+_TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}
+_TYPES |= {torch.int32: "i32", torch.int64: "i64"}
 _EXP = ("MUFU.EX2", "v_exp_f32")
 _MUFU = ("MUFU", "v_exp_f", "v_log_f", "v_rcp_f", "v_sqrt_f", "v_rsq_f")
 _LOADS = ("LDG", "global_load", "buffer_load")
@@ -55,7 +53,7 @@ class Loop:
         return self.instructions / self.logits(itemsize)
 
     def logits(self, itemsize: int) -> int:
-        """Logits a thread handles in an iteration, by the bytes of its widest loads; class weights come narrower."""
+        """Logits a thread handles in an iteration, by the bytes of its widest loads; class weights come in others."""
         widths = [access_bytes(op) for op in self.loads]
         return sum(w for w in widths if w == max(widths)) // itemsize
 

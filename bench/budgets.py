@@ -191,7 +191,7 @@ def check(targets: list[str], options: bool) -> list[str]:
                 )
         for name, keywords in OPTIONS.items() if options else ():
             for kernel in KERNELS:
-                for dtype in (BF16, FP32):
+                for dtype in NAMES:
                     over = broken_promises(
                         report(kernel, dtype, target=target, **keywords), keywords.get("contiguous", True)
                     )

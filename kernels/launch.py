@@ -76,9 +76,13 @@ class Numbers(NamedTuple):
     max_nll: float | None = None
 
 
-def _fp32(x: float | None) -> float | None:
+def _fp32(x: float) -> float:
     """Rounded here, so that what the kernels compute in fp64 from it fits what they compute in fp32."""
-    return None if x is None else struct.unpack("f", struct.pack("f", x))[0]
+    return float(struct.unpack("f", struct.pack("f", x))[0])
+
+
+def _option(x: float | None) -> float | None:
+    return _fp32(x) if x else None
 
 
 def numbers(
@@ -86,8 +90,14 @@ def numbers(
 ) -> Numbers:
     multiplier = LOG2E * (logit_scale if softcap is None else softcap)
     squash = None if softcap is None else logit_scale / softcap
-    values = (multiplier, logit_scale, squash, label_smoothing or None, z_loss or None, max_nll)
-    return Numbers(*map(_fp32, values))  # type: ignore[arg-type]
+    return Numbers(
+        _fp32(multiplier),
+        _fp32(logit_scale),
+        _option(squash),
+        _option(label_smoothing),
+        _option(z_loss),
+        _option(max_nll),
+    )
 
 
 @dataclass(frozen=True)
@@ -106,13 +116,14 @@ def choose_config(
 ) -> LaunchConfig:
     """Warps and tile by V; one program a row, or the smallest power of 2 of slices that fills the device 4 times.
 
-    `heavy` makes the tile smallest: running maxima, softcap and smoothing hold more registers for each logit, and
-    what is in flight at 8 programs of 4 warps, 16 KB, still covers the latency of HBM.
+    `heavy` makes the tile smaller: running maxima, softcap and smoothing hold more registers for each logit. What is
+    in flight then, 16 KB or more on an SM, still covers the latency of HBM.
     """
     num_warps = next((w for v, w in ((512, 1), (2048, 2), (65536, 4)) if num_classes < v), 8)
     threads = warp_size * num_warps
     vector = 16 // itemsize
-    vectors = 1 if heavy else next((k for k in (4, 2) if num_classes >= k * threads * vector), 1)
+    sizes = (vector // 4,) if heavy else (4, 2)
+    vectors = next((k for k in sizes if num_classes >= k * threads * vector), 1)
     tile = vectors * threads * vector
     tiles = num_classes // tile + 1  # the last one masked
     wanted = 4 * num_sms * (48 // num_warps)  # 48 warps on an SM at 40 registers

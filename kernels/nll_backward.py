@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fused_ppl.kernels import primitives, walk
+from fused_ppl.kernels import weights as class_weights
 from fused_ppl.kernels.launch import LaunchConfig, Numbers, Upstream, Weights, on_device, same_alignment
 
 
@@ -31,13 +32,13 @@ def zero_row(out_ptr, first_tile, stop_tile, V, stride_v, VECTOR: tl.constexpr, 
 @triton.jit
 def row_coefficients(row, target, lse, upstream, weights, numbers, num_classes, stride_of_s, stride_of_z):
     """primitives.coefficients of a row, times d z / d logits; and its target's class weight."""
-    class_weight, token_weight = walk.target_weights(row, target, weights, num_classes)
+    class_weight, token_weight = class_weights.of_target(row, target, weights, num_classes)
     of_s = tl.load(upstream.of_s + row.to(tl.int64) * stride_of_s) * numbers.scale
     of_z = None
     if numbers.z_loss is not None:
         of_z = tl.load(upstream.of_z + row.to(tl.int64) * stride_of_z) * numbers.scale
     A, spread, C = primitives.coefficients(
-        of_s, of_z, class_weight, token_weight, walk.weight_sum(weights, num_classes), lse, numbers, num_classes
+        of_s, of_z, class_weight, token_weight, class_weights.total(weights, num_classes), lse, numbers, num_classes
     )  # fmt: skip
     return A, spread, C, class_weight
 
@@ -45,7 +46,7 @@ def row_coefficients(row, target, lse, upstream, weights, numbers, num_classes, 
 @triton.jit
 def gradient_row(row_ptr, out_ptr, weight_ptr, hole, at_target, A, C, lse2, numbers, V, stride_v, stride_out_v,
                  first_tile, stop_tile, VECTOR: tl.constexpr, K: tl.constexpr, T: tl.constexpr):  # fmt: skip
-    """Writes tiles [first_tile, stop_tile) of a row's gradient; no element twice, and reads none after writing it."""
+    """Writes tiles [first_tile, stop_tile) of a row's gradient: no element twice, and none that is read afterwards."""
     L: tl.constexpr = walk.VECTOR_BYTES * 8 // row_ptr.dtype.element_ty.primitive_bitwidth if VECTOR else 1
     TILE: tl.constexpr = K * T * L
     multiplier, squash = numbers.multiplier, numbers.squash
@@ -56,28 +57,27 @@ def gradient_row(row_ptr, out_ptr, weight_ptr, hole, at_target, A, C, lse2, numb
         begin, end, limit = walk.segment_bounds(segment, segments, first_tile, last_tile, stop_tile, hole_tile, body)
         for tile in range(begin, end):
             a, slope = primitives.cap(walk.load_tile(body_ptr, tile, None, stride_v, VECTOR, K, T, L), squash)
-            w = walk.load_weights(weight_ptr, head, tile, None, K, T, L)
+            w = class_weights.of_tile(weight_ptr, head, tile, None, K, T, L)
             g = primitives.gradient(a, slope, w, multiplier, lse2, A, C, None, at_target)
             walk.store_tile(out_body_ptr, g, tile, None, stride_out_v, VECTOR, K, T, L)
         a, slope = primitives.cap(walk.load_tile(body_ptr, end, limit, stride_v, VECTOR, K, T, L), squash)
         offs_v = walk.tile_offsets(end, K, T, L)
-        w = walk.load_weights(weight_ptr, head, end, limit, K, T, L)
+        w = class_weights.of_tile(weight_ptr, head, end, limit, K, T, L)
         g = primitives.gradient(a, slope, w, multiplier, lse2, A, C, offs_v == hole - head, at_target)
         walk.store_tile(out_body_ptr, g, end, limit, stride_out_v, VECTOR, K, T, L)
     if VECTOR:
         offs_v, valid = walk.edge_columns(head, body, V, first_tile, T)
         a, slope = primitives.cap(tl.load(row_ptr + offs_v, mask=valid, other=0.0).to(tl.float32), squash)
-        w = walk.load_edge_weights(weight_ptr, offs_v, valid)
+        w = class_weights.of_columns(weight_ptr, offs_v, valid)
         g = primitives.gradient(a, slope, w, multiplier, lse2, A, C, offs_v == hole, at_target)
         tl.store(out_ptr + offs_v, g.to(out_ptr.dtype.element_ty), mask=valid)
 
 
-@triton.jit(
-    do_not_specialize=["ignore_index", "R", "V", "v0", "num_classes", "tiles_per_slice",
-                       "stride_b", "stride_r", "stride_v", "stride_out_b", "stride_out_r", "stride_out_v",
-                       "stride_of_s", "stride_of_z"],
-    do_not_specialize_on_alignment=["logits_ptr", "out_ptr"],
-)  # fmt: skip
+_INTEGERS = ["ignore_index", "R", "V", "v0", "num_classes", "tiles_per_slice", "stride_b", "stride_r", "stride_v"]
+_INTEGERS += ["stride_out_b", "stride_out_r", "stride_out_v", "stride_of_s", "stride_of_z"]
+
+
+@triton.jit(do_not_specialize=_INTEGERS, do_not_specialize_on_alignment=["logits_ptr", "out_ptr"])
 def nll_backward_kernel(
     logits_ptr, target_ptr, lse_ptr, nll_ptr, upstream, weights,  # inputs
     out_ptr,  # output
@@ -99,7 +99,7 @@ def nll_backward_kernel(
     else:
         row_ptr = walk.row_pointer(logits_ptr, row, R, stride_b, stride_r)
         hole = walk.owned_column(target, v0, V)
-        weight_ptr = weights.per_class + v0 if numbers.smoothing is not None and weights.per_class is not None else None
+        weight_ptr = class_weights.of_smoothing(weights, numbers, v0)
         lse = tl.load(lse_ptr + row)
         A, spread, C, class_weight = row_coefficients(
             row, target, lse.to(tl.float32), upstream, weights, numbers, num_classes, stride_of_s, stride_of_z
@@ -131,7 +131,7 @@ def launch_nll_backward(
     v0: int = 0,
     num_classes: int | None = None,
 ) -> None:
-    """Writes the gradient of the logits; columns are classes v0, v0 + 1, ... of `num_classes`."""
+    """Writes the gradient of the logits, whose columns are classes v0, v0 + 1, ... of num_classes."""
     B, R, V = logits.shape
     if B * R == 0:
         return
@@ -143,12 +143,10 @@ def launch_nll_backward(
             logits_ptr=logits, target_ptr=target, lse_ptr=lse, nll_ptr=nll, upstream=upstream, weights=weights,
             out_ptr=out,
             numbers=numbers, ignore_index=ignore_index,
-            R=R, V=V, v0=v0, num_classes=V if num_classes is None else num_classes,
-            tiles_per_slice=config.tiles_per_slice,
+            R=R, V=V, v0=v0, num_classes=num_classes or V, tiles_per_slice=config.tiles_per_slice,
             stride_b=stride_b, stride_r=stride_r, stride_v=stride_v,
             stride_out_b=stride_out_b, stride_out_r=stride_out_r, stride_out_v=stride_out_v,
-            stride_of_s=upstream.of_s.stride(0),
-            stride_of_z=upstream.of_z.stride(0) if upstream.of_z is not None else 0,
+            stride_of_s=upstream.of_s.stride(0), stride_of_z=0 if upstream.of_z is None else upstream.of_z.stride(0),
             VECTOR=vector, K=config.vectors * (1 if vector else 16 // logits.itemsize), T=config.threads,
             num_warps=config.num_warps, enable_fp_fusion=False,
         )  # fmt: skip

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fused_ppl.kernels import combine, primitives, walk
+from fused_ppl.kernels import weights as class_weights
 from fused_ppl.kernels.launch import SHARD_FIELDS, LaunchConfig, Numbers, Rows, Sums, Weights, Workspace, on_device
 
 _SHARD_FIELDS = tl.constexpr(SHARD_FIELDS)
@@ -58,9 +59,8 @@ def store_shard(shards_ptr, row, origin, s, q, d, z2, owned, class_weight, colum
 @triton.jit
 def store_ignored(row, rows, shards_ptr):
     if shards_ptr is not None:
-        tl.store(
-            shards_ptr + row.to(tl.int64) * _SHARD_FIELDS + tl.arange(0, 8), 0.0, mask=tl.arange(0, 8) < _SHARD_FIELDS
-        )
+        fields = tl.arange(0, 8)
+        tl.store(shards_ptr + row.to(tl.int64) * _SHARD_FIELDS + fields, 0.0, mask=fields < _SHARD_FIELDS)
     else:
         tl.store(rows.loss + row, 0.0)
         tl.store(rows.weight + row, 0.0)
@@ -81,14 +81,13 @@ def sum_and_store(row, row_ptr, target, weights, rows, shards_ptr, workspace, nu
     ENTROPY: tl.constexpr = SHARD or rows.entropy is not None
     RUNNING_MAX: tl.constexpr = PREDICTED or ENTROPY
     SMOOTHING: tl.constexpr = numbers.smoothing is not None
-    weight_ptr = weights.per_class + v0 if SMOOTHING and weights.per_class is not None else None
+    weight_ptr = class_weights.of_smoothing(weights, numbers, v0)
     multiplier, squash = numbers.multiplier, numbers.squash
 
     # a target out of range makes a row of NaN; a target that another shard owns adds nothing to this one
     hole = walk.owned_column(target, v0, V)
-    a_target, _ = primitives.cap(
-        tl.load(row_ptr + hole.to(tl.int64) * stride_v, mask=hole >= 0, other=0.0).to(tl.float32), squash
-    )
+    x = tl.load(row_ptr + hole.to(tl.int64) * stride_v, mask=hole >= 0, other=0.0)
+    a_target, _ = primitives.cap(x.to(tl.float32), squash)
     a_target = tl.where(hole >= 0, a_target, float("-inf") if SHARD else float("nan"))
     first_tile = tl.program_id(1) * tiles_per_slice
     reference, s, q, d, column = walk.sum_row(
@@ -110,7 +109,7 @@ def sum_and_store(row, row_ptr, target, weights, rows, shards_ptr, workspace, nu
             column = tl.where((hole >= 0) & (a_target == top), tl.minimum(column, hole), column)
             column = tl.where(column < V, column, 0)  # a row of -inf, as torch.argmax has it
         else:
-            # the sum has overflowed, or, in fp32, t has lost so many bits of the largest p that its gradient would show
+            # overflow; or, for fp32 logits, a largest p of which t has lost so many bits that its gradient would show
             LIMIT: tl.constexpr = 262144.0 if row_ptr.dtype.element_ty == tl.float32 else 1e37
             if not ((s < LIMIT) & (tl.abs(reference) < 1e37)):
                 fixed = top
@@ -121,31 +120,22 @@ def sum_and_store(row, row_ptr, target, weights, rows, shards_ptr, workspace, nu
         scale = tl.cast(multiplier, tl.float64)
         origin = top.to(tl.float64) * scale + fixed.to(tl.float64)
         z2 = a_target.to(tl.float64) * scale
-        class_weight, token_weight = walk.target_weights(row, target, weights, num_classes)
+        class_weight, token_weight = class_weights.of_target(row, target, weights, num_classes)
         if SHARD:
             store_shard(shards_ptr, row, origin, s, q, d, z2, hole >= 0, class_weight, column)
         else:
-            weight_sum = walk.weight_sum(weights, num_classes)
             store_row(
-                row, rows, s, q, d, column, origin, fixed, z2, class_weight, token_weight, weight_sum, numbers, num_classes
+                row, rows, s, q, d, column, origin, fixed, z2, class_weight, token_weight,
+                class_weights.total(weights, num_classes), numbers, num_classes,
             )  # fmt: skip
     return finished
 
 
-@triton.jit(
-    do_not_specialize=[
-        "ignore_index",
-        "R",
-        "V",
-        "v0",
-        "num_classes",
-        "tiles_per_slice",
-        "stride_b",
-        "stride_r",
-        "stride_v",
-    ],
-    do_not_specialize_on_alignment=["logits_ptr"],
-)
+# integers are never specialized: one binary serves every V, stride and offset
+_INTEGERS = ["ignore_index", "R", "V", "v0", "num_classes", "tiles_per_slice", "stride_b", "stride_r", "stride_v"]
+
+
+@triton.jit(do_not_specialize=_INTEGERS, do_not_specialize_on_alignment=["logits_ptr"])
 def nll_forward_kernel(
     logits_ptr, target_ptr, weights,  # inputs
     rows, sums, shards_ptr, workspace,  # outputs
@@ -166,11 +156,12 @@ def nll_forward_kernel(
     else:
         row_ptr = walk.row_pointer(logits_ptr, row, R, stride_b, stride_r)
         finished = sum_and_store(
-            row, row_ptr, target, weights, rows, shards_ptr, workspace, numbers, V, v0, num_classes,
-            tiles_per_slice, stride_v, VECTOR, K, T,
+            row, row_ptr, target, weights, rows, shards_ptr, workspace, numbers, V, v0, num_classes, tiles_per_slice,
+            stride_v, VECTOR, K, T,
         )  # fmt: skip
 
-    if sums is not None:  # noqa: SIM102  (a kernel's `and` has no short circuit)
+    # nested, because `and` would let every program arrive
+    if sums is not None:  # noqa: SIM102
         if finished:  # noqa: SIM102
             if combine.arrive(workspace.counters, tl.num_programs(0)):
                 combine.finish_sums(rows, sums, numbers, tl.num_programs(0), MEAN, T)
@@ -190,10 +181,12 @@ def launch_nll_forward(
     mean: bool = True,
     v0: int = 0,
     num_classes: int | None = None,
-    shards: Tensor
-    | None = None,  # (N, SHARD_FIELDS) fp64: the statistics of a vocabulary shard, in the place of `rows`
+    shards: Tensor | None = None,  # (N, SHARD_FIELDS) fp64
 ) -> None:
-    """Writes `rows`, and `sums` of all rows if given; the columns are classes v0, v0 + 1, ... of `num_classes`."""
+    """Writes `rows`, and `sums` of all rows if given. Columns of `logits` are classes v0, v0 + 1, ... of num_classes.
+
+    With `shards` it writes there, and nowhere else, the statistics of a part of the vocabulary (`store_shard`).
+    """
     B, R, V = logits.shape
     if B * R == 0:
         return
@@ -204,8 +197,7 @@ def launch_nll_forward(
             logits_ptr=logits, target_ptr=target, weights=weights,
             rows=rows, sums=sums, shards_ptr=shards, workspace=workspace,
             numbers=numbers, ignore_index=ignore_index,
-            R=R, V=V, v0=v0, num_classes=V if num_classes is None else num_classes,
-            tiles_per_slice=config.tiles_per_slice,
+            R=R, V=V, v0=v0, num_classes=num_classes or V, tiles_per_slice=config.tiles_per_slice,
             stride_b=stride_b, stride_r=stride_r, stride_v=stride_v,
             MEAN=mean, VECTOR=vector, K=config.vectors * (1 if vector else 16 // logits.itemsize), T=config.threads,
             num_warps=config.num_warps, enable_fp_fusion=False,

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The row formula, as every kernel uses it, and the elementary functions that it needs.
 
-Nothing here touches memory (walk.py does) or knows a launch. All exponentials are base 2: a logit enters as z * log2(e) = a * multiplier, where a is the logit itself, or tanh(squash * logit) under a softcap.
+Nothing here touches memory (walk.py does) or knows a launch. Derivations are in README.md beside this file. All
+exponentials are base 2: a logit enters as z * log2(e) = a * multiplier, where a is the logit itself, or
+tanh(squash * logit) under a softcap.
 """
 
 import triton

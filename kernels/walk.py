@@ -12,9 +12,10 @@ import triton
 import triton.language as tl
 
 from fused_ppl.kernels import primitives
+from fused_ppl.kernels import weights as class_weights
 
 VECTOR_BYTES = tl.constexpr(16)
-_INF_WORD = tl.constexpr(-8323200)  # two bf16 of -inf
+_INF_BF16, _INF_FP16 = tl.constexpr(-8323200), tl.constexpr(-67044352)  # two of -inf in a word
 
 
 @triton.jit
@@ -91,13 +92,18 @@ def load_tile(body_ptr, tile, limit, stride_v, VECTOR: tl.constexpr, K: tl.const
     """A (K, T, L) tile of the body in fp32; -inf from element `limit` of the body on."""
     if VECTOR:
         mask = vector_mask(tile, limit, K, T, L)
-        if body_ptr.dtype.element_ty == tl.bfloat16:
+        if L == 8:
             # as words: one instruction widens a logit, where a conversion takes two
             words_ptr = tl.multiple_of(body_ptr.to(tl.pointer_type(tl.int32)), VECTOR_BYTES)
-            other = None if limit is None else _INF_WORD
+            BF16: tl.constexpr = body_ptr.dtype.element_ty == tl.bfloat16
+            other = None if limit is None else (_INF_BF16 if BF16 else _INF_FP16)
             words = tl.load(tile_ptrs(words_ptr, tile, K, T, L // 2), mask=mask, other=other)
-            low = (words << 16).to(tl.float32, bitcast=True)
-            high = (words & -65536).to(tl.float32, bitcast=True)
+            if BF16:
+                low = (words << 16).to(tl.float32, bitcast=True)
+                high = (words & -65536).to(tl.float32, bitcast=True)
+            else:
+                low = words.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+                high = (words >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
             return tl.reshape(tl.join(low, high), (K, T, L))
         else:
             other = None if limit is None else float("-inf")
@@ -133,57 +139,6 @@ def edge_columns(head, body, V, first_tile, T: tl.constexpr):
 
 
 @triton.jit
-def target_weights(row, target, weights, num_classes):
-    """The class weight of the row's target and the weight of its token: 1 where there are none."""
-    class_weight, token_weight = 1.0, 1.0
-    if weights.per_class is not None:
-        inside = (target >= 0) & (target < num_classes)
-        class_weight = tl.load(weights.per_class + target, mask=inside, other=0.0).to(tl.float32)
-    if weights.per_token is not None:
-        token_weight = tl.load(weights.per_token + row).to(tl.float32)
-    return class_weight, token_weight
-
-
-@triton.jit
-def weight_sum(weights, num_classes):
-    """sum_v w[v], over the whole vocabulary also in a slice of it."""
-    if weights.total is None:
-        return num_classes.to(tl.float32)
-    else:
-        return tl.load(weights.total).to(tl.float32)
-
-
-@triton.jit
-def load_weights(weight_ptr, head, tile, limit, K: tl.constexpr, T: tl.constexpr, L: tl.constexpr):
-    """The class weights of a tile, or None where there are none to apply."""
-    if weight_ptr is None:
-        return None
-    elif L == 8:
-        # two halves of 4 stay in the thread that holds their 8 logits; 8 at once would be shuffled there
-        first = load_weights_of_vectors(weight_ptr, head, 0, tile, limit, K, T, L)
-        second = load_weights_of_vectors(weight_ptr, head, 4, tile, limit, K, T, L)
-        return tl.reshape(tl.permute(tl.join(first, second), (0, 1, 3, 2)), (K, T, L))
-    else:
-        return load_weights_of_vectors(weight_ptr, head, 0, tile, limit, K, T, L)
-
-
-@triton.jit
-def load_weights_of_vectors(weight_ptr, head, begin, tile, limit, K: tl.constexpr, T: tl.constexpr, L: tl.constexpr):
-    vectors = (tile * K + tl.arange(0, K)[:, None, None]) * T + tl.arange(0, T)[None, :, None]
-    offs_v = vectors * L + begin + tl.arange(0, min(L, 4))[None, None, :]
-    mask = None if limit is None else offs_v < limit
-    return tl.load(weight_ptr + head + offs_v, mask=mask).to(tl.float32)
-
-
-@triton.jit
-def load_edge_weights(weight_ptr, columns, mask):
-    if weight_ptr is None:
-        return None
-    else:
-        return tl.load(weight_ptr + columns, mask=mask).to(tl.float32)
-
-
-@triton.jit
 def find_column(row_ptr, a_max, best, top, V, stride_v, squash, K: tl.constexpr, T: tl.constexpr, L: tl.constexpr):
     """The lowest column that holds `top`, looked for in the one tile where each thread met its maximum; else V."""
     offs_v = best[None, :, None] + tile_offsets(0, K, T, L)
@@ -206,37 +161,39 @@ def sum_row(row_ptr, weight_ptr, hole, a_target, multiplier, squash, V, stride_v
     body_ptr, head, body = find_body(row_ptr, V, VECTOR, L)
     last_tile, hole_tile, segments = find_segments(hole, head, body, first_tile, stop_tile, TILE)
     s, q, d, best = (tl.zeros((T,), tl.float32),) * 3 + (tl.zeros((T,), tl.int32),)
-    reference = (
-        tl.full((T,), primitives.LOWEST, tl.float32)
-        if RUNNING_MAX
-        else primitives.target_reference(a_target, multiplier)
-    )
+    if RUNNING_MAX:
+        reference = tl.full((T,), primitives.LOWEST, tl.float32)
+    else:
+        reference = primitives.target_reference(a_target, multiplier)
 
     for segment in range(segments):
         begin, end, limit = segment_bounds(segment, segments, first_tile, last_tile, stop_tile, hole_tile, body)
         for tile in range(begin, end):
             a, _ = primitives.cap(load_tile(body_ptr, tile, None, stride_v, VECTOR, K, T, L), squash)
-            w = load_weights(weight_ptr, head, tile, None, K, T, L)
+            w = class_weights.of_tile(weight_ptr, head, tile, None, K, T, L)
             reference, s, q, d, best = primitives.accumulate(
-                a, None, w, head + tile * TILE, False, reference, s, q, d, best, multiplier, RUNNING_MAX, ENTROPY, PREDICTED, SMOOTHING
+                a, None, w, head + tile * TILE, False, reference, s, q, d, best, multiplier,
+                RUNNING_MAX, ENTROPY, PREDICTED, SMOOTHING,
             )  # fmt: skip
         a, _ = primitives.cap(load_tile(body_ptr, end, limit, stride_v, VECTOR, K, T, L), squash)
         offs_v = tile_offsets(end, K, T, L)
         valid = offs_v != hole - head
         if SMOOTHING or squash is not None:
             valid = valid & (offs_v < limit)  # elsewhere the -inf of load_tile adds nothing, for fewer registers
-        w = load_weights(weight_ptr, head, end, limit, K, T, L)
+        w = class_weights.of_tile(weight_ptr, head, end, limit, K, T, L)
         reference, s, q, d, best = primitives.accumulate(
-            a, valid, w, head + end * TILE, False, reference, s, q, d, best, multiplier, RUNNING_MAX, ENTROPY, PREDICTED, SMOOTHING
+            a, valid, w, head + end * TILE, False, reference, s, q, d, best, multiplier,
+            RUNNING_MAX, ENTROPY, PREDICTED, SMOOTHING,
         )  # fmt: skip
     if VECTOR:
         offs_v, valid = edge_columns(head, body, V, first_tile, T)
         valid = valid & (offs_v != hole)
         a, _ = primitives.cap(tl.load(row_ptr + offs_v, mask=valid).to(tl.float32), squash)
-        w = load_edge_weights(weight_ptr, offs_v, valid)
+        w = class_weights.of_columns(weight_ptr, offs_v, valid)
         here = tl.reshape(offs_v, (T,)) - tl.arange(0, T) * L  # find_column adds the thread's place in a tile
         reference, s, q, d, best = primitives.accumulate(
-            a, valid, w, here, tl.arange(0, T) < 8, reference, s, q, d, best, multiplier, RUNNING_MAX, ENTROPY, PREDICTED, SMOOTHING
+            a, valid, w, here, tl.arange(0, T) < 8, reference, s, q, d, best, multiplier,
+            RUNNING_MAX, ENTROPY, PREDICTED, SMOOTHING,
         )  # fmt: skip
 
     column = V
