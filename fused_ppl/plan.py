@@ -70,11 +70,6 @@ class LinearCase:
         return "cpu" if self.device_type == "cpu" else "gpu"
 
     @property
-    def packed_bytes(self) -> int:
-        """What oneDNN makes for itself: a bf16 product on a CPU packs a copy of the weight."""
-        return self.num_classes * self.hidden_size * self.itemsize if self.place == "cpu" and self.itemsize == 2 else 0
-
-    @property
     def accumulator_bytes(self) -> int:
         """The fp32 gradient of weight and bias."""
         _, grad_weight, grad_bias = self.grads
@@ -119,11 +114,7 @@ def linear_kind(case: LinearCase, per_token: bool) -> str:
         return "forward"
     if per_token:
         return "vocab"
-    least = (
-        case.packed_bytes
-        + case.accumulator_bytes
-        + MIN_ROWS[case.place][case.itemsize] * case.num_classes * case.itemsize
-    )
+    least = case.accumulator_bytes + MIN_ROWS[case.place][case.itemsize] * case.num_classes * case.itemsize
     return "rows" if case.memory_budget is None or least <= case.memory_budget else "vocab"
 
 
@@ -148,10 +139,9 @@ def linear_plan(case: LinearCase, kind: str) -> LinearPlan:
             columns = _within(columns, case.memory_budget - fixed, max(1, n * size), LEAST_COLUMNS)
         backward = fixed + columns * n * size
     if case.memory_budget is not None:
-        kept = case.packed_bytes + (saved if kind == "rows" else 0)
-        rows = _within(rows, case.memory_budget - kept, v * size, least)
+        rows = _within(rows, case.memory_budget - (saved if kind == "rows" else 0), v * size, least)
     rows = max(1, min(rows, n))
-    temporary = max(rows * v * size + case.packed_bytes, backward)
+    temporary = max(rows * v * size, backward)
     if case.memory_budget is not None and temporary + saved > case.memory_budget:
         reason += f", over the budget of {case.memory_budget / 2**20:.0f} MiB: its fixed part alone does not fit"
     products = {"forward": 1, "rows": 1, "vocab": 2}[kind] + case.grads[0] + case.grads[1]

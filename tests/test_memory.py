@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import io
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def _everything_is_large(monkeypatch):
     monkeypatch.setattr(memory, "LARGE", 1)
+    monkeypatch.setattr(memory, "_idle", [])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
@@ -35,6 +37,56 @@ def test_shape_dtype_layout_and_alignment(shape, dtype):
 def test_two_buffers_share_nothing_and_outlive_their_makers():
     a, b = (memory.empty((1000,), torch.float32, CPU).fill_(i) for i in (1, 2))
     assert a.sum() == 1000 and b.sum() == 2000
+
+
+def test_a_buffer_waits_for_the_next_step_and_is_lent_to_one_tensor_at_a_time():
+    first = memory.empty((1000,), torch.float32, CPU)
+    place, view = first.data_ptr(), first[10:20]
+    del first
+    other = memory.empty((1000,), torch.float32, CPU)
+    assert other.data_ptr() != place  # a view of the first is alive
+    del view
+    again = memory.empty((400,), torch.float64, CPU)  # a little smaller, and of another type
+    assert again.data_ptr() == place and again.shape == (400,)
+    assert memory.empty((1000,), torch.float32, CPU).data_ptr() != place
+
+
+def test_what_does_not_fit_makes_room():
+    """Waiting never adds to a peak: before more is asked for, what waits is given back."""
+    del_me = [memory.empty((n,), torch.uint8, CPU) for n in (1000, 2000)]
+    del del_me[:]
+    assert sorted(b.nbytes for b in memory._idle) == [1000, 2000]
+    memory.empty((memory.SLACK * 2000,), torch.uint8, CPU)
+    assert [b.nbytes for b in memory._idle] == [memory.SLACK * 2000]
+    small = memory.empty((1999,), torch.uint8, CPU)  # would keep a buffer of more than four times its size
+    assert memory._idle == [] and small.untyped_storage().nbytes() < 2100
+
+
+def test_what_waits_is_bounded(monkeypatch):
+    monkeypatch.setattr(memory, "IDLE_LIMIT", 2500)
+    del_me = [memory.empty((n,), torch.uint8, CPU) for n in (1000, 2000)]
+    del del_me[:]
+    assert sum(b.nbytes for b in memory._idle) <= 2500
+
+
+def test_gradients_that_are_kept_are_not_written_over():
+    logits, target = make_logits((6, 37)), make_target((6,), 37)
+    kept = []
+    for step in range(4):
+        x = (logits + step).requires_grad_()
+        (fused_ppl.perplexity(x, target) * (step + 1)).backward()
+        kept.append((x.grad, x.grad.clone()))
+    assert all(torch.equal(gradient, copied) for gradient, copied in kept)
+
+
+def test_threads_do_not_share_a_buffer():
+    def work(i):
+        for _ in range(200):
+            buffer = memory.empty((5000,), torch.int64, CPU).fill_(i)
+            assert bool((buffer == i).all())
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(8)))
 
 
 def test_gradients_on_such_a_buffer_are_those_on_any_other(monkeypatch):

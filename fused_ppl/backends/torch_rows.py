@@ -161,13 +161,15 @@ def nll_forward_backward(
             parts.append(walk.zeros(rows))
             continue
         derivative = None if slope is None else slope[: rows.target.shape[0]]
-        stats, p, others = _without_target(walk, rows, target_logit[rows.span], weight, token_weight, derivative)
+        stats, p, of_others, others = _without_target(
+            walk, rows, target_logit[rows.span], weight, token_weight, derivative
+        )
         parts.append(stats)
         if upstream is not None:
             of_s = torch.full_like(stats.nll, upstream)
             of_norm = of_s * (2 * spec.z_loss) * stats.lse.to(walk.dtype) if spec.z_loss else None
             c = _coefficients(rows, spec, weight, token_weight, logits.shape[-1], of_s, of_norm, walk.dtype)
-            p.mul_((c.a * others).unsqueeze(1))
+            p.mul_((c.a * of_others).unsqueeze(1))
             _finish_gradient(walk, rows, p, c, c.at_target(-others), weight, derivative, 0)
             walk.store(rows, p)
     return _collect(walk, parts)
@@ -180,38 +182,42 @@ def _without_target(
     w: Tensor | None,
     token_weight: Tensor | None,
     derivative: Tensor | None,
-) -> tuple[RowStats, Tensor, Tensor]:
-    """Statistics of the rows, softmax over the classes that are not the target, and the mass of those, 1 - p_y."""
+) -> tuple[RowStats, Tensor, Tensor, Tensor]:
+    """Statistics of the rows; p of the classes that are not the target, up to a factor of the row; that factor; and
+    the mass of those classes, 1 - p_y."""
     spec, y = walk.spec, rows.target
     x = walk.copy(rows)
     x.scatter_(1, y, target_logit.unsqueeze(1))
     walk.transform(x, derivative)
-    z_y = x.gather(1, y)
+    z_y = x.gather(1, y).squeeze(1)
     plain_sum = None
     if spec.label_smoothing:
         plain_sum = x.sum(1) if w is None else x @ w
     predicted = x.argmax(1) if spec.stats else y.new_empty(0)
+    # the largest of the others takes the target's place: its share then tells the others' sum, which is not less
     x.scatter_(1, y, -torch.inf)
-    top, at = x.max(1, keepdim=True)
+    top = x.amax(1, keepdim=True)
     none = top == -torch.inf  # no other class has any mass: V = 1, or all others are masked
-    x.masked_fill_(none, 0)
+    x.scatter_(1, y, torch.where(none, 0, top))
     torch.softmax(x, 1, out=x)
-    lse_others = torch.where(none, -torch.inf, top - x.gather(1, at).log()).squeeze(1)
-    z_y = z_y.squeeze(1)
+    share = x.gather(1, y).squeeze(1)
+    x.scatter_(1, y, 0)
+    lse_others = top.squeeze(1) + torch.log((1 - share) / share)
     nll = torch.nn.functional.softplus(lse_others - z_y, threshold=40.0)
     if rows.bad is not None:
         nll = nll.masked_fill(rows.bad, torch.nan)
     others = -torch.expm1(-nll)
-    x.scatter_(1, y, 0)
+    normalize = 1 / (1 - share).clamp_min(0.25)  # from 0.5 on, unless no other class has any mass
     lse = torch.where(z_y.isneginf(), lse_others.to(walk.wide), z_y.to(walk.wide) + nll)
     smooth = None
     if plain_sum is not None:
         smooth = (x.shape[1] if w is None else w.sum()) * lse.to(walk.dtype) - plain_sum
     entropy = nll.new_empty(0)
     if spec.stats:
-        rest = torch.special.entr(others) + others * torch.special.entr(x).sum(1)
+        rest = torch.special.entr(others) + others * (normalize * torch.special.entr(x).sum(1) - normalize.log())
         entropy = torch.where(others < 1, (1 - others) * nll, 0) + rest
-    return _row_stats(walk, rows, nll, lse, smooth, entropy, predicted, w, token_weight), x, others
+    stats = _row_stats(walk, rows, nll, lse, smooth, entropy, predicted, w, token_weight)
+    return stats, x, others * normalize, others
 
 
 class _Coefficients(NamedTuple):

@@ -13,9 +13,11 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from fused_ppl.engines import memory
 from fused_ppl.spec import LossSpec
 
 SLICE = 4096  # columns of a product that is converted or added in cache
+SLICE_ELEMENTS = 2**19  # of a gradient that is scaled and rounded in cache
 
 
 def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -38,11 +40,19 @@ def empty_gradients(
     """Contiguous, in the dtype of what each is the gradient of; 0 elements where none is needed."""
     likes = (hidden, linear_weight, linear_bias)
     return tuple(
-        torch.empty(like.shape, dtype=like.dtype, device=like.device)
-        if needed and like is not None
-        else hidden.new_empty(0)
+        memory.empty(like.shape, like.dtype, like.device) if needed and like is not None else hidden.new_empty(0)
         for like, needed in zip(likes, grads, strict=True)
     )
+
+
+def scale_into(out: Tensor, gradient: Tensor, factor: Tensor) -> None:
+    """out = gradient * factor, rounded once; by slices where a CPU would first make all of it in the wider dtype."""
+    factor = factor.to(gradient.dtype)
+    if out.dtype == gradient.dtype or out.device.type != "cpu":
+        torch.mul(gradient, factor, out=out)
+        return
+    for rounded, exact in zip(out.view(-1).split(SLICE_ELEMENTS), gradient.view(-1).split(SLICE_ELEMENTS), strict=True):
+        rounded.copy_(exact * factor)
 
 
 class Head:
@@ -114,16 +124,18 @@ class Head:
         for s in self.slices(g.shape[1], SLICE if self.converted else g.shape[1]):
             self._add_product(out, g[:, s], self.weight[first + s.start : first + s.stop].to(self.dtype))
 
-    def add_weight_gradient(self, g: Tensor, h: Tensor, out: Tensor) -> None:
-        """out += g^T h. A product that a CPU rounds to bf16 is added slice by slice, while it is in cache."""
+    def add_weight_gradient(self, g: Tensor, h: Tensor, out: Tensor, fresh: bool) -> None:
+        """out += g^T h; out = g^T h where `out` is fresh, and holds nothing yet.
+
+        A product that a CPU rounds to bf16 is added slice by slice, while it is in cache.
+        """
         direct = g.dtype == out.dtype
         for s in self.slices(g.shape[1], g.shape[1] if direct else SLICE):
-            self._add_product(out[s], g[:, s].t(), h)
+            self._add_product(out[s], g[:, s].t(), h, fresh)
 
-    def _add_product(self, out: Tensor, a: Tensor, b: Tensor) -> None:
+    def _add_product(self, out: Tensor, a: Tensor, b: Tensor, fresh: bool = False) -> None:
         if a.dtype == out.dtype:
-            out.addmm_(a, b)
-        elif self.on_cpu:
-            out.add_(torch.mm(a, b))
-        else:
-            out.add_(torch.mm(a, b, out_dtype=out.dtype))
+            torch.mm(a, b, out=out) if fresh else out.addmm_(a, b)
+            return
+        product = torch.mm(a, b) if self.on_cpu else torch.mm(a, b, out_dtype=out.dtype)
+        out.copy_(product) if fresh else out.add_(product)

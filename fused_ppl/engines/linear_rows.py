@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fused_ppl import backends, checks, plan, reduction
 from fused_ppl.engines import LIBRARY, memory
-from fused_ppl.engines.head import Head, empty_gradients, wide_dtype
+from fused_ppl.engines.head import Head, empty_gradients, scale_into, wide_dtype
 from fused_ppl.spec import SPEC_SCHEMA, LossSpec, RowStats
 
 LIBRARY.define(
@@ -43,10 +43,13 @@ def _forward(hidden, linear_weight, linear_bias, target, weight, token_weight, n
     case = plan.LinearCase(n, v, d, head.dtype.itemsize, hidden.device.type, tuple(grads), memory_budget)
     chunk = plan.linear_plan(case, "rows" if any(grads) else "forward").rows
     shapes = _accumulator_shapes(hidden, linear_weight, grads)
-    dhidden, dweight, dbias = (memory.empty(s, wide_dtype(dtype), hidden.device).zero_() for s in shapes)
+    dhidden, dweight, dbias = (memory.empty(s, wide_dtype(dtype), hidden.device) for s in shapes)
     if head.on_cpu:
         checks.check_target_range(labels, v, spec.ignore_index)  # here, where positions are still the caller's
     m = head.target.shape[0]
+    # what the first chunk overwrites is not cleared: for the weight that would take as long as the row formula
+    for accumulator in (dhidden, dbias) if m else (dhidden, dweight, dbias):
+        accumulator.zero_()
     u = head.rows(None if token_weight is None else token_weight.reshape(-1))
     buffer = memory.empty((min(chunk, max(m, 1)), v), head.dtype, hidden.device)
     dh = dhidden.view(-1, d) if head.kept is None else dhidden.new_zeros((m, d) if grads[0] else (0, d))
@@ -72,7 +75,7 @@ def _forward(hidden, linear_weight, linear_bias, target, weight, token_weight, n
         if grads[0]:
             head.add_hidden_gradient(g, dh[r])
         if grads[1]:
-            head.add_weight_gradient(g, h, dweight)
+            head.add_weight_gradient(g, h, dweight, start == 0)
         if grads[2]:
             dbias += g.sum(0, dtype=dbias.dtype)
     if head.kept is not None and grads[0]:
@@ -110,7 +113,7 @@ def _scale(hidden, linear_weight, linear_bias, dhidden, dweight, dbias, *rest): 
     results = empty_gradients(hidden, linear_weight, linear_bias, grads)
     for gradient, result, needed in zip((dhidden, dweight, dbias), results, grads, strict=True):
         if needed:
-            torch.mul(gradient, factor.to(gradient.dtype), out=result)
+            scale_into(result, gradient, factor)
     return results
 
 
