@@ -205,7 +205,8 @@ def test_confident_rows_keep_their_digits(stats):
     assert_close(rows.nll.double(), rest.sum(1).log1p(), rtol=2e-5, atol=0)
     gradient = rest / (1 + rest.sum(1, keepdim=True))
     gradient.scatter_(1, case.target[:, None], -gradient.sum(1, keepdim=True))
-    assert_close(case.logits[0].double(), gradient, rtol=2**-8, atol=0)
+    # the interpreter truncates to bf16; below 1e-38 are no normal numbers
+    assert_close(case.logits[0].double(), gradient, rtol=2**-7, atol=1e-38)
 
 
 @pytest.mark.parametrize("stats", [False, True], ids=["", "stats"])
