@@ -186,7 +186,8 @@ def violations(found: aot.Report, budget: tuple[float, ...], itemsize: int) -> l
     *limits, registers = budget
     checks = {f"{found.registers} registers, {registers} allowed": found.registers <= registers}
     for (name, loop), limit in zip(found.passes.items(), limits, strict=True):
-        per_logit, mufu, accesses = loop.per_logit(itemsize), loop.mufu / loop.logits(itemsize), loop.loads + loop.stores
+        per_logit, mufu = loop.per_logit(itemsize), loop.mufu / loop.logits(itemsize)
+        accesses = loop.loads + loop.stores
         checks |= {
             f"{name}: {per_logit:.2f} instructions a logit, {limit} allowed": per_logit <= limit,
             f"{name}: {mufu:.2f} special functions a logit, {MUFU} allowed": mufu <= MUFU,

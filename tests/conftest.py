@@ -196,8 +196,10 @@ class _FakeGpuMethods(TorchFunctionMode):
         except RuntimeError as error:
             if "not linked with support" not in str(error):
                 raise
-            name = {"__invert__": "bitwise_not"}.get(func.__name__, func.__name__)
-            return getattr(aten, name)(*args, **(kwargs or {}))
+            name, keywords = {"__invert__": "bitwise_not"}.get(func.__name__, func.__name__), dict(kwargs or {})
+            out = keywords.pop("out", None)
+            result = getattr(aten, name)(*args, **keywords)
+            return result if out is None else aten.copy_(out, result)
 
     @staticmethod
     def _index(x: Tensor, index: object) -> Tensor:

@@ -38,7 +38,6 @@ from fused_ppl.kernels import launch, walk  # noqa: E402
 from fused_ppl.kernels.launch import Rows, Workspace, choose_config  # noqa: E402
 from fused_ppl.kernels.nll_forward import launch_nll_forward  # noqa: E402
 
-
 pytestmark = pytest.mark.usefixtures("integer_overflow_is_an_error")
 
 
