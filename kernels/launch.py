@@ -117,7 +117,7 @@ def _least_warps(num_classes: int) -> int:
     return next((w for v, w in ((512, 1), (2048, 2), (65536, 4)) if num_classes < v), 8)
 
 
-def _vectors(num_classes: int, threads: int, itemsize: int, heavy: bool) -> int:
+def _vectors(num_classes: int, threads: int, itemsize: int, heavy: int) -> int:
     """Of a thread in a tile: as many as are in flight at once, and fewer where a row has less than one such tile."""
     vector = 16 // itemsize
     sizes = (vector // 4,) if heavy else (4, 2)
@@ -125,12 +125,12 @@ def _vectors(num_classes: int, threads: int, itemsize: int, heavy: bool) -> int:
 
 
 def choose_config(
-    num_rows: int, num_classes: int, itemsize: int, num_sms: int, warp_size: int = 32, *, heavy: bool = False
+    num_rows: int, num_classes: int, itemsize: int, num_sms: int, warp_size: int = 32, *, heavy: int = 0
 ) -> LaunchConfig:
     """Warps and tile by V; one program a row, or the smallest power of 2 of slices that fills the device 4 times.
 
-    `heavy` makes the tile smaller: running maxima, softcap and smoothing hold more registers for each logit. What is
-    in flight then, 16 KB or more on an SM, still covers the latency of HBM.
+    `heavy`, the number of options that hold more registers for each logit (running maxima, softcap, smoothing), makes
+    the tile smaller. What is in flight then, 16 KB or more on an SM, still covers the latency of HBM.
     """
     num_warps = _least_warps(num_classes)
     threads = warp_size * num_warps
@@ -145,7 +145,7 @@ def choose_config(
 
 
 def choose_two_pass_config(
-    num_classes: int, itemsize: int, num_sms: int, warp_size: int = 32, *, heavy: bool = False
+    num_classes: int, itemsize: int, num_sms: int, warp_size: int = 32, *, heavy: int = 0
 ) -> LaunchConfig:
     """One program a row, of so many threads that the second pass finds in L2 what the first one has read.
 
@@ -155,7 +155,7 @@ def choose_two_pass_config(
     threads = warp_size * _least_warps(num_classes)
     while threads < SM_THREADS and num_sms * (SM_THREADS // threads) * num_classes * itemsize > L2_BYTES:
         threads *= 2
-    vectors = _vectors(num_classes, threads, itemsize, heavy)
+    vectors = 1 if heavy > 1 else _vectors(num_classes, threads, itemsize, heavy)  # 64 registers are all there are
     tiles = num_classes // (vectors * threads * (16 // itemsize)) + 1
     return LaunchConfig(vectors, threads // warp_size, threads, tiles)
 

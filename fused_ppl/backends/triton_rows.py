@@ -31,7 +31,7 @@ def nll_forward(
     stats = _check_and_allocate(logits, target, spec)
     if n == 0:
         return stats, None
-    config = _config(logits, heavy=_sum_is_heavy(spec))
+    config = _config(logits, heavy=_heavy(spec))
     totals = None
     if spec.reduction in ("mean", "sum"):
         dtypes = (torch.float32,) * 2 + (torch.float64,) * 3
@@ -111,7 +111,7 @@ def nll_forward_backward(
         _rows(stats, spec),
         _numbers(spec),
         upstream=upstream,
-        config=launch.choose_two_pass_config(logits.shape[1], logits.itemsize, *size, heavy=_sum_is_heavy(spec)),
+        config=launch.choose_two_pass_config(logits.shape[1], logits.itemsize, *size, heavy=_heavy(spec)),
         ignore_index=spec.ignore_index,
     )
     return stats
@@ -139,11 +139,12 @@ def _rows(stats: RowStats, spec: LossSpec) -> launch.Rows:
     return launch.Rows(*stats[:4], *(stats[4:] if spec.stats else ()))
 
 
-def _sum_is_heavy(spec: LossSpec) -> bool:
-    return spec.stats or spec.softcap is not None or spec.label_smoothing > 0
+def _heavy(spec: LossSpec) -> int:
+    """Of a sum over the logits; see `launch.choose_config`."""
+    return spec.stats + (spec.softcap is not None) + (spec.label_smoothing > 0)
 
 
-def _config(logits: Tensor, *, heavy: bool) -> launch.LaunchConfig:
+def _config(logits: Tensor, *, heavy: int) -> launch.LaunchConfig:
     b, r, v = logits.shape
     return launch.choose_config(b * r, v, logits.itemsize, *launch.device_size(logits.device), heavy=heavy)
 
