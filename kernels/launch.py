@@ -20,6 +20,8 @@ from torch import Tensor
 LOG2E = 1.4426950408889634
 MAX_SLICES = 32
 SM_THREADS = 1024
+# asked for, because ptxas otherwise spills a few to come down to 40 or 32; AMD's compiler has no such option
+SM_REGISTERS = {} if torch.version.hip else {"maxnreg": 65536 // SM_THREADS}
 L2_BYTES = 30 * 10**6  # of 40 MB (A100), 50 (H100), 126 (B200)
 PARTIALS = 5  # what a slice of a row hands over: reference, s, q, d, column
 SHARD_FIELDS = 6  # max z, sum e^(z - max), target's z or 0, sum w z, sum e^(z - max) (z - max), column of the maximum
@@ -149,13 +151,13 @@ def choose_two_pass_config(
 ) -> LaunchConfig:
     """One program a row, of so many threads that the second pass finds in L2 what the first one has read.
 
-    An SM holds 1024 threads of 41 to 64 registers, and 1024 / threads rows are at work there: 2 for 50 thousand bf16
-    classes, 1 for 128 thousand. From about 150 thousand on also these no longer fit, and it is two reads.
+    An SM holds 1024 threads of up to 64 registers, and so 1024 / threads rows are at work there: 2 for 50 thousand bf16
+    classes, 1 for 128 thousand. From about 150 thousand on even these no longer fit, and it is two reads.
     """
     threads = warp_size * _least_warps(num_classes)
     while threads < SM_THREADS and num_sms * (SM_THREADS // threads) * num_classes * itemsize > L2_BYTES:
         threads *= 2
-    vectors = 1 if heavy > 1 else _vectors(num_classes, threads, itemsize, heavy)  # 64 registers are all there are
+    vectors = 1 if heavy > 1 else _vectors(num_classes, threads, itemsize, heavy)  # 64 registers are all there is
     tiles = num_classes // (vectors * threads * (16 // itemsize)) + 1
     return LaunchConfig(vectors, threads // warp_size, threads, tiles)
 
