@@ -86,10 +86,6 @@ def _common(options: dict[str, Any], v: int) -> tuple[launch.Weights, launch.Num
     return launch.Weights(weight, total, token_weight), launch.numbers(*values)
 
 
-def _heavy(numbers: launch.Numbers, stats: bool) -> int:
-    return stats + (numbers.squash is not None) + (numbers.smoothing is not None)
-
-
 def _config(dtype: torch.dtype, v: int, target: str, heavy: int) -> launch.LaunchConfig:
     return launch.choose_config(NUM_ROWS, v, dtype.itemsize, NUM_SMS, aot.TARGETS[target].warp_size, heavy=heavy)
 
@@ -102,7 +98,7 @@ def forward(
     stats, sums, shard, slices = (
         options.pop(k, d) for k, d in (("stats", 0), ("sums", 1), ("shard", 0), ("slices", 0))
     )
-    config = _config(dtype, v, target, _heavy(numbers, bool(stats or shard)))
+    config = _config(dtype, v, target, launch.heaviness(numbers, bool(stats or shard)))
     fp64, n = torch.float64, NUM_ROWS
     extra = (_meta(n), _meta(n, dtype=torch.int64)) if stats else ()
     rows = (
@@ -160,6 +156,7 @@ def forward_backward(
     """The kernel of the fused head and the arguments that its launcher gives it."""
     weights, numbers = _common(options, v)
     n, stats = NUM_ROWS, options.pop("stats", False)
+    heavy = launch.heaviness(numbers, stats)
     extra = (_meta(n), _meta(n, dtype=torch.int64)) if stats else ()
     kwargs = aot.capture(
         nll_forward_backward.nll_forward_backward_kernel,
@@ -172,7 +169,7 @@ def forward_backward(
             numbers,
             upstream=options.pop("upstream", 1.0),
             config=launch.choose_two_pass_config(
-                v, dtype.itemsize, NUM_SMS, aot.TARGETS[target].warp_size, heavy=_heavy(numbers, stats)
+                v, dtype.itemsize, NUM_SMS, aot.TARGETS[target].warp_size, heavy=heavy
             ),
             ignore_index=-100,
         ),

@@ -115,6 +115,11 @@ class LaunchConfig:
     slices: int = 1
 
 
+def heaviness(numbers: Numbers, stats: bool) -> int:
+    """Of a sum, by the registers that its options hold for each logit: running maxima, a softcap most, smoothing."""
+    return stats + 2 * (numbers.squash is not None) + (numbers.smoothing is not None)
+
+
 def _least_warps(num_classes: int) -> int:
     return next((w for v, w in ((512, 1), (2048, 2), (65536, 4)) if num_classes < v), 8)
 
@@ -131,8 +136,8 @@ def choose_config(
 ) -> LaunchConfig:
     """Warps and tile by V; one program a row, or the smallest power of 2 of slices that fills the device 4 times.
 
-    `heavy`, the number of options that hold more registers for each logit (running maxima, softcap, smoothing), makes
-    the tile smaller. What is in flight then, 16 KB or more on an SM, still covers the latency of HBM.
+    `heavy`, see `heaviness`, makes the tile smaller. What is in flight then, 16 KB or more on an SM, still covers the
+    latency of HBM.
     """
     num_warps = _least_warps(num_classes)
     threads = warp_size * num_warps
