@@ -65,11 +65,13 @@ class Report:
     shared: int  # bytes
     spills: int  # local-memory instructions of the whole program
     instructions: int
-    loops: tuple[Loop, ...]  # innermost, with an exponential, in program order; the first is the hot one
+    loops: tuple[Loop, ...]  # innermost, with an exponential, in program order
 
     @property
-    def hot(self) -> Loop:
-        return self.loops[0]
+    def passes(self) -> dict[str, Loop]:
+        """The hot loops: the first that only reads, before any that redoes its row, and the first that writes."""
+        loops = {"gradient" if loop.stores else "sum": loop for loop in reversed(self.loops)}
+        return {name: loops[name] for name in ("sum", "gradient") if name in loops}
 
 
 def access_bytes(opcode: str) -> int:
@@ -133,7 +135,7 @@ def source(kernel: Any, kwargs: dict[str, Any]) -> ASTSource:
 
 
 def compile_call(kernel: Any, kwargs: dict[str, Any], target: GPUTarget) -> Any:
-    options = {k: v for k, v in kwargs.items() if k in ("num_warps", "num_stages", "enable_fp_fusion")}
+    options = {k: v for k, v in kwargs.items() if k in ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg")}
     return triton.compile(source(kernel, kwargs), target=target, options=options)
 
 
