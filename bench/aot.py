@@ -139,7 +139,7 @@ def source(kernel: Any, kwargs: dict[str, Any]) -> ASTSource:
 
 
 def compile_call(kernel: Any, kwargs: dict[str, Any], target: GPUTarget) -> Any:
-    options = {k: v for k, v in kwargs.items() if k in ("num_warps", "num_stages", "enable_fp_fusion")}
+    options = {k: v for k, v in kwargs.items() if k in ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg")}
     return triton.compile(source(kernel, kwargs), target=target, options=options)
 
 

@@ -21,6 +21,14 @@ def check(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, env=env, timeout=600, check=False)
 
 
+def test_every_kernel_has_a_budget():
+    import budgets
+
+    files = {path.stem.removeprefix("nll_") for path in BUDGETS.parents[1].glob("kernels/nll_*.py")}
+    assert files == set(budgets.KERNELS)
+    assert set(budgets.BUDGETS) == {(kernel, dtype) for kernel in files for dtype in budgets.NAMES}
+
+
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
 def test_every_dtype_and_odd_vocabularies_keep_the_budgets(target):
     done = check("--target", target)

@@ -36,7 +36,7 @@ def test_configurations_cover_every_row_and_fill_the_device(num_sms, itemsize, h
 def test_rows_at_work_stay_in_l2_until_their_second_pass(num_sms, itemsize, heavy):
     for warp in (32, 64):
         for v in (1, 31, 512, 2047, 4096, 32000, 50257, 65536, 128256, 151643, 10**6):
-            config = choose_two_pass_config(v, itemsize, num_sms, warp, heavy=heavy)
+            config = choose_two_pass_config(v, itemsize, num_sms, warp, heavy=2 * heavy)
             tile = config.vectors * config.threads * 16 // itemsize
             assert config.slices == 1
             assert config.tiles_per_slice == v // tile + 1

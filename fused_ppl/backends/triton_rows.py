@@ -31,7 +31,7 @@ def nll_forward(
     stats = _check_and_allocate(logits, target, spec)
     if n == 0:
         return stats, None
-    config = _config(logits, heavy=_sum_is_heavy(spec))
+    config = _config(logits, heavy=launch.heaviness(_numbers(spec), spec.stats))
     totals = None
     if spec.reduction in ("mean", "sum"):
         dtypes = (torch.float32,) * 2 + (torch.float64,) * 3
@@ -102,16 +102,17 @@ def nll_forward_backward(
     `upstream` None computes no gradient.
     """
     stats = _check_and_allocate(logits, target, spec)
-    size = launch.device_size(logits.device)
+    size, numbers = launch.device_size(logits.device), _numbers(spec)
+    heavy = launch.heaviness(numbers, spec.stats)
     launch_nll_forward_backward(
         logits,
         target_logit.contiguous(),
         target.contiguous(),
         _weights(weight, token_weight, spec),
         _rows(stats, spec),
-        _numbers(spec),
+        numbers,
         upstream=upstream,
-        config=launch.choose_two_pass_config(logits.shape[1], logits.itemsize, *size, heavy=_sum_is_heavy(spec)),
+        config=launch.choose_two_pass_config(logits.shape[1], logits.itemsize, *size, heavy=heavy),
         ignore_index=spec.ignore_index,
     )
     return stats
@@ -139,11 +140,7 @@ def _rows(stats: RowStats, spec: LossSpec) -> launch.Rows:
     return launch.Rows(*stats[:4], *(stats[4:] if spec.stats else ()))
 
 
-def _sum_is_heavy(spec: LossSpec) -> bool:
-    return spec.stats or spec.softcap is not None or spec.label_smoothing > 0
-
-
-def _config(logits: Tensor, *, heavy: bool) -> launch.LaunchConfig:
+def _config(logits: Tensor, *, heavy: int) -> launch.LaunchConfig:
     b, r, v = logits.shape
     return launch.choose_config(b * r, v, logits.itemsize, *launch.device_size(logits.device), heavy=heavy)
 
