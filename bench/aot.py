@@ -100,7 +100,9 @@ def access_bytes(opcode: str) -> int:
 def capture(kernel: Any, launch: Callable[[], object]) -> dict[str, Any]:
     """The keyword arguments of the one launch of `kernel` inside `launch()`; nothing runs."""
     calls: list[dict[str, Any]] = []
-    kernel.run = lambda *args, grid, warmup, **kwargs: calls.append(dict(zip(kernel.arg_names, args)) | kwargs)
+    kernel.run = lambda *args, grid, warmup, **kwargs: calls.append(
+        {**dict(zip(kernel.arg_names, args, strict=False)), **kwargs}
+    )
     try:
         launch()
     finally:

@@ -73,8 +73,8 @@ def occupancy(target: str, registers: int, shared: int, num_warps: int) -> int:
 def table(records: list[dict[str, Any]]) -> str:
     """Perplexity forward + backward from logits on each card: bytes, shares of the budgets, modelled time."""
     lines = [
-        f"Model: N = {N}, V = {V}, bf16, {ATTAINED:.0%} of peak bandwidth. A share is of the instructions (of the special "
-        "functions) that fit beside the traffic at peak bandwidth.",
+        f"Model: N = {N}, V = {V}, bf16, {ATTAINED:.0%} of peak bandwidth. A share is of the instructions (of the "
+        "special functions) that fit beside the traffic at peak bandwidth.",
         "",
         "| card | who | GB moved | forward: instructions, special | backward: instructions, special | modelled ms |",
         "|---|---|---|---|---|---|",
