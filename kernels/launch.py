@@ -127,7 +127,7 @@ def _least_warps(num_classes: int) -> int:
 def _vectors(num_classes: int, threads: int, itemsize: int, heavy: int) -> int:
     """Of a thread in a tile: as many as are in flight at once, and fewer where a row has less than one such tile."""
     vector = 16 // itemsize
-    sizes = (vector // 4,) if heavy else (4, 2)
+    sizes = (vector // 4,) if heavy else (4, vector // 4)
     return next((k for k in sizes if num_classes >= k * threads * vector), 1)
 
 
