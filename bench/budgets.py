@@ -1,17 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The machine code that each kernel is allowed, and what it has.
-
-    python bench/budgets.py [--target sm_90 ...] [--options] [--liger DIR]      a Markdown table
+"""The machine code that each kernel is allowed, and what a launch of it compiles.
 
 A limit is the measured value of triton 3.9 plus a few per cent, so that a version of Triton that does worse is seen.
-`--liger DIR` reads Liger's kernels in the same way; DIR is `pip install --no-deps --target DIR liger-kernel`.
+`python bench/static.py` compiles all of it, and holds it to this.
 """
 
 from __future__ import annotations
 
-import argparse
-import itertools
-import sys
 from typing import Any
 
 import aot
@@ -212,93 +207,3 @@ def broken_promises(found: aot.Report, contiguous: bool = True) -> list[str]:
 
 def _is_wide(opcode: str) -> bool:
     return aot.access_bytes(opcode) == 16
-
-
-def check(targets: list[str], options: bool) -> list[str]:
-    """Every violation, with the name of the kernel."""
-    found = []
-    for target in targets:
-        for (kernel, dtype), budgets in BUDGETS.items():
-            for even, odd in ((50304, ODD), (128256, LARGE)):
-                over = violations(report(kernel, dtype, odd, target), budgets[target], dtype.itemsize)
-                found += [f"{target} {kernel} {NAMES[dtype]} V = {odd}: {text}" for text in over]
-                sources = [aot.source(*KERNELS[kernel](dtype, v, target)).hash() for v in (even, odd)]
-                found += [f"{target} {kernel} {NAMES[dtype]}: V = {odd} is another program than V = {even}"] * (
-                    len(set(sources)) - 1
-                )
-        for name, keywords in OPTIONS.items() if options else ():
-            for kernel, dtype, v in itertools.product(KERNELS, NAMES, (ODD, LARGE)):
-                if v == LARGE and kernel != "forward_backward":
-                    continue  # of the others no launch is short of registers
-                over = broken_promises(report(kernel, dtype, v, target, **keywords), keywords.get("contiguous", True))
-                found += [f"{target} {kernel} {NAMES[dtype]} V = {v} with {name}: {text}" for text in over]
-    return found
-
-
-def liger(directory: str, dtype: torch.dtype, v: int, target: str) -> aot.Report:
-    """Liger's cross-entropy kernel, loss and gradient, with the settings of its own launcher."""
-    if directory not in sys.path:
-        sys.path.insert(0, directory)
-    from liger_kernel.ops.cross_entropy import liger_cross_entropy_kernel
-
-    x, blackwell, hip = _meta(NUM_ROWS, v, dtype=dtype), target == "sm_100", target.startswith("gfx")
-    kwargs = {
-        "X_ptr": x, "X_stride": v, "Y_ptr": _meta(NUM_ROWS, dtype=torch.int64), "Y_stride": 1, "weight_ptr": None,
-        "loss_ptr": _meta(NUM_ROWS), "z_loss_ptr": None, "loss_stride": 1, "token_accuracy_ptr": None,
-        "token_accuracy_stride": 0, "predicted_tokens_ptr": None, "predicted_tokens_stride": 0, "n_cols": v,
-        "n_non_ignore": 8000.5, "sum_non_ignore_weight": 8000.5, "weight_sum": 0.5, "ignore_index": -100,
-        "lse_square_scale": 0.0, "label_smoothing": 0.0, "reduction": "mean", "softcap": None, "RETURN_Z_LOSS": False,
-        "RETURN_TOKEN_ACCURACY": False, "RETURN_PREDICTED_TOKENS": False, "HAS_WEIGHT": False, "HAS_SOFTCAPPING": False,
-        "BLOCK_SIZE": 32768, "HAS_GRADIENTS": True,
-        "num_warps": 16 if hip else 8 if dtype.itemsize == 2 and blackwell else 32,
-    }  # fmt: skip
-    return aot.read(aot.compile_call(liger_cross_entropy_kernel, kwargs, aot.TARGETS[target]))
-
-
-HEADER = (
-    "target", "kernel", "dtype", "instructions / logit", "budget", "special functions / logit", "access", "barriers",
-    "registers", "spills", "program",
-)  # fmt: skip
-
-
-def print_rows(
-    target: str, name: str, dtype: torch.dtype, found: aot.Report, budget: tuple[float | str, ...] = ("", "")
-) -> None:
-    """A row of the table for each pass over the logits."""
-    for (pass_, loop), limit in zip(found.passes.items(), budget, strict=False):
-        widths = sorted({aot.access_bytes(op) for op in loop.loads + loop.stores})
-        cells = (
-            target, f"{name}, {pass_}" if len(found.passes) > 1 else name, NAMES[dtype],
-            f"{loop.per_logit(dtype.itemsize):.2f}", limit, f"{loop.mufu / loop.logits(dtype.itemsize):.2f}",
-            " + ".join(map(str, widths)) + " B", loop.barriers, found.registers, found.spills, found.instructions,
-        )  # fmt: skip
-        print("| " + " | ".join(map(str, cells)) + " |", flush=True)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
-    parser.add_argument("--target", nargs="+", choices=aot.TARGETS, default=list(aot.TARGETS))
-    parser.add_argument("--options", action="store_true", help="every option alone, and all together")
-    parser.add_argument(
-        "--check", action="store_true", help="print only what is over its budget, and fail if anything is"
-    )
-    parser.add_argument("--liger", metavar="DIR", help="where liger-kernel is installed")
-    args = parser.parse_args()
-    if args.check:
-        found = check(args.target, args.options)
-        sys.exit("\n".join(found) or 0)
-    print("| " + " | ".join(HEADER) + " |")
-    print("|" + "---|" * len(HEADER))
-    for target in args.target:
-        for (kernel, dtype), budgets in BUDGETS.items():
-            print_rows(target, kernel, dtype, report(kernel, dtype, target=target), budgets[target])
-        for name, options in OPTIONS.items() if args.options else ():
-            for kernel in KERNELS:
-                print_rows(target, f"{kernel}, {name}", BF16, report(kernel, target=target, **options))
-        for v in (128256, ODD) if args.liger else ():
-            for dtype in (BF16, FP32):
-                print_rows(target, f"Liger, V = {v}", dtype, liger(args.liger, dtype, v, target))
-
-
-if __name__ == "__main__":
-    main()
