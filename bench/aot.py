@@ -2,7 +2,7 @@
 """Compiles a launch ahead of time, for a GPU that is not there, and reads the machine code.
 
 What a launch would compile is captured from the launcher itself. Static numbers only; nothing here is a time.
-budgets.py holds the limits and prints the table; tests/test_aot.py holds the kernels to them.
+budgets.py holds the limits, static.py the kernels to them and prints the table.
 """
 
 from __future__ import annotations

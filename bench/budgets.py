@@ -22,22 +22,28 @@ ODD, LARGE = 50257, 151643
 
 
 # with every option off: (instructions for each logit in the hot loop of each pass, registers)
-_FORWARD_HALF = {"sm_80": (4.5, 40), "sm_90": (4.5, 40), "sm_100": (4.1, 40), "gfx942": (4.2, 72)}
-_FORWARD_FULL = {"sm_80": (3.8, 40), "sm_90": (3.8, 40), "sm_100": (3.5, 40), "gfx942": (3.7, 64)}
-_BACKWARD_HALF = {"sm_80": (5.2, 40), "sm_90": (5.2, 40), "sm_100": (4.7, 40)}
-_BACKWARD_FULL = {"sm_80": (4.1, 40), "sm_90": (4.1, 40), "sm_100": (4.1, 40), "gfx942": (4.3, 64)}
-_HEAD_HALF = {"sm_80": (4.5, 5.2, 64), "sm_90": (4.5, 5.2, 64), "sm_100": (4.1, 4.7, 64)}
-_HEAD_FULL = {"sm_80": (3.8, 4.1, 64), "sm_90": (3.8, 4.1, 64), "sm_100": (3.5, 4.1, 64), "gfx942": (3.7, 3.7, 80)}
+_FORWARD_HALF = {"sm_80": (4.5, 40), "sm_90": (4.5, 40), "sm_100": (4.1, 40), "sm_120": (4.6, 40)}
+_FORWARD_HALF |= {"gfx942": (4.2, 72), "gfx950": (4.2, 72)}
+_FORWARD_FULL = {"sm_80": (3.8, 40), "sm_90": (3.8, 40), "sm_100": (3.5, 40), "sm_120": (3.9, 40)}
+_FORWARD_FULL |= {"gfx942": (3.7, 64), "gfx950": (3.8, 64)}
+_BACKWARD_HALF = {"sm_80": (5.2, 40), "sm_90": (5.2, 40), "sm_100": (4.7, 40), "sm_120": (5.4, 40)}
+_BACKWARD_HALF |= {"gfx942": (5.7, 64), "gfx950": (4.9, 72)}
+_BACKWARD_FULL = {"sm_80": (4.1, 40), "sm_90": (4.1, 40), "sm_100": (4.1, 40), "sm_120": (4.1, 40)}
+_BACKWARD_FULL |= {"gfx942": (4.3, 64), "gfx950": (4.5, 64)}
+# 64: two programs of 512 threads, or one of 1024, fill an SM
+_HEAD_HALF = {"sm_80": (4.5, 5.2, 64), "sm_90": (4.5, 5.2, 64), "sm_100": (4.1, 4.7, 64), "sm_120": (4.6, 5.3, 64)}
+_HEAD_HALF |= {"gfx942": (4.2, 5.7, 80), "gfx950": (4.2, 4.9, 80)}
+_HEAD_FULL = {"sm_80": (3.8, 4.1, 64), "sm_90": (3.8, 4.1, 64), "sm_100": (3.5, 4.1, 64), "sm_120": (3.9, 4.1, 64)}
+_HEAD_FULL |= {"gfx942": (3.7, 3.7, 80), "gfx950": (3.8, 3.7, 80)}
 BUDGETS: dict[tuple[str, torch.dtype], dict[str, tuple[float, ...]]] = {
     ("forward", BF16): _FORWARD_HALF,
     ("forward", FP16): _FORWARD_HALF,
     ("forward", FP32): _FORWARD_FULL,
     ("backward", BF16): {**_BACKWARD_HALF, "gfx942": (10.1, 80)},  # CDNA3 rounds to bf16 in many instructions
-    ("backward", FP16): {**_BACKWARD_HALF, "gfx942": (5.7, 64)},
+    ("backward", FP16): _BACKWARD_HALF,
     ("backward", FP32): _BACKWARD_FULL,
-    # 64: two programs of 512 threads, or one of 1024, fill an SM
     ("forward_backward", BF16): {**_HEAD_HALF, "gfx942": (4.2, 10.1, 80)},
-    ("forward_backward", FP16): {**_HEAD_HALF, "gfx942": (4.2, 5.7, 80)},
+    ("forward_backward", FP16): _HEAD_HALF,
     ("forward_backward", FP32): _HEAD_FULL,
 }
 MUFU = 1.02  # exponentials for each logit

@@ -56,7 +56,7 @@ def logits_loss(
 
     with torch.no_grad():
         p = logp.exp()
-        entropy = torch.where(counted, -torch.where(p > 0, p * logp, 0).sum(-1), 0)
+        entropy = torch.where(counted, -torch.where(p == 0, 0, p * logp).sum(-1), 0)
         predicted = torch.where(counted, z.argmax(-1), -1)
     nll, lse, m = torch.where(counted, nll, 0).detach(), lse.detach(), m.double().detach()
     return LossOutput(loss.to(dtype), perplexity.to(dtype), nll, lse, entropy, predicted, m)

@@ -89,3 +89,29 @@ def test_float64_is_float64_also_21_nats_down(fits):
 def test_a_bad_target_is_named_at_the_callers_position():
     with pytest.raises(IndexError, match="got 99 at flat position 5"):
         linear_cross_entropy(torch.zeros(6, 3), HEAD, torch.tensor([-100, -100, -100, 1, 2, 99]))
+
+
+@pytest.mark.parametrize("z_loss", [0.0, 0.1])
+@pytest.mark.parametrize("depth", [-1e4, -1e6, -1e9])
+def test_a_target_deep_below_the_others_leaves_their_gradients_right(depth, z_loss):
+    """lse must not be the sum of two large numbers that cancel; per token, backward is made of it."""
+    bias = torch.linspace(-1, 1, 8).index_fill(0, torch.tensor(3), depth)
+    target = torch.tensor([3, 3])
+    gradients = []
+    for dtype in (torch.float32, torch.float64):
+        b = bias.to(dtype).requires_grad_()
+        hidden, weight = torch.zeros(2, 8, dtype=dtype), torch.eye(8, dtype=dtype)
+        if dtype == torch.float32:
+            loss = linear_cross_entropy(hidden, weight, target, linear_bias=b, reduction="none", z_loss=z_loss)
+        else:
+            z = b.expand(2, 8)
+            loss = F.cross_entropy(z, target, reduction="none") + z_loss * z.logsumexp(1).square()
+        (gradient,) = torch.autograd.grad(loss.sum(), b)
+        gradients.append(gradient.double())
+    assert_close(*gradients, rtol=2e-6, atol=0)
+
+
+def test_an_infinite_target_logit_is_nan_as_in_pytorch():
+    bias = torch.tensor([0.0, torch.inf, 0.0])
+    loss = linear_cross_entropy(torch.zeros(2, 3), torch.eye(3), torch.tensor([1, 1]), linear_bias=bias)
+    assert loss.isnan()

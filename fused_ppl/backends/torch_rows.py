@@ -202,13 +202,15 @@ def _without_target(
     torch.softmax(x, 1, out=x)
     share = x.gather(1, y).squeeze(1)
     x.scatter_(1, y, 0)
-    lse_others = top.squeeze(1) + torch.log((1 - share) / share)
-    nll = torch.nn.functional.softplus(lse_others - z_y, threshold=40.0)
+    # the others' lse is top + excess, kept in two parts: rounded to one, it would lose what a large logit covers
+    top, excess = top.squeeze(1), torch.log((1 - share) / share)
+    nll = torch.nn.functional.softplus(top - z_y + excess, threshold=40.0)
+    nll = nll.masked_fill(z_y == torch.inf, torch.nan)  # as in PyTorch
     if rows.bad is not None:
         nll = nll.masked_fill(rows.bad, torch.nan)
     others = -torch.expm1(-nll)
     normalize = 1 / (1 - share).clamp_min(0.25)  # from 0.5 on, unless no other class has any mass
-    lse = torch.where(z_y.isneginf(), lse_others.to(walk.wide), z_y.to(walk.wide) + nll)
+    lse = torch.logaddexp(top.to(walk.wide) + excess, z_y.to(walk.wide))
     smooth = None
     if plain_sum is not None:
         smooth = (x.shape[1] if w is None else w.sum()) * lse.to(walk.dtype) - plain_sum

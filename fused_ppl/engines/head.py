@@ -35,12 +35,16 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def empty_gradients(
-    hidden: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, grads: Sequence[bool]
+    hidden: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, grads: Sequence[bool], fake: bool = False
 ) -> tuple[Tensor, ...]:
-    """Contiguous, in the dtype of what each is the gradient of; 0 elements where none is needed."""
+    """Contiguous, in the dtype of what each is the gradient of; 0 elements where none is needed.
+
+    Fake ones take no memory, and ask nothing of a size that torch.compile does not know.
+    """
     likes = (hidden, linear_weight, linear_bias)
+    make = torch.empty if fake else memory.empty
     return tuple(
-        memory.empty(like.shape, like.dtype, like.device) if needed and like is not None else hidden.new_empty(0)
+        make(like.shape, dtype=like.dtype, device=like.device) if needed and like is not None else hidden.new_empty(0)
         for like, needed in zip(likes, grads, strict=True)
     )
 

@@ -118,7 +118,7 @@ def _scale(hidden, linear_weight, linear_bias, dhidden, dweight, dbias, *rest): 
 
 
 def _scale_fake(hidden, linear_weight, linear_bias, *rest):  # type: ignore[no-untyped-def]
-    return empty_gradients(hidden, linear_weight, linear_bias, rest[-1])
+    return empty_gradients(hidden, linear_weight, linear_bias, rest[-1], fake=True)
 
 
 def _forward_fake(hidden, linear_weight, linear_bias, target, weight, token_weight, num_items, *rest):  # type: ignore[no-untyped-def]

@@ -65,6 +65,8 @@ def _backward(hidden, linear_weight, linear_bias, target, weight, token_weight, 
 LIBRARY.impl("linear_vocab_backward", _backward, "CompositeExplicitAutograd")
 torch.library.register_fake(
     "fused_ppl::linear_vocab_backward",
-    lambda hidden, linear_weight, linear_bias, *rest: empty_gradients(hidden, linear_weight, linear_bias, rest[-2]),
+    lambda hidden, linear_weight, linear_bias, *rest: empty_gradients(
+        hidden, linear_weight, linear_bias, rest[-2], fake=True
+    ),
     lib=LIBRARY,
 )

@@ -10,6 +10,7 @@ the next step, as they do in torch's allocator for GPUs.
 from __future__ import annotations
 
 import math
+import os
 import threading
 import weakref
 from collections.abc import Sequence
@@ -19,11 +20,12 @@ import torch
 from torch import Tensor
 
 LARGE = 32 * 2**20  # bytes; what is smaller the allocator keeps and hands out again
-IDLE_LIMIT = 2**30  # bytes that wait at most
-SLACK = 4  # a buffer serves a request of a quarter of its size: the chunk of forward, then a gradient in backward
+IDLE_LIMIT = 2**30  # bytes that wait at most; beyond it the oldest are given back
+IDLE_REQUESTS = 16  # after so many others a buffer that fitted none is given back
 ALIGNMENT = 64
 
-_idle: list[numpy.ndarray] = []
+_idle: list[tuple[int, numpy.ndarray]] = []  # (request that it began to wait after, buffer), oldest first
+_requests = 0
 _lock = threading.RLock()  # a buffer may come back, by garbage collection, while this thread holds it
 
 
@@ -39,12 +41,14 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Ten
 
 
 def _take(size: int) -> numpy.ndarray:
-    """The smallest buffer that fits. Where none does the others make room, so that waiting raises no peak."""
+    """The smallest buffer that fits and is not much larger, because what is lent may be kept for long."""
+    global _requests
     with _lock:
-        fits = [i for i, buffer in enumerate(_idle) if size <= buffer.nbytes <= SLACK * size]
+        _requests += 1
+        _idle[:] = [(since, buffer) for since, buffer in _idle if _requests - since <= IDLE_REQUESTS]
+        fits = [i for i, (_, buffer) in enumerate(_idle) if size <= buffer.nbytes <= size * 5 // 4]
         if fits:
-            return _idle.pop(min(fits, key=lambda i: _idle[i].nbytes))
-        _idle.clear()
+            return _idle.pop(min(fits, key=lambda i: _idle[i][1].nbytes))[1]
     raw = numpy.empty(size + ALIGNMENT, dtype=numpy.uint8)
     start = -raw.ctypes.data % ALIGNMENT
     return raw[start : start + size]
@@ -52,5 +56,17 @@ def _take(size: int) -> numpy.ndarray:
 
 def _give_back(buffer: numpy.ndarray) -> None:
     with _lock:
-        if sum(b.nbytes for b in _idle) + buffer.nbytes <= IDLE_LIMIT:
-            _idle.append(buffer)
+        _idle.append((_requests, buffer))
+        while sum(b.nbytes for _, b in _idle) > IDLE_LIMIT:
+            _idle.pop(0)
+
+
+def _after_fork() -> None:
+    """In a child the lock may be held for ever, and to write to what waits would copy it."""
+    global _lock
+    _lock = threading.RLock()
+    _idle.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
