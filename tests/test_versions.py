@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Versions and settings of Triton: none of them warns a user of ours, and none changes what is computed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="the kernels are compiled by triton; it is in the extra `test`")
+BENCH = Path(__file__).parents[1] / "bench"
+
+# prints a hash of the machine code of every kernel with every option off, and with all on
+COMPILE = """
+import hashlib, sys, warnings
+import aot, budgets
+warnings.simplefilter("error")
+target = sys.argv[1]
+for name, make in budgets.KERNELS.items():
+    for options in ({}, budgets.OPTIONS["all"]):
+        kernel, kwargs = make(target=target, **options)
+        if sys.argv[2] != "as launched":
+            kwargs["enable_fp_fusion"] = sys.argv[2] == "fused"
+        compiled = aot.compile_call(kernel, kwargs, aot.TARGETS[target])
+        code = compiled.asm["amdgcn"] if "amdgcn" in compiled.asm else aot.disassemble(compiled.asm["cubin"])[0]
+        print(name, hashlib.sha256(code.encode()).hexdigest())
+"""
+
+
+def compiled(folder: Path, target: str, fusion: str = "as launched", **env: str) -> tuple[str, str]:
+    """What compiling prints, by a process of its own: without the cache that has seen the kernels before."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("TRITON_")}
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE, target, fusion],
+        env={**kept, "PYTHONPATH": str(BENCH), "TRITON_CACHE_DIR": str(folder), **env},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_compiling_prints_no_warning_and_no_setting_changes_the_code(target, tmp_path):
+    """Triton 3.9 warns where a launch leaves the fusion of multiply and add to a default that will change."""
+    code, printed = compiled(tmp_path / "unset", target)
+    assert printed == ""
+    for setting in ("0", "1"):
+        assert compiled(tmp_path / setting, target, TRITON_DEFAULT_FP_FUSION=setting) == (code, "")
