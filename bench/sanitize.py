@@ -30,8 +30,10 @@ TESTS = [*sorted(str(p) for p in (ROOT / "tests").glob("test_kernels*.py")), str
 
 
 class Counts:
-    """What has been checked since the program began."""
+    """What has been checked since the program began, and how."""
 
+    installed = False
+    order = 0
     launches = 0
     accesses = 0
 
@@ -53,8 +55,12 @@ def installed(order: int = 0) -> Iterator[type[Counts]]:
     """Checks every launch of the interpreter made within. `order` shuffles the programs of a launch; 0 does not."""
     from triton.runtime import interpreter
 
-    if getattr(interpreter, "sanitized", False):
-        yield Counts
+    before, Counts.order = Counts.order, order
+    if Counts.installed:
+        try:
+            yield Counts
+        finally:
+            Counts.order = before
         return
     saved = {
         (interpreter.GridExecutor, "__call__"): interpreter.GridExecutor.__call__,
@@ -63,12 +69,12 @@ def installed(order: int = 0) -> Iterator[type[Counts]]:
             for name in ("set_grid_idx", "set_grid_dim", *_CHECKED)
         },
     }
-    interpreter.sanitized = True
+    Counts.installed = True
     try:
-        _install(interpreter, saved, order)
+        _install(interpreter, saved)
         yield Counts
     finally:
-        interpreter.sanitized = False
+        Counts.installed, Counts.order = False, before
         for (owner, name), original in saved.items():
             setattr(owner, name, original)
 
@@ -76,7 +82,7 @@ def installed(order: int = 0) -> Iterator[type[Counts]]:
 _CHECKED = ("create_masked_load", "create_masked_store", "create_atomic_rmw", "create_atomic_cas", "create_barrier")
 
 
-def _install(interpreter: Any, saved: dict[tuple[Any, str], Any], order: int) -> None:
+def _install(interpreter: Any, saved: dict[tuple[Any, str], Any]) -> None:
     from shadow import Shadow
 
     executor, builder = interpreter.GridExecutor, interpreter.InterpreterBuilder
@@ -98,8 +104,8 @@ def _install(interpreter: Any, saved: dict[tuple[Any, str], Any], order: int) ->
         original["set_grid_dim"](self, *grid)
         state["shadow"] = Shadow(state["name"], state["tensors"], grid)
         programs = list(range(grid[0] * grid[1] * grid[2]))
-        if order:
-            random.Random(order).shuffle(programs)
+        if Counts.order:
+            random.Random(Counts.order).shuffle(programs)
         state["programs"] = programs
 
     def set_grid_idx(self: Any, *at: int) -> None:

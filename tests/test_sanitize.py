@@ -26,36 +26,34 @@ def _sanitized():
 
 
 @triton.jit
-def copy_kernel(out_ptr, in_ptr, n, first, last, BLOCK: tl.constexpr):
+def copy_kernel(out_ptr, in_ptr, n, last, BLOCK: tl.constexpr):
     offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    x = tl.load(in_ptr + offs, mask=(offs >= first) & (offs < n))
+    x = tl.load(in_ptr + offs, mask=offs < n)
     tl.store(out_ptr + offs, x, mask=offs < last)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_is_in_order_passes(dtype):
     x, out = torch.arange(37.0, dtype=dtype), torch.zeros(37, dtype=dtype)
-    copy_kernel[(3,)](out, x, 37, 0, 37, 16)
+    copy_kernel[(3,)](out, x, 37, 37, 16)
     assert torch.equal(out, x)
 
 
 def test_a_store_out_of_bounds_is_caught():
     with pytest.raises(Exception, match=r"copy_kernel, program \(2, 0, 0\): store byte 148 .* out_ptr, outside"):
-        copy_kernel[(3,)](torch.zeros(37), torch.zeros(37), 37, 0, 38, 16)
+        copy_kernel[(3,)](torch.zeros(37), torch.zeros(37), 37, 38, 16)
 
 
 def test_a_load_out_of_bounds_is_caught():
-    with pytest.raises(Exception, match=r"load byte 148 .* in_ptr, outside"):
-        copy_kernel[(3,)](torch.zeros(37), torch.zeros(37), 38, 0, 37, 16)
-    with pytest.raises(Exception, match="load .* outside"):
-        copy_kernel[(3,)](torch.zeros(37), torch.zeros(48)[1:], 37, -1, 37, 16)
-        copy_kernel[(3,)](torch.zeros(37), torch.zeros(48)[11:], 38, 0, 37, 16)
+    for x in (torch.zeros(37), torch.zeros(48)[:37]):
+        with pytest.raises(Exception, match=r"load byte 148 .* in_ptr, outside"):
+            copy_kernel[(3,)](torch.zeros(37), x, 38, 37, 16)
 
 
 def test_a_store_between_the_rows_of_a_view_is_caught():
     """Within the allocation, where a sanitizer of allocations sees nothing."""
     with pytest.raises(Exception, match="store byte 20 .* outside of the elements"):
-        copy_kernel[(1,)](torch.zeros(4, 8)[:, :5], torch.zeros(16), 16, 0, 16, 16)
+        copy_kernel[(1,)](torch.zeros(4, 8)[:, :5], torch.zeros(16), 16, 16, 16)
 
 
 @triton.jit
