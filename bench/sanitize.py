@@ -20,7 +20,7 @@ import random
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -36,6 +36,7 @@ class Counts:
     order = 0
     launches = 0
     accesses = 0
+    kernels: ClassVar[set[str]] = set()
 
 
 def tensors_of(arguments: dict[str, Any], prefix: str = "") -> dict[str, torch.Tensor]:
@@ -98,6 +99,7 @@ def _install(interpreter: Any, saved: dict[tuple[Any, str], Any]) -> None:
             if state["shadow"] is not None:
                 Counts.launches += 1
                 Counts.accesses += state["shadow"].accesses
+                Counts.kernels.add(state["name"])
             state["shadow"] = None
 
     def set_grid_dim(self: Any, *grid: int) -> None:
@@ -162,11 +164,21 @@ def main() -> int:
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
     import pytest
 
-    named = any(not r.startswith("-") and Path(r.split("::")[0]).exists() for r in rest)
+    named = any(Path(r.split("::")[0]).exists() for r in rest)
     with installed(args.order):
         code = int(pytest.main(["--quiet", *([] if named else TESTS), *rest]))
     print(f"{Counts.launches} launches, {Counts.accesses} elements accessed, every one of them checked")
-    return code or (0 if Counts.launches else 1)
+    missing = set() if rest else ours() - Counts.kernels
+    if missing:
+        print(f"every kernel of bench/budgets.py must be launched; not launched: {', '.join(sorted(missing))}")
+    return code or int(bool(missing) or Counts.launches == 0)
+
+
+def ours() -> set[str]:
+    """The names of the kernels that the package has."""
+    import budgets
+
+    return {make()[0].fn.__name__ for make in budgets.KERNELS.values()}
 
 
 if __name__ == "__main__":

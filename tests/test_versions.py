@@ -52,3 +52,12 @@ def test_compiling_prints_no_warning_and_no_setting_changes_the_code(target, tmp
     assert printed == ""
     for setting in ("0", "1"):
         assert compiled(tmp_path / setting, target, TRITON_DEFAULT_FP_FUSION=setting) == (code, "")
+
+
+def test_the_oldest_and_the_last_of_every_minor_version_are_chosen():
+    versions = pytest.importorskip("versions")
+    there = ["3.10.0", "3.9.1", "3.9.0", "3.8.0", "3.7.1", "3.7.0", "3.6.0", "2.3.1"]
+    assert versions.chosen(there, (3, 7)) == ["3.7.0", "3.7.1", "3.8.0", "3.9.1", "3.10.0"]
+    with pytest.raises(RuntimeError, match=r"3\.11 or newer is needed"):
+        versions.chosen(there, (3, 11))
+    assert versions.floor() >= (3, 7) and versions.pinned("torch").startswith("torch==")
