@@ -71,7 +71,9 @@ def run_timings(card: Card | StandIn, sizes: Sizes, record: dict[str, Any]) -> l
         for timing in found:
             timings.append(timing)
             ms = "" if timing.milliseconds is None else f"{timing.milliseconds[1]:.3f} ms"
-            print(f"time    {timing.group}: {timing.provider} {timing.mode} {timing.shape} {ms}{timing.note}", flush=True)
+            print(
+                f"time    {timing.group}: {timing.provider} {timing.mode} {timing.shape} {ms}{timing.note}", flush=True
+            )
         gc.collect()
         card.release()
     return timings

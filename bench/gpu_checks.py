@@ -81,7 +81,9 @@ class Work(NamedTuple):
 
 def same_bits(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> bool:
     """NaN is equal to itself."""
-    return all(torch.equal(*(t.contiguous().view(-1).view(torch.uint8) for t in pair)) for pair in zip(a, b, strict=True))
+    return all(
+        torch.equal(*(t.contiguous().view(-1).view(torch.uint8) for t in pair)) for pair in zip(a, b, strict=True)
+    )
 
 
 def every_option(n: int, v: int, device: torch.device, perplexity: bool) -> dict[str, Any]:
@@ -190,7 +192,9 @@ def works(card: Card | StandIn, sizes: Sizes) -> dict[str, Callable[[], Work]]:
     return {
         "perplexity": lambda: of_logits(n, v, fused_ppl.perplexity),
         "perplexity, rows split": lambda: of_logits(few, v, fused_ppl.perplexity),
-        "cross_entropy, every option": lambda: of_logits(n, v, fused_ppl.cross_entropy, **options(n, v, perplexity=False)),
+        "cross_entropy, every option": lambda: of_logits(
+            n, v, fused_ppl.cross_entropy, **options(n, v, perplexity=False)
+        ),
         "cross_entropy, per token": lambda: of_logits(n, v, fused_ppl.cross_entropy, reduction="none"),
         "statistics, rows split": lambda: of_logits(few, v, fused_ppl.cross_entropy_with_stats),
         "linear_perplexity": lambda: of_head(n, *of, fused_ppl.linear_perplexity),

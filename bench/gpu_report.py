@@ -42,7 +42,9 @@ def markdown(record: dict[str, Any], timings: list[Timing]) -> str:
 def _note(group: str, record: dict[str, Any]) -> str:
     if group == "head":
         return "Share: the time of the matrix products alone, over this one. L2 is flushed before each call."
-    passes = "1 pass over N * V forward, 3 forward + backward" if group == "logits" else "what the kernel reads and writes"
+    passes = (
+        "1 pass over N * V forward, 3 forward + backward" if group == "logits" else "what the kernel reads and writes"
+    )
     return (
         f"Share: the time that the bytes that must move take, over this one. Bytes: {passes}. Bandwidth: "
         f"{record['roofline']}; a copy reaches {record['copy_bandwidth'] / 1e12:.3f} TB/s. L2 is flushed before each call."
@@ -75,7 +77,10 @@ def picture(path: Path, record: dict[str, Any], timings: list[Timing]) -> None:
     for (group, shape), axis in zip(panels, axes[:, 0], strict=True):
         rows = [t for t in timed if (t.group, t.shape) == (group, shape)][::-1]
         middle = [t.milliseconds[1] for t in rows]
-        spread = [[t.milliseconds[1] - t.milliseconds[0] for t in rows], [t.milliseconds[2] - t.milliseconds[1] for t in rows]]
+        spread = [
+            [t.milliseconds[1] - t.milliseconds[0] for t in rows],
+            [t.milliseconds[2] - t.milliseconds[1] for t in rows],
+        ]
         ours = ["tab:blue" if t.provider.startswith(("fused_ppl", "nll_")) else "tab:gray" for t in rows]
         axis.barh([f"{t.provider}  {t.mode}" for t in rows], middle, xerr=spread, color=ours)
         axis.set_title(f"{TITLES[group]}: {', '.join(map(str, shape))}", fontsize=9)

@@ -225,7 +225,10 @@ def head_timings(card: Card | StandIn, sizes: Sizes) -> Iterator[Timing]:
     def products() -> tuple[Tensor, ...]:
         return hidden @ weight.t(), gradient @ weight, gradient.t() @ hidden
 
-    bare = {"forward": card.milliseconds(lambda: hidden @ weight.t()), "forward + backward": card.milliseconds(products)}
+    bare = {
+        "forward": card.milliseconds(lambda: hidden @ weight.t()),
+        "forward + backward": card.milliseconds(products),
+    }
     flops = dict(zip(bare, (2 * n * v * d, 6 * n * v * d), strict=True))
     for mode, times in bare.items():
         yield Timing("head", "the matrix products alone", mode, (n, v, d), "", times, 0, flops[mode], 1.0)

@@ -128,7 +128,9 @@ class Shadow:
 
     def _follows_writes(self, region: Region, at: np.ndarray, verb: str) -> None:
         unseen = self._unseen(region.writer[at], region.written[at])
-        self._reject(region, at, unseen | region.atomic[at], verb, "which another program writes: nothing orders the two")
+        self._reject(
+            region, at, unseen | region.atomic[at], verb, "which another program writes: nothing orders the two"
+        )
         own = (region.writer[at] == self.program) & (region.written[at] == self.epoch[self.program])
         self._reject(region, at, own, verb, "which this program has stored, with no barrier in between")
 

@@ -20,7 +20,7 @@ from fused_ppl.backends import triton_rows
 from fused_ppl.reference import logits_loss
 from fused_ppl.spec import LossSpec
 
-sanitize = pytest.importorskip("ttsem.sanitize", reason="run it as the first lines of the file say")
+pytest.importorskip("ttsem.sanitize", reason="run it as the first lines of the file say")
 IGNORED = -100
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 ALL = LossSpec(reduction="none", label_smoothing=0.1, logit_scale=0.7, softcap=5.0, z_loss=1e-2, stats=True)
@@ -105,11 +105,11 @@ def planted_kernel(out_ptr, last, STRIDE: tl.constexpr, BLOCK: tl.constexpr):
 def test_a_planted_store_out_of_bounds_is_caught():
     out = torch.zeros(37, dtype=torch.int32, device="cuda")
     planted_kernel[(3,)](out, 37, 16, 16)
-    with pytest.raises(sanitize.KernelFault, match="past the end"):
+    with pytest.raises(Exception, match="writes 1 element.* past the end of the tensor passed as `out_ptr`"):
         planted_kernel[(3,)](out, 38, 16, 16)
 
 
 def test_a_planted_race_is_caught():
     out = torch.zeros(37, dtype=torch.int32, device="cuda")
-    with pytest.raises(sanitize.KernelFault, match="both touch element"):
+    with pytest.raises(Exception, match="both touch element 15 of `out_ptr`"):
         planted_kernel[(3,)](out, 37, 15, 16)
