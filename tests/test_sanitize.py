@@ -52,7 +52,7 @@ def test_a_load_out_of_bounds_is_caught():
 
 def test_a_store_between_the_rows_of_a_view_is_caught():
     """Within the allocation, where a sanitizer of allocations sees nothing."""
-    with pytest.raises(Exception, match="store byte 20 .* outside of the elements"):
+    with pytest.raises(Exception, match=r"store byte 20 .* outside of the elements"):
         copy_kernel[(1,)](torch.zeros(4, 8)[:, :5], torch.zeros(16), 16, 16, 16)
 
 
@@ -122,7 +122,7 @@ def test_the_last_to_arrive_may_read_what_all_have_stored(order):
     ("barrier", "sem"), [(False, "acq_rel"), (True, "relaxed"), (True, "release"), (True, "acquire")]
 )
 def test_an_arrival_without_its_barrier_or_its_order_is_caught(barrier, sem):
-    with pytest.raises(Exception, match="which another program writes|no barrier in between"):
+    with pytest.raises(Exception, match=r"which another program writes|no barrier in between"):
         arrive_last(BARRIER=barrier, SEM=sem)
 
 
@@ -143,7 +143,7 @@ def test_our_own_arrival_without_its_barrier_or_its_order_is_caught(monkeypatch,
     case = make(3, 700, torch.bfloat16)
     check(case, config_of(case, slices))
     monkeypatch.setattr(combine, "arrive", broken)
-    with pytest.raises(Exception, match="which another program writes|no barrier in between"):
+    with pytest.raises(Exception, match=r"which another program writes|no barrier in between"):
         check(case, config_of(case, slices))
 
 
@@ -158,5 +158,5 @@ def edge_columns_one_too_many(head, body, V, first_tile, T: tl.constexpr):
 def test_our_own_edge_of_one_column_too_many_is_caught(monkeypatch):
     monkeypatch.setattr(walk, "edge_columns", edge_columns_one_too_many)
     case = make(3, 301, torch.bfloat16, offset=3, pad=1)
-    with pytest.raises(Exception, match="load .* logits_ptr, outside"):
+    with pytest.raises(Exception, match=r"load .* logits_ptr, outside"):
         check(case)

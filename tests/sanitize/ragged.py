@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The kernels at ragged shapes for a sanitizer that runs what Triton's compiler makes of them, without a GPU.
 
-    pip install ttsem==0.1.0 triton==3.8.0 torch pytest        Python >= 3.12
+    .ci/ttsem        makes an environment with ttsem 0.1.0 and triton 3.8.0, and there runs
     python -m ttsem.sanitize pytest --noconftest tests/sanitize/ragged.py
 
 ttsem executes the compiler's IR and stops at an access outside of the tensors of a launch and at a race between
