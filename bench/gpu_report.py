@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How gpu_acceptance.py writes down what it found: a record as JSON, the same as Markdown, and a picture of the times."""
+"""How gpu_acceptance.py writes down what it found: a record as JSON and as Markdown, and a picture of the times."""
 
 from __future__ import annotations
 
@@ -47,7 +47,8 @@ def _note(group: str, record: dict[str, Any]) -> str:
     )
     return (
         f"Share: the time that the bytes that must move take, over this one. Bytes: {passes}. Bandwidth: "
-        f"{record['roofline']}; a copy reaches {record['copy_bandwidth'] / 1e12:.3f} TB/s. L2 is flushed before each call."
+        f"{record['roofline']}; a copy reaches {record['copy_bandwidth'] / 1e12:.3f} TB/s. "
+        "L2 is flushed before each call."
     )
 
 

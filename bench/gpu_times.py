@@ -77,36 +77,33 @@ def roofline(card: Card | StandIn) -> Roofline:
 # --- the kernels by themselves -----------------------------------------------------------------------------------
 
 
-def kernel_timings(card: Card | StandIn, sizes: Sizes, limit: Roofline) -> Iterator[Timing]:
-    """The row functions of backends/triton_rows.py, which allocate and launch; those that it has."""
+def row_functions(logits: Tensor, target: Tensor) -> dict[str, Callable[[], object]]:
+    """Those of backends/triton_rows.py, which allocate and launch, ready to be called again and again."""
     backend, spec = backends.load("triton"), LossSpec()
+    rows, out = logits.unsqueeze(0), logits.clone()
+    at_target = logits.gather(1, target.clamp(min=0).unsqueeze(1)).squeeze(1).float()
+    stats, totals = backend.nll_forward(rows, target, spec, None, None, None, None)
+    of_s = totals.perplexity_factor.float().expand(len(target))
+    saved = (rows, target, stats.lse, stats.nll, of_s, None, spec, None, None)
+    return {
+        "nll_forward": lambda: backend.nll_forward(rows, target, spec, None, None, None, None),
+        "nll_backward": lambda: backend.nll_backward(*saved, torch.empty_like(rows), None),
+        # over its own result: its time does not depend on what the logits are
+        "nll_forward_backward": lambda: backend.nll_forward_backward(
+            out, at_target, target, spec, None, None, 1.0, None
+        ),
+    }
+
+
+def kernel_timings(card: Card | StandIn, sizes: Sizes, limit: Roofline) -> Iterator[Timing]:
     for n, v in sizes.timed:
         target = make_target(n, v, card.device, 1)
-        logits = fill_logits(torch.empty(1, n, v, dtype=torch.bfloat16, device=card.device)[0], target, 0)
-        rows, out = logits.unsqueeze(0), torch.empty_like(logits)
-        forward = functools.partial(backend.nll_forward, rows, target, spec, None, None, None, None)
-        stats, totals = forward()
-        of_s = totals.perplexity_factor.float().expand(n)
-        arguments = {
-            "nll_forward": forward.args,
-            "nll_backward": (
-                rows, target, stats.lse, stats.nll, of_s, None, spec, None, None, out.unsqueeze(0), None,
-            ),  # fmt: skip
-            # over its own result again and again: its time does not depend on what the logits are
-            "nll_forward_backward": (
-                out, logits.gather(1, target.clamp(min=0).unsqueeze(1)).squeeze(1).float(), target, spec, None, None,
-                1.0, None,
-            ),  # fmt: skip
-        }  # fmt: skip
-        for name, args in arguments.items():
-            function = getattr(backend, name, None)
-            if function is None:
+        logits = fill_logits(torch.empty(n, v, dtype=torch.bfloat16, device=card.device), target, 0)
+        for name, run in row_functions(logits, target).items():
+            if not hasattr(backends.load("triton"), name):
                 yield Timing("kernels", name, "", (n, v), "there is no such kernel yet")
                 continue
-            if name == "nll_forward_backward":
-                out.copy_(logits)
-            times = card.milliseconds(functools.partial(function, *args))
-            moved = KERNEL_PASSES[name] * n * v * logits.itemsize
+            times, moved = card.milliseconds(run), KERNEL_PASSES[name] * n * v * logits.itemsize
             yield Timing("kernels", name, "", (n, v), "", times, moved, 0, limit.share(moved, times[1]))
 
 
@@ -219,20 +216,11 @@ def head_timings(card: Card | StandIn, sizes: Sizes) -> Iterator[Timing]:
     """The roofline of the head is the matrix products alone, timed beside it: one forward, three with gradients."""
     n, v, d = sizes.timed_head
     hidden, weight, target = head_inputs(card, n, v, d)
-    gradient = torch.randn(n, v, device=card.device).to(hidden.dtype)
     truth = _perplexity_in_chunks(lambda rows: hidden[rows] @ weight.t(), target, sizes.chunk)
-
-    def products() -> tuple[Tensor, ...]:
-        return hidden @ weight.t(), gradient @ weight, gradient.t() @ hidden
-
-    bare = {
-        "forward": card.milliseconds(lambda: hidden @ weight.t()),
-        "forward + backward": card.milliseconds(products),
-    }
+    bare = _bare_products(card, hidden, weight)
     flops = dict(zip(bare, (2 * n * v * d, 6 * n * v * d), strict=True))
     for mode, times in bare.items():
         yield Timing("head", "the matrix products alone", mode, (n, v, d), "", times, 0, flops[mode], 1.0)
-    del gradient
     for peer in head_peers(card.device):
         found = _time(card, peer, lambda: [t.clone().requires_grad_() for t in (hidden, weight)], target, truth)
         if isinstance(found, str):
@@ -241,6 +229,15 @@ def head_timings(card: Card | StandIn, sizes: Sizes) -> Iterator[Timing]:
         for mode, times in found.items():
             share = bare[mode][1] / times[1]
             yield Timing("head", peer.name, mode, (n, v, d), "", times, 0, flops[mode], share)
+
+
+def _bare_products(card: Card | StandIn, hidden: Tensor, weight: Tensor) -> dict[str, tuple[float, float, float]]:
+    gradient = hidden @ weight.t()
+
+    def three() -> tuple[Tensor, ...]:
+        return hidden @ weight.t(), gradient @ weight, gradient.t() @ hidden
+
+    return {"forward": card.milliseconds(lambda: hidden @ weight.t()), "forward + backward": card.milliseconds(three)}
 
 
 def _perplexity_in_chunks(logits: Callable[[slice], Tensor], target: Tensor, chunk: int) -> float:

@@ -13,25 +13,25 @@ import pytest
 pytest.importorskip("triton", reason="the kernels are compiled by triton; it is in the extra `test`")
 BENCH = Path(__file__).parents[1] / "bench"
 
-# prints a hash of the machine code of every kernel with every option off, and with all on
+# prints a hash of the machine code of every kernel, with every option off and with all on; of the hot loop too
 COMPILE = """
 import hashlib, sys, warnings
 import aot, budgets
 warnings.simplefilter("error")
-target = sys.argv[1]
+target, fusion = sys.argv[1:]
 for name, make in budgets.KERNELS.items():
-    for options in ({}, budgets.OPTIONS["all"]):
+    for options in ({}, budgets.OPTIONS["all"]) if fusion == "as launched" else ({},):
         kernel, kwargs = make(target=target, **options)
-        if sys.argv[2] != "as launched":
-            kwargs["enable_fp_fusion"] = sys.argv[2] == "fused"
+        if fusion != "as launched":
+            kwargs["enable_fp_fusion"] = fusion == "fused"
         compiled = aot.compile_call(kernel, kwargs, aot.TARGETS[target])
         code = compiled.asm["amdgcn"] if "amdgcn" in compiled.asm else aot.disassemble(compiled.asm["cubin"])[0]
-        print(name, hashlib.sha256(code.encode()).hexdigest())
+        print(name, aot.read(compiled).hot if fusion != "as launched" else hashlib.sha256(code.encode()).hexdigest())
 """
 
 
-def compiled(folder: Path, target: str, fusion: str = "as launched", **env: str) -> tuple[str, str]:
-    """What compiling prints, by a process of its own: without the cache that has seen the kernels before."""
+def compiled(folder: Path, target: str, fusion: str, **env: str) -> tuple[str, str]:
+    """What compiling prints, by a process of its own and without the cache that has seen the kernels before."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith("TRITON_")}
     done = subprocess.run(
         [sys.executable, "-c", COMPILE, target, fusion],
@@ -45,13 +45,23 @@ def compiled(folder: Path, target: str, fusion: str = "as launched", **env: str)
     return done.stdout, done.stderr
 
 
-@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+TARGETS = ["sm_90", pytest.param("gfx942", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("target", TARGETS)
 def test_compiling_prints_no_warning_and_no_setting_changes_the_code(target, tmp_path):
     """Triton 3.9 warns where a launch leaves the fusion of multiply and add to a default that will change."""
-    code, printed = compiled(tmp_path / "unset", target)
-    assert printed == ""
+    code, printed = compiled(tmp_path / "unset", target, "as launched")
+    assert code and printed == ""
     for setting in ("0", "1"):
-        assert compiled(tmp_path / setting, target, TRITON_DEFAULT_FP_FUSION=setting) == (code, "")
+        assert compiled(tmp_path / setting, target, "as launched", TRITON_DEFAULT_FP_FUSION=setting) == (code, "")
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_hot_loops_gain_nothing_from_fusion(target, tmp_path):
+    """Every multiply and add of a logit is a tl.fma already, rounded once whatever a version does by default."""
+    fused, unfused = (compiled(tmp_path / fusion, target, fusion)[0] for fusion in ("fused", "unfused"))
+    assert fused and fused == unfused
 
 
 def test_the_oldest_and_the_last_of_every_minor_version_are_chosen():

@@ -105,7 +105,7 @@ def planted_kernel(out_ptr, last, STRIDE: tl.constexpr, BLOCK: tl.constexpr):
 def test_a_planted_store_out_of_bounds_is_caught():
     out = torch.zeros(37, dtype=torch.int32, device="cuda")
     planted_kernel[(3,)](out, 37, 16, 16)
-    with pytest.raises(Exception, match="writes 1 element.* past the end of the tensor passed as `out_ptr`"):
+    with pytest.raises(Exception, match=r"writes 1 element.* past the end of the tensor passed as `out_ptr`"):
         planted_kernel[(3,)](out, 38, 16, 16)
 
 
