@@ -83,7 +83,12 @@ def neighbour_kernel(out_ptr, SHIFT: tl.constexpr, WRITES_FIRST: tl.constexpr):
         tl.store(out_ptr + row, 1.0)
 
 
-@pytest.mark.parametrize(("shift", "first", "why"), [(1, True, "another program"), (1, False, "another program")])
+@pytest.mark.parametrize(
+    ("shift", "first", "why"),
+    [(1, True, "loads .* which another program writes"), (1, False, "loads .* which another program writes"),
+     (-1, False, "stores .* which another program loads")],
+    ids=["after the write", "after the write of another", "before the write"],
+)  # fmt: skip
 def test_a_read_of_what_another_program_writes_is_caught(shift, first, why):
     with pytest.raises(Exception, match=why):
         neighbour_kernel[(4,)](torch.zeros(8), shift, first)
@@ -97,13 +102,16 @@ def test_a_read_of_what_the_program_has_stored_needs_a_barrier():
 
 
 @triton.jit
-def last_arriver_kernel(out_ptr, parts_ptr, counter_ptr, BARRIER: tl.constexpr, SEM: tl.constexpr):
+def last_arriver_kernel(
+    out_ptr, parts_ptr, counter_ptr, BARRIER: tl.constexpr, SEM: tl.constexpr, OWN: tl.constexpr = True
+):
     row, rows = tl.program_id(0), tl.num_programs(0)
     tl.store(parts_ptr + row, row)
     if BARRIER:
         tl.debug_barrier()
     if tl.atomic_add(counter_ptr, 1, sem=SEM) == rows - 1:
-        tl.store(out_ptr, tl.sum(tl.load(parts_ptr + tl.arange(0, 4)), 0))
+        offs = tl.arange(0, 4)
+        tl.store(out_ptr, tl.sum(tl.load(parts_ptr + offs, mask=OWN | (offs != row), other=0), 0))
 
 
 def arrive_last(**keywords):
@@ -122,8 +130,15 @@ def test_the_last_to_arrive_may_read_what_all_have_stored(order):
     ("barrier", "sem"), [(False, "acq_rel"), (True, "relaxed"), (True, "release"), (True, "acquire")]
 )
 def test_an_arrival_without_its_barrier_or_its_order_is_caught(barrier, sem):
-    with pytest.raises(Exception, match=r"which another program writes|no barrier in between"):
+    with pytest.raises(Exception, match="which another program writes"):
         arrive_last(BARRIER=barrier, SEM=sem)
+
+
+def test_the_barrier_is_there_for_what_the_other_threads_have_stored():
+    """The thread that releases has not stored all of it, and waits for the others."""
+    assert arrive_last(BARRIER=True, SEM="acq_rel", OWN=False) == 3
+    with pytest.raises(Exception, match="which another program writes"):
+        arrive_last(BARRIER=False, SEM="acq_rel", OWN=False)
 
 
 @triton.jit

@@ -33,9 +33,10 @@ for name, make in budgets.KERNELS.items():
 def compiled(folder: Path, target: str, fusion: str, **env: str) -> tuple[str, str]:
     """What compiling prints, by a process of its own and without the cache that has seen the kernels before."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith("TRITON_")}
+    path = os.pathsep.join([str(BENCH), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, "-c", COMPILE, target, fusion],
-        env={**kept, "PYTHONPATH": str(BENCH), "TRITON_CACHE_DIR": str(folder), **env},
+        env={**kept, "PYTHONPATH": path, "TRITON_CACHE_DIR": str(folder), **env},
         capture_output=True,
         text=True,
         timeout=600,
