@@ -138,6 +138,7 @@ def judge_head(
     leaves = [t.detach().requires_grad_() for t in (hidden, weight)]
     value = loss(*leaves, target, options=head_options(hidden.device, hidden.dtype))
     dhidden, dweight = torch.autograd.grad(value, leaves)
+    value = value.detach()
     weight64 = weight.double()
 
     def sums(rows: slice, wide: bool, factor: float | None = None) -> tuple[Tensor, ...]:
@@ -155,7 +156,7 @@ def judge_head(
     )
     # by chance the roundings of a whole mean may cancel in eager; by no chance do they go beyond what rows lose
     lost = torch.cat([b[2].double() - a[2] for a, b in zip(*parts, strict=True)]).square().mean().sqrt() / n**0.5
-    error, size = (float(x) for x in ((value.detach().double() - truth.value).abs(), truth.value if perplexity else 1))
+    error, size = (float(x) for x in ((value.double() - truth.value).abs(), truth.value if perplexity else 1))
     allowed = 2 * abs(float(eager.value - truth.value)) + 4 * size * float(lost)
     assert error <= allowed, f"{loss.__name__}: {float(value)!r} is {error:.3e} from the truth, {allowed:.3e} allowed"
 

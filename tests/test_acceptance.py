@@ -3,14 +3,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import itertools
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import gpu_checks
+import gpu_device
+import gpu_report
+import gpu_times
+import gpu_truth
 import pytest
 import torch
+
+import fused_ppl
 
 pytest.importorskip("triton", reason="the kernels run in triton's interpreter; it is in the extra `test`")
 BENCH = Path(__file__).parents[1] / "bench"
@@ -74,8 +84,60 @@ def test_a_check_that_fails_is_reported_and_the_others_run():
     assert "1 of " in done.stdout
 
 
+@pytest.mark.parametrize("promise", ["deterministic", "graph", "two_streams", "two_graphs"])
+def test_a_broken_promise_is_seen(promise):
+    calls = itertools.count()
+    work = gpu_checks.Work(lambda seed: None, lambda: (torch.tensor([next(calls)]),))  # other bits in every call
+    with pytest.raises(AssertionError, match="has other bits"):
+        getattr(gpu_checks, promise)(gpu_device.StandIn(), gpu_checks.DRY, lambda: work)
+
+
+def test_memory_beyond_the_gradient_is_seen():
+    class Greedy(gpu_device.StandIn):
+        def peak_bytes(self, run):
+            n, v = gpu_checks.DRY.beyond_int32[0]
+            return n * v * 2 + 65 * 2**20
+
+    with pytest.raises(AssertionError, match="65 MiB beyond the gradient"):
+        gpu_checks.little_memory(Greedy(), gpu_checks.DRY)
+
+
+def wrong_value(x, *args, loss, **keywords):
+    value = loss(x, *args, **keywords)
+    return value + 0.1 * value.detach()
+
+
+def wrong_gradient(x, *args, loss, **keywords):
+    """In one element: from logits by less than the largest of its row is rounded by, where each is rounded by itself."""
+    y, share = x.clone(), 0.01 if loss is RIGHT["perplexity"] else 0.1
+    y.register_hook(lambda g: torch.where(torch.arange(g.numel()).view(g.shape) == 1, g + share * g.abs().max(), g))
+    return loss(y, *args, **keywords)
+
+
+RIGHT = {name: getattr(fused_ppl, name) for name in ("perplexity", "linear_perplexity")}
+
+
+@pytest.mark.parametrize("wrong", [None, wrong_value, wrong_gradient])
+@pytest.mark.parametrize("name", RIGHT)
+def test_a_wrong_value_or_gradient_is_seen(name, wrong, monkeypatch):
+    loss = RIGHT[name]
+    monkeypatch.setattr(gpu_truth, "TRITON", fused_ppl.Options(backend="torch"))
+    if wrong is not None:
+        broken = functools.wraps(loss)(functools.partial(wrong, loss=loss))
+        monkeypatch.setattr(fused_ppl, name, broken)
+    n, v, d = 6, 40, 16
+    if name == "perplexity":
+        target = gpu_truth.make_target(n, v, torch.device("cpu"), 1)
+        logits = gpu_truth.fill_logits(torch.empty(n, v, dtype=torch.bfloat16), target, 0)
+        run = functools.partial(gpu_truth.judge_logits, fused_ppl.perplexity, logits, target, {}, chunk=4)
+    else:
+        inputs = gpu_checks.head_inputs(gpu_device.StandIn(), n, v, d)
+        run = functools.partial(gpu_truth.judge_head, fused_ppl.linear_perplexity, *inputs, chunk=4)
+    with contextlib.nullcontext() if wrong is None else pytest.raises(AssertionError):
+        run()
+
+
 def test_the_report_says_what_was_found(tmp_path):
-    gpu_report, gpu_times = pytest.importorskip("gpu_report"), pytest.importorskip("gpu_times")
     record = {
         "command": "python bench/gpu_acceptance.py", "card": {"name": "NVIDIA H100 80GB HBM3"}, "torch": "2.13.0",
         "triton": "3.9.0", "fused_ppl": "0", "date": "2026-01-01", "roofline": "data sheet", "copy_bandwidth": 3e12,
@@ -110,8 +172,6 @@ def test_the_report_says_what_was_found(tmp_path):
     ],
 )
 def test_named_cards_are_known_by_their_data_sheet(name, terabytes):
-    gpu_times = pytest.importorskip("gpu_times")
-
     class Named:
         stand_in = False
 
@@ -120,8 +180,6 @@ def test_named_cards_are_known_by_their_data_sheet(name, terabytes):
 
 
 def test_an_unknown_card_is_held_to_what_a_copy_reaches():
-    gpu_times = pytest.importorskip("gpu_times")
-
     class Unknown:
         name = "NVIDIA GeForce RTX 4090"
         stand_in = False

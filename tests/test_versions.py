@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import versions
 
 pytest.importorskip("triton", reason="the kernels are compiled by triton; it is in the extra `test`")
 BENCH = Path(__file__).parents[1] / "bench"
@@ -66,7 +67,6 @@ def test_the_hot_loops_gain_nothing_from_fusion(target, tmp_path):
 
 
 def test_the_oldest_and_the_last_of_every_minor_version_are_chosen():
-    versions = pytest.importorskip("versions")
     there = ["3.10.0", "3.9.1", "3.9.0", "3.8.0", "3.7.1", "3.7.0", "3.6.0", "2.3.1"]
     assert versions.chosen(there, (3, 7)) == ["3.7.0", "3.7.1", "3.8.0", "3.9.1", "3.10.0"]
     with pytest.raises(RuntimeError, match=r"3\.11 or newer is needed"):
