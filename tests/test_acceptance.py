@@ -108,9 +108,14 @@ def wrong_value(x, *args, loss, **keywords):
 
 
 def wrong_gradient(x, *args, loss, **keywords):
-    """In one element: from logits by less than the largest of its row is rounded by, where each is rounded by itself."""
+    """In one element beside the largest: from logits by less than the largest is rounded by."""
     y, share = x.clone(), 0.01 if loss is RIGHT["perplexity"] else 0.1
-    y.register_hook(lambda g: torch.where(torch.arange(g.numel()).view(g.shape) == 1, g + share * g.abs().max(), g))
+
+    def disturb(g):
+        largest = g.abs().argmax()
+        return torch.where(torch.arange(g.numel()).view(g.shape) == largest ^ 1, g + share * g.abs().max(), g)
+
+    y.register_hook(disturb)
     return loss(y, *args, **keywords)
 
 
