@@ -53,14 +53,14 @@ REAL = Sizes(
     timed_head=(8192, 128256, 4096),
 )
 DRY = Sizes(
-    beyond_int32=((7, 272), (5, 301)),
+    beyond_int32=((4, 272), (3, 301)),
     odd=((3, 61), (2, 5)),
     few_rows=(1,),
     head=(5, 67, 16),
     rows=2,
     runs=2,
     rounds=1,
-    chunk=4,
+    chunk=2,
     timed=((4, 131),),
     timed_head=(5, 67, 16),
 )
