@@ -169,7 +169,7 @@ def logits_work(card: Card | StandIn, n: int, v: int, loss: Callable[..., Any], 
 def head_work(card: Card | StandIn, n: int, v: int, d: int, loss: Callable[..., Tensor], **options: Any) -> Work:
     inputs = head_inputs(card, n, v, d)
     leaves, target = [t.requires_grad_() for t in inputs[:2]], inputs[2]
-    how = head_options(card.device, torch.bfloat16)
+    how = head_options()
 
     def run() -> tuple[Tensor, ...]:
         value = loss(*leaves, target, options=how, **options)

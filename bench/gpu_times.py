@@ -154,8 +154,8 @@ def logits_peers() -> list[Peer]:
     ]  # fmt: skip
 
 
-def head_peers(device: torch.device) -> list[Peer]:
-    ours = functools.partial(fused_ppl.linear_perplexity, options=head_options(device, torch.bfloat16))
+def head_peers() -> list[Peer]:
+    ours = functools.partial(fused_ppl.linear_perplexity, options=head_options())
     return [
         Peer("fused_ppl", None, lambda: ours),
         Peer("torch eager", None, lambda: eager_head),
@@ -221,7 +221,7 @@ def head_timings(card: Card | StandIn, sizes: Sizes) -> Iterator[Timing]:
     flops = dict(zip(bare, (2 * n * v * d, 6 * n * v * d), strict=True))
     for mode, times in bare.items():
         yield Timing("head", "the matrix products alone", mode, (n, v, d), "", times, 0, flops[mode], 1.0)
-    for peer in head_peers(card.device):
+    for peer in head_peers():
         found = _time(card, peer, lambda: [t.clone().requires_grad_() for t in (hidden, weight)], target, truth)
         if isinstance(found, str):
             yield Timing("head", peer.name, "", (n, v, d), found)

@@ -126,7 +126,9 @@ RIGHT = {name: getattr(fused_ppl, name) for name in ("perplexity", "linear_perpl
 @pytest.mark.parametrize("name", RIGHT)
 def test_a_wrong_value_or_gradient_is_seen(name, wrong, monkeypatch):
     loss = RIGHT[name]
-    monkeypatch.setattr(gpu_truth, "TRITON", fused_ppl.Options(backend="torch"))
+    monkeypatch.setattr(
+        gpu_truth, "TRITON", fused_ppl.Options(backend="torch")
+    )  # the judge is on trial, not the kernels
     if wrong is not None:
         broken = functools.wraps(loss)(functools.partial(wrong, loss=loss))
         monkeypatch.setattr(fused_ppl, name, broken)

@@ -17,7 +17,7 @@ BENCH = Path(__file__).parents[1] / "bench"
 # prints a hash of the machine code of every kernel, with every option off and with all on; of the hot loop too
 COMPILE = """
 import hashlib, sys, warnings
-import aot, budgets
+import aot, budgets, versions
 warnings.simplefilter("error")
 target, fusion = sys.argv[1:]
 for name, make in budgets.KERNELS.items():
@@ -27,7 +27,7 @@ for name, make in budgets.KERNELS.items():
             kwargs["enable_fp_fusion"] = fusion == "fused"
         compiled = aot.compile_call(kernel, kwargs, aot.TARGETS[target])
         code = compiled.asm["amdgcn"] if "amdgcn" in compiled.asm else aot.disassemble(compiled.asm["cubin"])[0]
-        print(name, aot.read(compiled).hot if fusion != "as launched" else hashlib.sha256(code.encode()).hexdigest())
+        print(name, versions.hot_loops(aot.read(compiled)) if fusion != "as launched" else hashlib.sha256(code.encode()).hexdigest())
 """
 
 
