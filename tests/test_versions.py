@@ -26,8 +26,11 @@ for name, make in budgets.KERNELS.items():
         if fusion != "as launched":
             kwargs["enable_fp_fusion"] = fusion == "fused"
         compiled = aot.compile_call(kernel, kwargs, aot.TARGETS[target])
-        code = compiled.asm["amdgcn"] if "amdgcn" in compiled.asm else aot.disassemble(compiled.asm["cubin"])[0]
-        print(name, versions.hot_loops(aot.read(compiled)) if fusion != "as launched" else hashlib.sha256(code.encode()).hexdigest())
+        if fusion == "as launched":
+            code = compiled.asm["amdgcn"] if "amdgcn" in compiled.asm else aot.disassemble(compiled.asm["cubin"])[0]
+            print(name, hashlib.sha256(code.encode()).hexdigest())
+        else:
+            print(name, versions.hot_loops(aot.read(compiled)))
 """
 
 
