@@ -27,7 +27,7 @@ class Sizes:
     beyond_int32: tuple[tuple[int, int], ...]  # (N, V) with N * V > 2**31
     odd: tuple[tuple[int, int], ...]  # in every dtype, and as misaligned views
     few_rows: tuple[int, ...]  # split over the vocabulary, at the widest V
-    head: tuple[int, int, int]  # (N, V, D)
+    heads: tuple[tuple[int, int, int], ...]  # (N, V, D), N * V > 2**31
     rows: int  # of the workloads that are repeated
     runs: int  # of determinism
     rounds: int  # of streams and replays
@@ -44,7 +44,7 @@ REAL = Sizes(
     beyond_int32=((16768, 128256), (14336, 151643)),
     odd=((1024, 50257), (512, 151643), (4096, 4099), (64, 8)),
     few_rows=(1, 7, 33),
-    head=(8192, 128256, 1024),
+    heads=((16768, 128256, 1024), (14336, 151643, 1024)),
     rows=1024,
     runs=100,
     rounds=20,
@@ -56,7 +56,7 @@ DRY = Sizes(
     beyond_int32=((4, 272), (3, 301)),
     odd=((3, 61), (2, 5)),
     few_rows=(1,),
-    head=(5, 67, 16),
+    heads=((5, 67, 16), (3, 51, 8)),
     rows=2,
     runs=2,
     rounds=1,
@@ -135,8 +135,8 @@ def wild(card: Card | StandIn, sizes: Sizes) -> str:
     return "-inf, rows at +1e4 and -1e4, ignored rows of NaN and inf"
 
 
-def head(card: Card | StandIn, sizes: Sizes, loss: Callable[..., Tensor]) -> str:
-    hidden, weight, target = head_inputs(card, *sizes.head)
+def head(card: Card | StandIn, sizes: Sizes, n: int, v: int, d: int, loss: Callable[..., Tensor]) -> str:
+    hidden, weight, target = head_inputs(card, n, v, d)
     return judge_head(loss, hidden, weight, target, chunk=4 * sizes.chunk)
 
 
@@ -188,7 +188,7 @@ def works(card: Card | StandIn, sizes: Sizes) -> dict[str, Callable[[], Work]]:
     few = sizes.few_rows[-1]
     of_logits, of_head = functools.partial(logits_work, card), functools.partial(head_work, card)
     options = functools.partial(every_option, device=card.device)
-    _, *of = sizes.head
+    _, *of = sizes.heads[0]
     return {
         "perplexity": lambda: of_logits(n, v, fused_ppl.perplexity),
         "perplexity, rows split": lambda: of_logits(few, v, fused_ppl.perplexity),
@@ -310,9 +310,9 @@ def all_checks(card: Card | StandIn, sizes: Sizes) -> Iterator[Check]:
         yield check(f"odd V, misaligned views, {torch.finfo(dtype).dtype}", misaligned, dtype)
     yield check("few rows, split over the vocabulary", split_rows)
     yield check("wild logits", wild)
-    n, v, d = sizes.head
-    for loss in (fused_ppl.linear_perplexity, fused_ppl.linear_cross_entropy):
-        yield check(f"{loss.__name__}, N={n}, V={v}, D={d}, bf16", head, loss)
+    for n, v, d in sizes.heads:
+        for loss in (fused_ppl.linear_perplexity, fused_ppl.linear_cross_entropy):
+            yield check(f"{loss.__name__}, N={n}, V={v}, D={d}, bf16", head, n, v, d, loss)
     promises = {
         "determinism": deterministic,
         "no host synchronisation": nothing_waits,
