@@ -7,6 +7,7 @@ budgets.py holds the limits and prints the table; tests/test_aot.py holds the ke
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import subprocess
@@ -24,11 +25,13 @@ TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
     "sm_100": GPUTarget("cuda", 100, 32),
+    "sm_120": GPUTarget("cuda", 120, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
+    "gfx950": GPUTarget("hip", "gfx950", 64),
 }
 TOOLS = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
 _TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}
-_TYPES |= {torch.int32: "i32", torch.int64: "i64"}
+_TYPES |= {torch.int32: "i32", torch.int64: "i64", torch.uint32: "u32"}
 _EXP = ("MUFU.EX2", "v_exp_f32")
 _MUFU = ("MUFU", "v_exp_f", "v_log_f", "v_rcp_f", "v_sqrt_f", "v_rsq_f")
 _LOADS = ("LDG", "global_load", "buffer_load")
@@ -65,11 +68,14 @@ class Report:
     shared: int  # bytes
     spills: int  # local-memory instructions of the whole program
     instructions: int
-    loops: tuple[Loop, ...]  # innermost, with an exponential, in program order; the first is the hot one
+    loops: tuple[Loop, ...]  # innermost, with an exponential, in program order
+    num_warps: int = 0
 
     @property
-    def hot(self) -> Loop:
-        return self.loops[0]
+    def passes(self) -> dict[str, Loop]:
+        """The hot loops: the first that only reads, before any that redoes its row, and the first that writes."""
+        loops = {"gradient" if loop.stores else "sum": loop for loop in reversed(self.loops)}
+        return {name: loops[name] for name in ("sum", "gradient") if name in loops}
 
 
 def access_bytes(opcode: str) -> int:
@@ -94,7 +100,9 @@ def access_bytes(opcode: str) -> int:
 def capture(kernel: Any, launch: Callable[[], object]) -> dict[str, Any]:
     """The keyword arguments of the one launch of `kernel` inside `launch()`; nothing runs."""
     calls: list[dict[str, Any]] = []
-    kernel.run = lambda *args, grid, warmup, **kwargs: calls.append(kwargs)
+    kernel.run = lambda *args, grid, warmup, **kwargs: calls.append(
+        {**dict(zip(kernel.arg_names, args, strict=False)), **kwargs}
+    )
     try:
         launch()
     finally:
@@ -133,13 +141,15 @@ def source(kernel: Any, kwargs: dict[str, Any]) -> ASTSource:
 
 
 def compile_call(kernel: Any, kwargs: dict[str, Any], target: GPUTarget) -> Any:
-    options = {k: v for k, v in kwargs.items() if k in ("num_warps", "num_stages", "enable_fp_fusion")}
+    options = {k: v for k, v in kwargs.items() if k in ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg")}
     return triton.compile(source(kernel, kwargs), target=target, options=options)
 
 
 def read(kernel: Any) -> Report:
     """Registers, spills and loops of a compiled kernel."""
-    return _read_gcn(kernel.asm["amdgcn"]) if "amdgcn" in kernel.asm else _read_sass(*disassemble(kernel.asm["cubin"]))
+    found = _read_gcn(kernel.asm["amdgcn"]) if "amdgcn" in kernel.asm else _read_sass(*disassemble(kernel.asm["cubin"]))
+    # what is asked for at launch does not stand in the code
+    return dataclasses.replace(found, shared=kernel.metadata.shared, num_warps=kernel.metadata.num_warps)
 
 
 def disassemble(cubin: bytes) -> tuple[str, str]:

@@ -1,45 +1,48 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The machine code that each kernel is allowed, and what it has.
-
-    python bench/budgets.py [--target sm_90 ...] [--options] [--liger DIR]      a Markdown table
+"""The machine code that each kernel is allowed, and what a launch of it compiles.
 
 A limit is the measured value of triton 3.9 plus a few per cent, so that a version of Triton that does worse is seen.
-`--liger DIR` reads Liger's kernels in the same way; DIR is `pip install --no-deps --target DIR liger-kernel`.
+`python bench/static.py` compiles all of it, and holds it to this.
 """
 
 from __future__ import annotations
 
-import argparse
-import sys
 from typing import Any
 
 import aot
 import torch
 from torch import Tensor
 
-from fused_ppl.kernels import launch, nll_backward, nll_forward
+from fused_ppl.kernels import launch, nll_backward, nll_forward, nll_forward_backward
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 NAMES = {BF16: "bf16", FP16: "fp16", FP32: "fp32"}
-NUM_ROWS, NUM_SMS, ODD = 8192, 132, 50257
+NUM_ROWS, NUM_SMS = 8192, 132
+ODD, LARGE = 50257, 151643
 
 
-# with every option off: (instructions of the hot loop for each logit, registers)
+# with every option off: (instructions for each logit in the hot loop of each pass, registers)
 _FORWARD_HALF = {"sm_80": (4.5, 40), "sm_90": (4.5, 40), "sm_100": (4.1, 40), "gfx942": (4.2, 72)}
 _FORWARD_FULL = {"sm_80": (3.8, 40), "sm_90": (3.8, 40), "sm_100": (3.5, 40), "gfx942": (3.7, 64)}
 _BACKWARD_HALF = {"sm_80": (5.2, 40), "sm_90": (5.2, 40), "sm_100": (4.7, 40)}
 _BACKWARD_FULL = {"sm_80": (4.1, 40), "sm_90": (4.1, 40), "sm_100": (4.1, 40), "gfx942": (4.3, 64)}
-BUDGETS = {
+_HEAD_HALF = {"sm_80": (4.5, 5.2, 64), "sm_90": (4.5, 5.2, 64), "sm_100": (4.1, 4.7, 64)}
+_HEAD_FULL = {"sm_80": (3.8, 4.1, 64), "sm_90": (3.8, 4.1, 64), "sm_100": (3.5, 4.1, 64), "gfx942": (3.7, 3.7, 80)}
+BUDGETS: dict[tuple[str, torch.dtype], dict[str, tuple[float, ...]]] = {
     ("forward", BF16): _FORWARD_HALF,
     ("forward", FP16): _FORWARD_HALF,
     ("forward", FP32): _FORWARD_FULL,
     ("backward", BF16): {**_BACKWARD_HALF, "gfx942": (10.1, 80)},  # CDNA3 rounds to bf16 in many instructions
     ("backward", FP16): {**_BACKWARD_HALF, "gfx942": (5.7, 64)},
     ("backward", FP32): _BACKWARD_FULL,
+    # 64: two programs of 512 threads, or one of 1024, fill an SM
+    ("forward_backward", BF16): {**_HEAD_HALF, "gfx942": (4.2, 10.1, 80)},
+    ("forward_backward", FP16): {**_HEAD_HALF, "gfx942": (4.2, 5.7, 80)},
+    ("forward_backward", FP32): _HEAD_FULL,
 }
 MUFU = 1.02  # exponentials for each logit
 
-# options: keywords of forward() and backward(); "weight" and "token_weight" stand for tensors
+# options: keywords of the functions below, which take what concerns them; "weight" and "token_weight" stand for tensors
 OPTIONS: dict[str, dict[str, Any]] = {
     "label_smoothing": {"label_smoothing": 0.1},
     "logit_scale": {"logit_scale": 0.5},
@@ -54,6 +57,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "sliced rows": {"slices": True},
     "statistics": {"stats": True},
     "shard": {"shard": True, "sums": False},
+    "no gradient": {"upstream": None},
     "any stride": {"contiguous": False},
 }
 _ALL = {"label_smoothing": 0.1, "logit_scale": 0.5, "softcap": 30.0, "z_loss": 1e-4, "max_nll": 10.0, "num_items": True}
@@ -77,7 +81,7 @@ def _common(options: dict[str, Any], v: int) -> tuple[launch.Weights, launch.Num
     return launch.Weights(weight, total, token_weight), launch.numbers(*values)
 
 
-def _config(dtype: torch.dtype, v: int, target: str, heavy: bool) -> launch.LaunchConfig:
+def _config(dtype: torch.dtype, v: int, target: str, heavy: int) -> launch.LaunchConfig:
     return launch.choose_config(NUM_ROWS, v, dtype.itemsize, NUM_SMS, aot.TARGETS[target].warp_size, heavy=heavy)
 
 
@@ -89,7 +93,7 @@ def forward(
     stats, sums, shard, slices = (
         options.pop(k, d) for k, d in (("stats", 0), ("sums", 1), ("shard", 0), ("slices", 0))
     )
-    config = _config(dtype, v, target, bool(stats or shard or numbers.squash or numbers.smoothing))
+    config = _config(dtype, v, target, launch.heaviness(numbers, bool(stats or shard)))
     fp64, n = torch.float64, NUM_ROWS
     extra = (_meta(n), _meta(n, dtype=torch.int64)) if stats else ()
     rows = (
@@ -141,128 +145,65 @@ def backward(
     return nll_backward.nll_backward_kernel, kwargs
 
 
-KERNELS = {"forward": forward, "backward": backward}
+def forward_backward(
+    dtype: torch.dtype = BF16, v: int = ODD, target: str = "sm_90", **options: Any
+) -> tuple[Any, dict[str, Any]]:
+    """The kernel of the fused head and the arguments that its launcher gives it."""
+    weights, numbers = _common(options, v)
+    n, stats = NUM_ROWS, options.pop("stats", False)
+    heavy = launch.heaviness(numbers, stats)
+    extra = (_meta(n), _meta(n, dtype=torch.int64)) if stats else ()
+    kwargs = aot.capture(
+        nll_forward_backward.nll_forward_backward_kernel,
+        lambda: nll_forward_backward.launch_nll_forward_backward(
+            _meta(n, v, dtype=dtype),
+            _meta(n),
+            _meta(n, dtype=torch.int64),
+            weights,
+            launch.Rows(*(_meta(n) for _ in range(3)), _meta(n, dtype=torch.float64), *extra),
+            numbers,
+            upstream=options.pop("upstream", 1.0),
+            config=launch.choose_two_pass_config(
+                v, dtype.itemsize, NUM_SMS, aot.TARGETS[target].warp_size, heavy=heavy
+            ),
+            ignore_index=-100,
+        ),
+    )
+    return nll_forward_backward.nll_forward_backward_kernel, kwargs
+
+
+KERNELS = {"forward": forward, "backward": backward, "forward_backward": forward_backward}
 
 
 def report(kernel: str, dtype: torch.dtype = BF16, v: int = ODD, target: str = "sm_90", **options: Any) -> aot.Report:
     return aot.read(aot.compile_call(*KERNELS[kernel](dtype, v, target, **options), aot.TARGETS[target]))
 
 
-def violations(found: aot.Report, budget: tuple[float, int], itemsize: int) -> list[str]:
+def violations(found: aot.Report, budget: tuple[float, ...], itemsize: int) -> list[str]:
     """What is over the budget, in words."""
-    loop, (per_logit, registers) = found.hot, budget
-    mufu = loop.mufu / loop.logits(itemsize)
-    checks = {
-        f"{loop.per_logit(itemsize):.2f} instructions a logit, {per_logit} allowed": loop.per_logit(itemsize)
-        <= per_logit,
-        f"{mufu:.2f} special functions a logit, {MUFU} allowed": mufu <= MUFU,
-        f"{found.registers} registers, {registers} allowed": found.registers <= registers,
-        f"accesses of {set(loop.loads + loop.stores)}, not 16 bytes": all(map(_is_wide, loop.loads + loop.stores)),
-    }
+    *limits, registers = budget
+    checks = {f"{found.registers} registers, {registers} allowed": found.registers <= registers}
+    for (name, loop), limit in zip(found.passes.items(), limits, strict=True):
+        per_logit, mufu = loop.per_logit(itemsize), loop.mufu / loop.logits(itemsize)
+        accesses = loop.loads + loop.stores
+        checks |= {
+            f"{name}: {per_logit:.2f} instructions a logit, {limit} allowed": per_logit <= limit,
+            f"{name}: {mufu:.2f} special functions a logit, {MUFU} allowed": mufu <= MUFU,
+            f"{name}: accesses of {set(accesses)}, not 16 bytes": all(map(_is_wide, accesses)),
+        }
     return [text for text, holds in checks.items() if not holds] + broken_promises(found)
 
 
 def broken_promises(found: aot.Report, contiguous: bool = True) -> list[str]:
     """What no option may cost either."""
-    loop = found.hot
-    checks = {
-        f"{found.spills} spills, {found.stack} bytes of stack": not (found.spills or found.stack),
-        f"{loop.barriers} barriers or shuffles in the hot loop": not loop.barriers,
-        "no load of 16 bytes in the hot loop": not contiguous or any(map(_is_wide, loop.loads)),
-    }
+    checks = {f"{found.spills} spills, {found.stack} bytes of stack": not (found.spills or found.stack)}
+    for name, loop in found.passes.items():
+        checks |= {
+            f"{name}: {loop.barriers} barriers or shuffles in the hot loop": not loop.barriers,
+            f"{name}: no load of 16 bytes in the hot loop": not contiguous or any(map(_is_wide, loop.loads)),
+        }
     return [text for text, holds in checks.items() if not holds]
 
 
 def _is_wide(opcode: str) -> bool:
     return aot.access_bytes(opcode) == 16
-
-
-def check(targets: list[str], options: bool) -> list[str]:
-    """Every violation, with the name of the kernel."""
-    found = []
-    for target in targets:
-        for (kernel, dtype), budgets in BUDGETS.items():
-            over = violations(report(kernel, dtype, target=target), budgets[target], dtype.itemsize)
-            found += [f"{target} {kernel} {NAMES[dtype]}: {text}" for text in over]
-            for even, odd in ((50304, ODD), (128256, 151643)):
-                sources = [aot.source(*KERNELS[kernel](dtype, v, target)).hash() for v in (even, odd)]
-                found += [f"{target} {kernel} {NAMES[dtype]}: V = {odd} is another program than V = {even}"] * (
-                    len(set(sources)) - 1
-                )
-        for name, keywords in OPTIONS.items() if options else ():
-            for kernel in KERNELS:
-                for dtype in NAMES:
-                    over = broken_promises(
-                        report(kernel, dtype, target=target, **keywords), keywords.get("contiguous", True)
-                    )
-                    found += [f"{target} {kernel} {NAMES[dtype]} with {name}: {text}" for text in over]
-    return found
-
-
-def liger(directory: str, dtype: torch.dtype, v: int, target: str) -> aot.Report:
-    """Liger's cross-entropy kernel, loss and gradient, with the settings of its own launcher."""
-    if directory not in sys.path:
-        sys.path.insert(0, directory)
-    from liger_kernel.ops.cross_entropy import liger_cross_entropy_kernel
-
-    x, blackwell, hip = _meta(NUM_ROWS, v, dtype=dtype), target == "sm_100", target.startswith("gfx")
-    kwargs = {
-        "X_ptr": x, "X_stride": v, "Y_ptr": _meta(NUM_ROWS, dtype=torch.int64), "Y_stride": 1, "weight_ptr": None,
-        "loss_ptr": _meta(NUM_ROWS), "z_loss_ptr": None, "loss_stride": 1, "token_accuracy_ptr": None,
-        "token_accuracy_stride": 0, "predicted_tokens_ptr": None, "predicted_tokens_stride": 0, "n_cols": v,
-        "n_non_ignore": 8000.5, "sum_non_ignore_weight": 8000.5, "weight_sum": 0.5, "ignore_index": -100,
-        "lse_square_scale": 0.0, "label_smoothing": 0.0, "reduction": "mean", "softcap": None, "RETURN_Z_LOSS": False,
-        "RETURN_TOKEN_ACCURACY": False, "RETURN_PREDICTED_TOKENS": False, "HAS_WEIGHT": False, "HAS_SOFTCAPPING": False,
-        "BLOCK_SIZE": 32768, "HAS_GRADIENTS": True,
-        "num_warps": 16 if hip else 8 if dtype.itemsize == 2 and blackwell else 32,
-    }  # fmt: skip
-    return aot.read(aot.compile_call(liger_cross_entropy_kernel, kwargs, aot.TARGETS[target]))
-
-
-HEADER = (
-    "target", "kernel", "dtype", "instructions / logit", "budget", "special functions / logit", "access", "barriers",
-    "registers", "spills", "program",
-)  # fmt: skip
-
-
-def row(target: str, name: str, dtype: torch.dtype, found: aot.Report, loop: aot.Loop, budget: object = "") -> str:
-    widths = sorted({aot.access_bytes(op) for op in loop.loads + loop.stores})
-    cells = (
-        target, name, NAMES[dtype], f"{loop.per_logit(dtype.itemsize):.2f}", budget,
-        f"{loop.mufu / loop.logits(dtype.itemsize):.2f}", " + ".join(map(str, widths)) + " B", loop.barriers,
-        found.registers, found.spills, found.instructions,
-    )  # fmt: skip
-    return "| " + " | ".join(map(str, cells)) + " |"
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
-    parser.add_argument("--target", nargs="+", choices=aot.TARGETS, default=list(aot.TARGETS))
-    parser.add_argument("--options", action="store_true", help="every option alone, and all together")
-    parser.add_argument(
-        "--check", action="store_true", help="print only what is over its budget, and fail if anything is"
-    )
-    parser.add_argument("--liger", metavar="DIR", help="where liger-kernel is installed")
-    args = parser.parse_args()
-    if args.check:
-        found = check(args.target, args.options)
-        sys.exit("\n".join(found) or 0)
-    print("| " + " | ".join(HEADER) + " |")
-    print("|" + "---|" * len(HEADER))
-    for target in args.target:
-        for (kernel, dtype), budgets in BUDGETS.items():
-            found = report(kernel, dtype, target=target)
-            print(row(target, kernel, dtype, found, found.hot, budgets[target][0]), flush=True)
-        for name, options in OPTIONS.items() if args.options else ():
-            for kernel in KERNELS:
-                found = report(kernel, target=target, **options)
-                print(row(target, f"{kernel}, {name}", BF16, found, found.hot), flush=True)
-        for v in (128256, ODD) if args.liger else ():
-            for dtype in (BF16, FP32):
-                found = liger(args.liger, dtype, v, target)
-                for name, loop in zip(("sum", "gradient"), found.loops, strict=False):
-                    print(row(target, f"Liger, {name}, V = {v}", dtype, found, loop), flush=True)
-
-
-if __name__ == "__main__":
-    main()

@@ -18,6 +18,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import measure
 import torch
@@ -126,6 +127,40 @@ def memory_all(args: argparse.Namespace) -> list[dict[str, object]]:
     return rows
 
 
+def time_table(record: dict[str, Any]) -> str:
+    lines = [
+        f"N={record['N']}, V={record['V']}, D={record['D']}, {record['threads']} threads, {record['processor']}, "
+        f"torch {record['torch']}, {record['date']}, {record['rounds']} interleaved rounds",
+        "",
+        "| dtype | | forward + backward | over the bare products | fused_ppl over it, with the 95 % interval |",
+        "|---|---|---|---|---|",
+    ]
+    for row in record["rows"]:
+        low, median, high = row["ours_over_it"]
+        lines.append(
+            f"| {row['dtype']} | {row['provider']} | {row['seconds']:.2f} s | {row['over_bare']:.2f} | "
+            f"{median:.2f} ({low:.2f} to {high:.2f}) |"
+        )
+    return "\n".join(lines)
+
+
+def memory_table(record: dict[str, Any]) -> str:
+    lines = [
+        f"N={record['N']}, V={record['V']}, D={record['D']}, {record['processor']}, torch {record['torch']}, "
+        f"{record['date']}",
+        "",
+        "| dtype | | peak | over eager | the plan's prediction |",
+        "|---|---|---|---|---|",
+    ]
+    for row in record["rows"]:
+        predicted = f"{row['predicted'] / 2**20:.0f} MiB" if "predicted" in row else ""
+        lines.append(
+            f"| {row['dtype']} | {row['provider']} | {row['bytes'] / 2**20:.0f} MiB | {row['over_eager']:.1%} | "
+            f"{predicted} |"
+        )
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", type=int, nargs=3, metavar=("N", "V", "D"))
@@ -148,11 +183,11 @@ def main() -> None:
     rows = memory_all(args) if args.memory else time_all(args)
     case = {"command": "python bench/linear_cpu.py" + " --memory" * args.memory, "rounds": args.rounds}
     case |= dict(zip("NVD", args.shape, strict=True))
-    for row in rows:
-        print(json.dumps(row))
+    record = {**case, **measure.machine(), "rows": rows}
+    print(memory_table(record) if args.memory else time_table(record))
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps({**case, **measure.machine(), "rows": rows}, indent=1) + "\n")
+        args.out.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -338,7 +338,7 @@ def _from_hidden(
     device = input.device.type
     cast = torch.is_autocast_enabled(device) and input.dtype != torch.float64  # which autocast leaves alone
     dtype = torch.get_autocast_dtype(device) if cast else input.dtype
-    backend = backends.choose(options.backend, input.device, dtype, head=True)
+    backend = backends.choose(options.backend, input.device, dtype)
     if num_items is not None:
         num_items = _scalar(num_items, input)
     if backend == "reference":

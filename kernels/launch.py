@@ -19,6 +19,10 @@ from torch import Tensor
 
 LOG2E = 1.4426950408889634
 MAX_SLICES = 32
+SM_THREADS = 1024
+# asked for, because ptxas otherwise spills a few to come down to 40 or 32; AMD's compiler has no such option
+SM_REGISTERS = {} if torch.version.hip else {"maxnreg": 65536 // SM_THREADS}
+L2_BYTES = 30 * 10**6  # of 40 MB (A100), 50 (H100), 126 (B200)
 PARTIALS = 5  # what a slice of a row hands over: reference, s, q, d, column
 SHARD_FIELDS = 6  # max z, sum e^(z - max), target's z or 0, sum w z, sum e^(z - max) (z - max), column of the maximum
 
@@ -111,27 +115,56 @@ class LaunchConfig:
     slices: int = 1
 
 
+def heaviness(numbers: Numbers, stats: bool) -> int:
+    """Of a sum, by the registers that its options hold for each logit: running maxima, a softcap most, smoothing."""
+    return stats + 2 * (numbers.squash is not None) + (numbers.smoothing is not None)
+
+
+def _least_warps(num_classes: int) -> int:
+    return next((w for v, w in ((512, 1), (2048, 2), (65536, 4)) if num_classes < v), 8)
+
+
+def _vectors(num_classes: int, threads: int, itemsize: int, heavy: int) -> int:
+    """Of a thread in a tile: as many as are in flight at once, and fewer where a row has less than one such tile."""
+    vector = 16 // itemsize
+    sizes = (vector // 4,) if heavy else (4, vector // 4)
+    return next((k for k in sizes if num_classes >= k * threads * vector), 1)
+
+
 def choose_config(
-    num_rows: int, num_classes: int, itemsize: int, num_sms: int, warp_size: int = 32, *, heavy: bool = False
+    num_rows: int, num_classes: int, itemsize: int, num_sms: int, warp_size: int = 32, *, heavy: int = 0
 ) -> LaunchConfig:
     """Warps and tile by V; one program a row, or the smallest power of 2 of slices that fills the device 4 times.
 
-    `heavy` makes the tile smaller: running maxima, softcap and smoothing hold more registers for each logit. What is
-    in flight then, 16 KB or more on an SM, still covers the latency of HBM.
+    `heavy`, see `heaviness`, makes the tile smaller. What is in flight then, 16 KB or more on an SM, still covers the
+    latency of HBM.
     """
-    num_warps = next((w for v, w in ((512, 1), (2048, 2), (65536, 4)) if num_classes < v), 8)
+    num_warps = _least_warps(num_classes)
     threads = warp_size * num_warps
-    vector = 16 // itemsize
-    sizes = (vector // 4,) if heavy else (4, 2)
-    vectors = next((k for k in sizes if num_classes >= k * threads * vector), 1)
-    tile = vectors * threads * vector
-    tiles = num_classes // tile + 1  # the last one masked
+    vectors = _vectors(num_classes, threads, itemsize, heavy)
+    tiles = num_classes // (vectors * threads * (16 // itemsize)) + 1  # the last one masked
     wanted = 4 * num_sms * (48 // num_warps)  # 48 warps on an SM at 40 registers
     slices = 1
     while num_rows * slices < wanted and slices < MAX_SLICES and num_classes // (2 * slices) >= 8192:
         slices *= 2
     tiles_per_slice = math.ceil(tiles / slices)
     return LaunchConfig(vectors, num_warps, threads, tiles_per_slice, math.ceil(tiles / tiles_per_slice))
+
+
+def choose_two_pass_config(
+    num_classes: int, itemsize: int, num_sms: int, warp_size: int = 32, *, heavy: int = 0
+) -> LaunchConfig:
+    """One program a row, of so many threads that the second pass finds in L2 what the first one has read.
+
+    An SM holds 1024 threads of up to 64 registers, and so 1024 / threads rows are at work there: 2 for 50 thousand bf16
+    classes, 1 for 128 thousand. From about 150 thousand on even these no longer fit, and it is two reads.
+    """
+    threads = warp_size * _least_warps(num_classes)
+    while threads < SM_THREADS and num_sms * (SM_THREADS // threads) * num_classes * itemsize > L2_BYTES:
+        threads *= 2
+    vectors = 1 if heavy > 1 else _vectors(num_classes, threads, itemsize, heavy)  # 64 registers are all there is
+    tiles = num_classes // (vectors * threads * (16 // itemsize)) + 1
+    return LaunchConfig(vectors, threads // warp_size, threads, tiles)
 
 
 @cache

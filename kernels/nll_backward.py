@@ -30,23 +30,26 @@ def zero_row(out_ptr, first_tile, stop_tile, V, stride_v, VECTOR: tl.constexpr, 
 
 
 @triton.jit
-def row_coefficients(row, target, lse, upstream, weights, numbers, num_classes, stride_of_s, stride_of_z):
-    """primitives.coefficients of a row, times d z / d logits; and its target's class weight."""
-    class_weight, token_weight = class_weights.of_target(row, target, weights, num_classes)
-    of_s = tl.load(upstream.of_s + row.to(tl.int64) * stride_of_s) * numbers.scale
-    of_z = None
-    if numbers.z_loss is not None:
-        of_z = tl.load(upstream.of_z + row.to(tl.int64) * stride_of_z) * numbers.scale
+def row_factors(of_s, of_z, class_weight, token_weight, weights, nll, lse, numbers, num_classes):
+    """The gradient at the target, A and C for all others, and lse in base 2."""
+    weight_sum = class_weights.total(weights, num_classes)
     A, spread, C = primitives.coefficients(
-        of_s, of_z, class_weight, token_weight, class_weights.total(weights, num_classes), lse, numbers, num_classes
-    )  # fmt: skip
-    return A, spread, C, class_weight
+        of_s, of_z, class_weight, token_weight, weight_sum, lse.to(tl.float32), numbers, num_classes
+    )
+    at_target = primitives.gradient_at_target(nll, class_weight, A, spread, C)
+    # lse in base 2 as a sum of two fp32: the low part joins A, or |z| = 1e4 would cost 1e-3 of every p
+    lse2 = lse * primitives.LOG2E
+    high = lse2.to(tl.float32)
+    return at_target, A * primitives.power((high.to(tl.float64) - lse2).to(tl.float32)), C, high
 
 
 @triton.jit
-def gradient_row(row_ptr, out_ptr, weight_ptr, hole, at_target, A, C, lse2, numbers, V, stride_v, stride_out_v,
-                 first_tile, stop_tile, VECTOR: tl.constexpr, K: tl.constexpr, T: tl.constexpr):  # fmt: skip
-    """Writes tiles [first_tile, stop_tile) of a row's gradient: no element twice, and none that is read afterwards."""
+def gradient_row(row_ptr, out_ptr, weight_ptr, hole, x_target, at_target, A, C, lse2, numbers, V, stride_v,
+                 stride_out_v, first_tile, stop_tile, VECTOR: tl.constexpr, K: tl.constexpr, T: tl.constexpr):  # fmt: skip
+    """Writes tiles [first_tile, stop_tile) of a row's gradient: no element twice, and none that is read afterwards.
+
+    `x_target` is the target's logit, or None where it is what the row holds.
+    """
     L: tl.constexpr = walk.VECTOR_BYTES * 8 // row_ptr.dtype.element_ty.primitive_bitwidth if VECTOR else 1
     TILE: tl.constexpr = K * T * L
     multiplier, squash = numbers.multiplier, numbers.squash
@@ -60,16 +63,19 @@ def gradient_row(row_ptr, out_ptr, weight_ptr, hole, at_target, A, C, lse2, numb
             w = class_weights.of_tile(weight_ptr, head, tile, None, K, T, L)
             g = primitives.gradient(a, slope, w, multiplier, lse2, A, C, None, at_target)
             walk.store_tile(out_body_ptr, g, tile, None, stride_out_v, VECTOR, K, T, L)
-        a, slope = primitives.cap(walk.load_tile(body_ptr, end, limit, stride_v, VECTOR, K, T, L), squash)
-        offs_v = walk.tile_offsets(end, K, T, L)
+        x = walk.load_tile(body_ptr, end, limit, stride_v, VECTOR, K, T, L)
+        is_target = walk.tile_offsets(end, K, T, L) == hole - head
+        a, slope = primitives.cap(x if x_target is None else tl.where(is_target, x_target, x), squash)
         w = class_weights.of_tile(weight_ptr, head, end, limit, K, T, L)
-        g = primitives.gradient(a, slope, w, multiplier, lse2, A, C, offs_v == hole - head, at_target)
+        g = primitives.gradient(a, slope, w, multiplier, lse2, A, C, is_target, at_target)
         walk.store_tile(out_body_ptr, g, end, limit, stride_out_v, VECTOR, K, T, L)
     if VECTOR:
         offs_v, valid = walk.edge_columns(head, body, V, first_tile, T)
-        a, slope = primitives.cap(tl.load(row_ptr + offs_v, mask=valid, other=0.0).to(tl.float32), squash)
+        x = tl.load(row_ptr + offs_v, mask=valid, other=0.0).to(tl.float32)
+        is_target = offs_v == hole
+        a, slope = primitives.cap(x if x_target is None else tl.where(is_target, x_target, x), squash)
         w = class_weights.of_columns(weight_ptr, offs_v, valid)
-        g = primitives.gradient(a, slope, w, multiplier, lse2, A, C, offs_v == hole, at_target)
+        g = primitives.gradient(a, slope, w, multiplier, lse2, A, C, is_target, at_target)
         tl.store(out_ptr + offs_v, g.to(out_ptr.dtype.element_ty), mask=valid)
 
 
@@ -93,25 +99,23 @@ def nll_backward_kernel(
     out_ptr = walk.row_pointer(out_ptr, row, R, stride_out_b, stride_out_r)
 
     # leaves at once, whatever the logits hold
-    ignored = target != target if ignore_index is None else target == ignore_index
-    if ignored:
+    if walk.is_ignored(target, ignore_index):
         zero_row(out_ptr, first_tile, stop_tile, V, stride_out_v, VECTOR, K, T)
     else:
         row_ptr = walk.row_pointer(logits_ptr, row, R, stride_b, stride_r)
         hole = walk.owned_column(target, v0, V)
         weight_ptr = class_weights.of_smoothing(weights, numbers, v0)
-        lse = tl.load(lse_ptr + row)
-        A, spread, C, class_weight = row_coefficients(
-            row, target, lse.to(tl.float32), upstream, weights, numbers, num_classes, stride_of_s, stride_of_z
+        class_weight, token_weight = class_weights.of_target(row, target, weights, num_classes)
+        of_s = tl.load(upstream.of_s + row.to(tl.int64) * stride_of_s)
+        of_z = None
+        if numbers.z_loss is not None:
+            of_z = tl.load(upstream.of_z + row.to(tl.int64) * stride_of_z)
+        at_target, A, C, lse2 = row_factors(
+            of_s, of_z, class_weight, token_weight, weights, tl.load(nll_ptr + row), tl.load(lse_ptr + row), numbers,
+            num_classes,
         )  # fmt: skip
-        at_target = primitives.gradient_at_target(tl.load(nll_ptr + row), class_weight, A, spread, C)
-
-        # lse in base 2 as a sum of two fp32: the low part joins A, or |z| = 1e4 would cost 1e-3 of every p
-        lse2 = lse * primitives.LOG2E
-        high = lse2.to(tl.float32)
-        A = A * primitives.power((high.to(tl.float64) - lse2).to(tl.float32))
         gradient_row(
-            row_ptr, out_ptr, weight_ptr, hole, at_target, A, C, high, numbers, V, stride_v, stride_out_v,
+            row_ptr, out_ptr, weight_ptr, hole, None, at_target, A, C, lse2, numbers, V, stride_v, stride_out_v,
             first_tile, stop_tile, VECTOR, K, T,
         )  # fmt: skip
 

@@ -20,8 +20,36 @@ _SHARD_FIELDS = tl.constexpr(SHARD_FIELDS)
 
 
 @triton.jit
+def settle_row(row_ptr, weight_ptr, hole, a_target, reference, s, q, d, column, multiplier, squash, V, stride_v,
+               RUNNING_MAX: tl.constexpr, SMOOTHING: tl.constexpr, VECTOR: tl.constexpr, T: tl.constexpr):  # fmt: skip
+    """The sums of a whole row, redone where they have overflowed.
+
+    Returns the target's z, the origin of the sums and the part of it that d has taken, in base 2; s, q, d; the column
+    of the maximum.
+    """
+    # t is a * multiplier - (top * multiplier + fixed)
+    top, fixed = tl.zeros_like(reference), reference
+    if RUNNING_MAX:
+        top, fixed = reference, top
+        column = tl.where((hole >= 0) & (a_target == top), tl.minimum(column, hole), column)
+        column = tl.where(column < V, column, 0)  # a row of -inf, as torch.argmax has it
+    else:
+        # overflow; or, for fp32 logits, a largest p of which t has lost so many bits that its gradient would show
+        LIMIT: tl.constexpr = 262144.0 if row_ptr.dtype.element_ty == tl.float32 else 1e37
+        if not ((s < LIMIT) & (tl.abs(reference) < 1e37)):
+            fixed = top
+            top, s, q, d, column = walk.sum_row(
+                row_ptr, weight_ptr, hole, a_target, multiplier, squash, V, stride_v, 0, V + 1,
+                True, False, False, SMOOTHING, VECTOR, 1, T,
+            )  # fmt: skip
+    scale = tl.cast(multiplier, tl.float64)
+    return a_target.to(tl.float64) * scale, top.to(tl.float64) * scale + fixed.to(tl.float64), fixed, s, q, d, column
+
+
+@triton.jit
 def store_row(row, rows, s, q, d, column, origin, fixed, z2, class_weight, token_weight, weight_sum, numbers,
               num_classes):  # fmt: skip
+    """Returns the nll and lse that it stores."""
     delta = z2 - origin
     nll2, log2_sum = primitives.nll_of_sum(s, delta)
     lse2 = origin + log2_sum
@@ -33,12 +61,14 @@ def store_row(row, rows, s, q, d, column, origin, fixed, z2, class_weight, token
         loss = (1.0 - numbers.smoothing) * loss + spread * (numbers.smoothing / num_classes * primitives.LN2)
     tl.store(rows.loss + row, token_weight * loss)
     tl.store(rows.weight + row, token_weight * class_weight)
+    lse = lse2 * primitives.LN2
     tl.store(rows.nll + row, nll)
-    tl.store(rows.lse + row, lse2 * primitives.LN2)
+    tl.store(rows.lse + row, lse)
     if rows.entropy is not None:
         tl.store(rows.entropy + row, primitives.entropy_of_sum(s, q, delta, log2_sum))
     if rows.predicted is not None:
         tl.store(rows.predicted + row, column.to(tl.int64))
+    return nll, lse
 
 
 @triton.jit
@@ -102,24 +132,10 @@ def sum_and_store(row, row_ptr, target, weights, rows, shards_ptr, workspace, nu
         if finished:
             reference, s, q, d, column = combine.load_slices(workspace.partials, row, multiplier, V, RUNNING_MAX)
     if finished:
-        # t is a * multiplier - (top * multiplier + fixed)
-        top, fixed = tl.zeros_like(reference), reference
-        if RUNNING_MAX:
-            top, fixed = reference, top
-            column = tl.where((hole >= 0) & (a_target == top), tl.minimum(column, hole), column)
-            column = tl.where(column < V, column, 0)  # a row of -inf, as torch.argmax has it
-        else:
-            # overflow; or, for fp32 logits, a largest p of which t has lost so many bits that its gradient would show
-            LIMIT: tl.constexpr = 262144.0 if row_ptr.dtype.element_ty == tl.float32 else 1e37
-            if not ((s < LIMIT) & (tl.abs(reference) < 1e37)):
-                fixed = top
-                top, s, q, d, column = walk.sum_row(
-                    row_ptr, weight_ptr, hole, a_target, multiplier, squash, V, stride_v, 0, V + 1,
-                    True, False, False, SMOOTHING, VECTOR, 1, T,
-                )  # fmt: skip
-        scale = tl.cast(multiplier, tl.float64)
-        origin = top.to(tl.float64) * scale + fixed.to(tl.float64)
-        z2 = a_target.to(tl.float64) * scale
+        z2, origin, fixed, s, q, d, column = settle_row(
+            row_ptr, weight_ptr, hole, a_target, reference, s, q, d, column, multiplier, squash, V, stride_v,
+            RUNNING_MAX, SMOOTHING, VECTOR, T,
+        )  # fmt: skip
         class_weight, token_weight = class_weights.of_target(row, target, weights, num_classes)
         if SHARD:
             store_shard(shards_ptr, row, origin, s, q, d, z2, hole >= 0, class_weight, column)
@@ -149,8 +165,7 @@ def nll_forward_kernel(
     finished = tl.program_id(1) == 0
 
     # leaves at once, whatever the logits hold
-    ignored = target != target if ignore_index is None else target == ignore_index
-    if ignored:
+    if walk.is_ignored(target, ignore_index):
         if finished:
             store_ignored(row, rows, shards_ptr)
     else:

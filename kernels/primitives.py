@@ -156,12 +156,15 @@ def entropy_of_sum(s, q, delta, log2_sum):
 
 @triton.jit
 def coefficients(of_s, of_z, class_weight, token_weight, weight_sum, lse, numbers, num_classes):
-    """A, A - B and C of  dz[v] = p[v] * A - C * w[v] - B * [v = target];  A - B apart, because B is nearly A."""
-    of_row = of_s * token_weight
+    """A, A - B and C of  dz[v] = p[v] * A - C * w[v] - B * [v = target],  times logit_scale.
+
+    A - B apart, because B is nearly A.
+    """
+    of_row = of_s * numbers.scale * token_weight
     keep = of_row * class_weight
     spread = tl.zeros_like(keep)
     if numbers.z_loss is not None:
-        spread += of_z * (token_weight * class_weight) * (2.0 * numbers.z_loss) * lse
+        spread += of_z * numbers.scale * (token_weight * class_weight) * (2.0 * numbers.z_loss) * lse
     if numbers.smoothing is None:
         return keep + spread, spread, None
     else:

@@ -26,6 +26,11 @@ def row_pointer(ptr, row, R, stride_b, stride_r):
 
 
 @triton.jit
+def is_ignored(target, ignore_index):
+    return target != target if ignore_index is None else target == ignore_index
+
+
+@triton.jit
 def owned_column(target, v0, V):
     """The target's column in [0, V), or -1 where this slice of the vocabulary does not hold it."""
     column = target.to(tl.int64) - v0
@@ -139,10 +144,15 @@ def edge_columns(head, body, V, first_tile, T: tl.constexpr):
 
 
 @triton.jit
-def find_column(row_ptr, a_max, best, top, V, stride_v, squash, K: tl.constexpr, T: tl.constexpr, L: tl.constexpr):
-    """The lowest column that holds `top`, looked for in the one tile where each thread met its maximum; else V."""
+def find_column(
+    row_ptr, a_max, best, top, hole, V, stride_v, squash, K: tl.constexpr, T: tl.constexpr, L: tl.constexpr
+):
+    """The lowest column that holds `top`, looked for in the one tile where each thread met its maximum; else V.
+
+    What stands in the hole is not looked at: it may be another number than the target's logit.
+    """
     offs_v = best[None, :, None] + tile_offsets(0, K, T, L)
-    mask = (offs_v < V) & (a_max == top)[None, :, None]
+    mask = (offs_v < V) & (offs_v != hole) & (a_max == top)[None, :, None]
     a, _ = primitives.cap(tl.load(row_ptr + offs_v.to(tl.int64) * stride_v, mask=mask).to(tl.float32), squash)
     return tl.min(tl.min(tl.min(tl.where(mask & (a == top), offs_v, V), 2), 0), 0)
 
@@ -200,7 +210,7 @@ def sum_row(row_ptr, weight_ptr, hole, a_target, multiplier, squash, V, stride_v
     if RUNNING_MAX:
         top = tl.maximum(tl.max(reference, 0), a_target)
         if PREDICTED:
-            column = find_column(row_ptr, reference, best, top, V, stride_v, squash, K, T, L)
+            column = find_column(row_ptr, reference, best, top, hole, V, stride_v, squash, K, T, L)
         s, q = primitives.rescale(s, q, (reference - top) * multiplier)
         reference = top
     return reference, tl.sum(s, 0), tl.sum(q, 0), tl.sum(d, 0), column

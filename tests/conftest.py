@@ -93,7 +93,7 @@ def _fma_that_rounds_once() -> None:
 @pytest.fixture(autouse=True, scope="session")
 def _interpreter_that_does_only_what_it_must() -> None:
     """Triton's interpreter takes two thirds of its time to patch triton.language anew in every function that a kernel
-    calls, and to look for integer overflow; tests/test_kernels.py does look."""
+    calls, and to look for integer overflow; tests/test_kernels*.py do look."""
     if os.environ.get("TRITON_INTERPRET") != "1":
         return
     interpreter = pytest.importorskip("triton.runtime.interpreter")
@@ -109,6 +109,12 @@ def _interpreter_that_does_only_what_it_must() -> None:
     interpreter.InterpretedFunction.__call__ = call
     builder = interpreter.interpreter_builder
     builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
+
+
+@pytest.fixture
+def integer_overflow_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    builder = pytest.importorskip("triton.runtime.interpreter").interpreter_builder
+    monkeypatch.setattr(builder, "options", dataclasses.replace(builder.options, sanitize_overflow=True))
 
 
 @pytest.fixture(autouse=True)
@@ -206,8 +212,10 @@ class _FakeGpuMethods(TorchFunctionMode):
         except RuntimeError as error:
             if "not linked with support" not in str(error):
                 raise
-            name = {"__invert__": "bitwise_not"}.get(func.__name__, func.__name__)
-            return getattr(aten, name)(*args, **(kwargs or {}))
+            name, keywords = {"__invert__": "bitwise_not"}.get(func.__name__, func.__name__), dict(kwargs or {})
+            out = keywords.pop("out", None)
+            result = getattr(aten, name)(*args, **keywords)
+            return result if out is None else aten.copy_(out, result)
 
     @staticmethod
     def _index(x: Tensor, index: object) -> Tensor:

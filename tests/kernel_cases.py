@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What tests/test_kernels.py runs the kernels on, and the plain float64 PyTorch that it compares with."""
+"""What tests/test_kernels*.py run the kernels on, and the plain float64 PyTorch that they compare with."""
 
 from __future__ import annotations
 
@@ -81,14 +81,18 @@ def config_of(case: Case, slices: int = 1) -> LaunchConfig:
     )
 
 
-def forward(case: Case, config: LaunchConfig, stats: bool = False) -> tuple[Rows, Sums]:
-    n, spec = case.target.shape[0], case.spec
-    rows = Rows(
+def unwritten_rows(n: int, stats: bool) -> Rows:
+    return Rows(
         *(torch.full((n,), NAN) for _ in range(3)),
         lse=torch.full((n,), NAN, dtype=torch.float64),
         entropy=torch.full((n,), NAN) if stats else None,
         predicted=torch.full((n,), -7) if stats else None,
     )
+
+
+def forward(case: Case, config: LaunchConfig, stats: bool = False) -> tuple[Rows, Sums]:
+    n, spec = case.target.shape[0], case.spec
+    rows = unwritten_rows(n, stats)
     sums = Sums(*(torch.full((), NAN, dtype=d) for d in (torch.float32,) * 2 + (torch.float64,) * 3), case.num_items)
     split = config.slices > 1
     launch_nll_forward(
@@ -177,17 +181,7 @@ def check(case: Case, config: LaunchConfig | None = None, stats: bool = False) -
     outside.as_strided(out.shape, out.stride(), out.storage_offset()).fill_(False)
     assert bool((buffer[outside] == 7.0).all()), "written outside of the rows"
 
-    eager, eager_gradient = plain(case, torch.float32, of_s, of_z)
-    truth, true_gradient = plain(case, torch.float64, of_s, of_z)
-    for name in ("loss", "weight", "nll", "lse") + (("entropy",) if stats else ()):
-        actual = getattr(rows, name).float()
-        # an absolute error of the logits is one of every result: the floor is an ulp of the largest logit too
-        size = case.logits[0].abs().nan_to_num(posinf=0, neginf=0).amax().item() if name != "weight" else 0
-        assert_as_good_as_eager(actual, eager[name], truth[name], name, condition=1 + size)
-    if stats:
-        assert rows.predicted is not None and torch.equal(rows.predicted, truth["predicted"])
-    assert_as_good_as_eager(out[0], eager_gradient.to(out.dtype), true_gradient, "gradient")
-    assert not out[0][case.target == case.spec.ignore_index].any()
+    judge(case, rows, out[0], of_s, of_z)
     spec = dataclasses.replace(case.spec, max_nll=case.spec.max_nll)
     stated = reduction.sum_rows(triton_rows.RowStats(*rows[:4], rows.loss, rows.loss), spec, case.target.shape)
     want = reduction.finish(*stated, spec, case.num_items, torch.float32)
@@ -198,4 +192,39 @@ def check(case: Case, config: LaunchConfig | None = None, stats: bool = False) -
     return Result(rows, sums, out)
 
 
-# one class; fewer than a vector of 8, and of 4; a tile of 256 (one warp, fp16) without its last vectors, and several
+def judge(case: Case, rows: Rows, gradient: Tensor, of_s: Tensor, of_z: Tensor) -> None:
+    """The results for these logits, within the policy of fused_ppl.testing."""
+    eager, eager_gradient = plain(case, torch.float32, of_s, of_z)
+    truth, true_gradient = plain(case, torch.float64, of_s, of_z)
+    stats = rows.predicted is not None
+    for name in ("loss", "weight", "nll", "lse") + (("entropy",) if stats else ()):
+        actual = getattr(rows, name).float()
+        # an absolute error of the logits is one of every result: the floor is an ulp of the largest logit too
+        size = case.logits[0].abs().nan_to_num(posinf=0, neginf=0).amax().item() if name != "weight" else 0
+        assert_as_good_as_eager(actual, eager[name], truth[name], name, condition=1 + size)
+    if stats:
+        assert torch.equal(rows.predicted, truth["predicted"])
+    assert_as_good_as_eager(gradient, eager_gradient.to(gradient.dtype), true_gradient, "gradient")
+    assert not gradient[case.target == case.spec.ignore_index].any()
+
+
+def count_bytes(monkeypatch: pytest.MonkeyPatch, *tensors: Tensor) -> dict[str, int]:
+    """What the kernels load from and store to the memory of these tensors from now on."""
+    counts = {"load": 0, "store": 0}
+    low_level = interpreter._interpreter
+
+    def count(name, original):  # type: ignore[no-untyped-def]
+        def counted(ptrs, *rest):  # type: ignore[no-untyped-def]
+            mask = rest[0] if name == "load" else rest[1]
+            dtype_bytes = rest[-1].itemsize if name == "load" else rest[0].dtype.itemsize
+            for tensor in tensors:
+                start = tensor.untyped_storage().data_ptr()
+                inside = (ptrs >= start) & (ptrs < start + tensor.untyped_storage().nbytes()) & mask
+                counts[name] += int(inside.sum()) * dtype_bytes
+            return original(ptrs, *rest)
+
+        return counted
+
+    for name in counts:
+        monkeypatch.setattr(low_level, name, count(name, getattr(low_level, name)))
+    return counts

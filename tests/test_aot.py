@@ -11,24 +11,23 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton", reason="the kernels are compiled by triton; it is in the extra `test`")
-BUDGETS = Path(__file__).parents[1] / "bench" / "budgets.py"
+STATIC = Path(__file__).parents[1] / "bench" / "static.py"
 
 
 def check(*arguments: str) -> subprocess.CompletedProcess[str]:
     """In a process of its own: the interpreter, where it is on, replaces the compiler."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, str(BUDGETS), "--check", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=600, check=False)
+    command = [sys.executable, str(STATIC), "--check", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=1200, check=False)
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
-def test_every_dtype_and_odd_vocabularies_keep_the_budgets(target):
-    done = check("--target", target)
+def test_every_dtype_and_odd_vocabularies_keep_the_budgets():
+    done = check("--fast")
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
-def test_no_option_spills(target):
-    done = check("--options", "--target", target)
+def test_every_launch_configuration_and_every_option_keeps_its_promises():
+    """No spill and no barrier in any, and fewer instructions than the peers that are installed."""
+    done = check()
     assert done.returncode == 0, done.stdout + done.stderr

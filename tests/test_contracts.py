@@ -14,6 +14,7 @@ from torch.testing import assert_close
 
 import fused_ppl
 from fused_ppl import Options, cross_entropy, cross_entropy_with_stats, perplexity
+from fused_ppl.engines import linear_rows, linear_vocab
 from fused_ppl.engines import logits as engine
 from fused_ppl.spec import LossSpec
 from fused_ppl.testing import assert_as_good_as_eager, make_logits, make_target
@@ -265,26 +266,57 @@ SPECS = {
 }
 
 
-def run_on(device: str, spec: LossSpec, dtype: torch.dtype) -> Tensor:
-    """The engine's forward and backward, as the opaque ops call them."""
-    x, target = torch.empty(2, 3, 11, dtype=dtype, device=device), torch.zeros(2, 3, dtype=torch.long, device=device)
-    weight, token_weight = torch.ones(11, device=device), torch.ones(2, 3, device=device)
+@pytest.fixture(params=["torch", "triton"])
+def without_launches(request, monkeypatch) -> str:
+    """Each backend, whose kernels do not run."""
+    if request.param == "triton":
+        rows = pytest.importorskip("fused_ppl.backends.triton_rows", reason="it imports triton, in the extra `test`")
+        for name in ("launch_nll_forward", "launch_nll_backward", "launch_nll_forward_backward"):
+            monkeypatch.setattr(rows, name, lambda *args, **keywords: None)
+    return request.param
+
+
+def tokens_on(device: str, spec: LossSpec) -> tuple[Tensor | None, ...]:
+    """Target, class weights, token weights and num_items."""
     num_items = torch.ones((), device=device) if spec.reduction == "mean" else None
-    rest = (*spec.op_args(), "torch", None)
-    out = engine._forward(x, target, weight, token_weight, num_items, *rest)
+    target = torch.zeros(2, 3, dtype=torch.long, device=device)
+    return target, torch.ones(11, device=device), torch.ones(2, 3, device=device), num_items
+
+
+def run_logits_on(device: str, spec: LossSpec, dtype: torch.dtype, backend: str) -> Tensor:
+    """The engine's forward and backward, as the opaque ops call them."""
+    x, (*tokens, num_items) = torch.empty(2, 3, 11, dtype=dtype, device=device), tokens_on(device, spec)
+    rest = (*spec.op_args(), backend, None)
+    out = engine._forward(x, *tokens, num_items, *rest)
     upstream = torch.ones(out[0].shape, device=device)
-    saved = (x, target, weight, token_weight, out[6], out[5], out[3], out[4], upstream, upstream)
+    saved = (x, *tokens, out[6], out[5], out[3], out[4], upstream, upstream)
     engine._backward_(*saved, *rest)
     return engine._backward(*saved, *rest)
 
 
+def run_head_on(device: str, spec: LossSpec, dtype: torch.dtype, backend: str) -> Tensor:
+    """The fused head by either plan."""
+    head = [torch.empty(shape, dtype=dtype, device=device) for shape in ((2, 3, 5), (11, 5), (11,))]
+    *tokens, num_items = tokens_on(device, spec)
+    how, grads = (*spec.op_args(), backend, dtype), (spec.reduction == "mean",) * 3
+    out = linear_rows._forward(*head, *tokens, num_items, *how, grads, None)
+    upstream = torch.ones(out[0].shape, device=device)
+    linear_rows._scale(*head, *out[9:], *out[3:5], upstream, upstream, grads)
+    saved = (*head, *tokens, out[6], out[5], *out[3:5], upstream, upstream)
+    return linear_vocab._backward(*saved, *how, (True, True, True), None)[0]
+
+
+ENGINES = {run_logits_on: (2, 3, 11), run_head_on: (2, 3, 5)}
+
+
 @pytest.mark.parametrize("name", SPECS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_nothing_waits_for_a_gpu(dtype, name, fake_gpu):
+@pytest.mark.parametrize("run_on", ENGINES)
+def test_nothing_waits_for_a_gpu(run_on, dtype, name, fake_gpu, without_launches):
     with fake_gpu():
-        grad = run_on("cuda", SPECS[name], dtype)
+        grad = run_on("cuda", SPECS[name], dtype, without_launches)
     assert grad.device.type == "cuda"
-    assert grad.shape == (2, 3, 11)
+    assert grad.shape == ENGINES[run_on]
 
 
 WAITS = {
@@ -297,12 +329,13 @@ WAITS = {
 }
 
 
+@pytest.mark.parametrize("run_on", ENGINES)
 @pytest.mark.parametrize("name", WAITS)
-def test_what_waits_for_a_gpu_would_be_seen(name, fake_gpu, monkeypatch):
+def test_what_waits_for_a_gpu_would_be_seen(name, run_on, fake_gpu, monkeypatch):
     right = engine.reduction.finish
     monkeypatch.setattr(engine.reduction, "finish", lambda s, *rest: (WAITS[name](s.expand(3)), right(s, *rest))[1])
     with fake_gpu(), pytest.raises((DataDependentOutputException, DynamicOutputShapeException)):
-        run_on("cuda", LossSpec(), torch.float32)
+        run_on("cuda", LossSpec(), torch.float32, "torch")
 
 
 def test_a_wait_in_the_public_function_would_be_seen(fake_gpu, monkeypatch):

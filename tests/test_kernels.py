@@ -16,7 +16,6 @@ from fused_ppl.testing import make_logits, make_target
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("the kernels run on a CPU only under TRITON_INTERPRET=1", allow_module_level=True)
-interpreter = pytest.importorskip("triton.runtime.interpreter")
 tl = pytest.importorskip("triton.language")
 
 import triton  # noqa: E402
@@ -28,6 +27,7 @@ from kernel_cases import (  # noqa: E402
     backward,
     check,
     config_of,
+    count_bytes,
     embed,
     forward,
     make,
@@ -38,11 +38,7 @@ from fused_ppl.kernels import launch, walk  # noqa: E402
 from fused_ppl.kernels.launch import Rows, Workspace, choose_config  # noqa: E402
 from fused_ppl.kernels.nll_forward import launch_nll_forward  # noqa: E402
 
-
-@pytest.fixture(autouse=True)
-def _integer_overflow_is_an_error(monkeypatch):
-    builder = interpreter.interpreter_builder
-    monkeypatch.setattr(builder, "options", dataclasses.replace(builder.options, sanitize_overflow=True))
+pytestmark = pytest.mark.usefixtures("integer_overflow_is_an_error")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -356,23 +352,7 @@ def test_three_passes_over_the_logits(monkeypatch):
     n, v = 3, 1200
     case = make(n, v, torch.bfloat16, offset=3, pad=1, ignored=0)
     out, _ = embed(torch.zeros(n, v, dtype=torch.bfloat16), 3, 1)
-    counts = {"load": 0, "store": 0}
-    low_level = interpreter._interpreter
-
-    def count(name, original):
-        def counted(ptrs, *rest):
-            mask = rest[0] if name == "load" else rest[1]
-            dtype_bytes = rest[-1].itemsize if name == "load" else rest[0].dtype.itemsize
-            for tensor in (case.logits, out):
-                start = tensor.untyped_storage().data_ptr()
-                inside = (ptrs >= start) & (ptrs < start + tensor.untyped_storage().nbytes()) & mask
-                counts[name] += int(inside.sum()) * dtype_bytes
-            return original(ptrs, *rest)
-
-        return counted
-
-    for name in counts:
-        monkeypatch.setattr(low_level, name, count(name, getattr(low_level, name)))
+    counts = count_bytes(monkeypatch, case.logits, out)
     config = config_of(case)
     rows, sums = forward(case, config)
     logits, again = n * v * 2, n * 2  # the target's logit may be read twice

@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 
 from fused_ppl.kernels import launch
-from fused_ppl.kernels.launch import choose_config
+from fused_ppl.kernels.launch import choose_config, choose_two_pass_config
 
 
 @pytest.mark.parametrize("num_sms", [1, 108, 132, 148])
@@ -28,3 +28,19 @@ def test_configurations_cover_every_row_and_fill_the_device(num_sms, itemsize, h
                 assert config.slices <= launch.MAX_SLICES
     assert choose_config(10**5, 151643, 2, 132).slices == 1
     assert choose_config(100, 151643, 2, 132).slices > 8
+
+
+@pytest.mark.parametrize("num_sms", [1, 108, 132, 148, 304])
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("heavy", [False, True])
+def test_rows_at_work_stay_in_l2_until_their_second_pass(num_sms, itemsize, heavy):
+    for warp in (32, 64):
+        for v in (1, 31, 512, 2047, 4096, 32000, 50257, 65536, 128256, 151643, 10**6):
+            config = choose_two_pass_config(v, itemsize, num_sms, warp, heavy=2 * heavy)
+            tile = config.vectors * config.threads * 16 // itemsize
+            assert config.slices == 1
+            assert config.tiles_per_slice == v // tile + 1
+            assert config.threads == warp * config.num_warps <= 1024
+            at_work = num_sms * (1024 // config.threads)
+            assert at_work * v * itemsize <= launch.L2_BYTES or config.threads == 1024
+    assert [choose_two_pass_config(v, 2, 132).num_warps for v in (1000, 8192, 50257, 128256)] == [2, 4, 16, 32]

@@ -6,10 +6,11 @@ caller's memory; the engines know the loop and no formula.
 
     nll_forward(logits, target, spec, weight, token_weight, num_items) -> (RowStats, Totals | None)
     nll_backward(logits, target, rows_lse, rows_nll, of_s, of_z, spec, weight, token_weight, out) -> None
-    nll_forward_backward(...)   the chunk primitive of the fused LM head
+    nll_forward_backward(logits, target_logit, target, spec, weight, token_weight, upstream) -> RowStats
 
 `logits` is (B, R, V) of any strides, row n = b * R + r; `target`, `token_weight` and all that is per row are (N,)
 with N = B * R. `nll_forward` returns Totals where the same launch has already summed and finished them.
+`nll_forward_backward` is the chunk primitive of the fused LM head: it turns logits (R, V) into their gradient.
 """
 
 from __future__ import annotations
@@ -28,10 +29,8 @@ from fused_ppl.spec import BACKENDS
 MODULES = {"torch": "fused_ppl.backends.torch_rows", "triton": "fused_ppl.backends.triton_rows"}
 
 
-def choose(name: str | None, device: torch.device, dtype: torch.dtype, *, head: bool = False) -> str:
+def choose(name: str | None, device: torch.device, dtype: torch.dtype) -> str:
     """The backend for this call. A name is that one or an error; None is the best that can run.
-
-    `head` asks for the chunk primitive of the fused LM head.
 
     Raises:
         NotImplementedError: a named backend cannot run here; the message says why and which can.
@@ -43,14 +42,10 @@ def choose(name: str | None, device: torch.device, dtype: torch.dtype, *, head: 
         if name is not None:
             checks.check_choice("FUSED_PPL_BACKEND", name, BACKENDS, "Unset it to let each call choose.")
     if name is None:
-        return (
-            "triton"
-            if device.type not in ("cpu", "mps") and refusal("triton", device, dtype, head) is None
-            else "torch"
-        )
-    reason = refusal(name, device, dtype, head)
+        return "triton" if device.type not in ("cpu", "mps") and refusal("triton", device, dtype) is None else "torch"
+    reason = refusal(name, device, dtype)
     if reason is not None:
-        able = [b for b in BACKENDS if refusal(b, device, dtype, head) is None]
+        able = [b for b in BACKENDS if refusal(b, device, dtype) is None]
         raise NotImplementedError(
             f"{asked} cannot run on {device.type} with {dtype}: {reason}. Use one of "
             f"{', '.join(repr(b) for b in able)}, or backend=None without FUSED_PPL_BACKEND for the best that can."
@@ -58,12 +53,10 @@ def choose(name: str | None, device: torch.device, dtype: torch.dtype, *, head: 
     return name
 
 
-def refusal(name: str, device: torch.device, dtype: torch.dtype, head: bool = False) -> str | None:
+def refusal(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why a backend cannot run here, or None where it can."""
     if name != "triton":
         return None
-    if head:
-        return "the fused LM head has no Triton kernel yet"
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed (it comes with every GPU build of torch)"
     if dtype == torch.float64:

@@ -13,6 +13,7 @@ from fused_ppl import checks
 from fused_ppl.kernels import launch
 from fused_ppl.kernels.nll_backward import launch_nll_backward
 from fused_ppl.kernels.nll_forward import launch_nll_forward
+from fused_ppl.kernels.nll_forward_backward import launch_nll_forward_backward
 from fused_ppl.spec import LossSpec, RowStats, Totals
 
 
@@ -27,32 +28,19 @@ def nll_forward(
 ) -> tuple[RowStats, Totals | None]:
     """Statistics of every row, and, for "mean" and "sum", the finished loss out of the same launch."""
     n, device = target.shape[0], logits.device
-    if device.type == "cpu" or checks.debug():
-        checks.check_target_range(target, logits.shape[-1], spec.ignore_index)
-
-    def rows(dtype: torch.dtype, size: int = n) -> Tensor:
-        return torch.empty(size, dtype=dtype, device=device)
-
-    stats = RowStats(
-        loss=rows(torch.float32),
-        weight=rows(torch.float32),
-        nll=rows(torch.float32),
-        lse=rows(torch.float64),
-        entropy=rows(torch.float32, n if spec.stats else 0),
-        predicted=rows(torch.int64, n if spec.stats else 0),
-    )
+    stats = _check_and_allocate(logits, target, spec)
     if n == 0:
         return stats, None
+    config = _config(logits, heavy=launch.heaviness(_numbers(spec), spec.stats))
     totals = None
     if spec.reduction in ("mean", "sum"):
         dtypes = (torch.float32,) * 2 + (torch.float64,) * 3
         totals = Totals(*(torch.empty((), dtype=dtype, device=device) for dtype in dtypes))
-    config = _config(logits, heavy=spec.stats or spec.softcap is not None or spec.label_smoothing > 0)
     launch_nll_forward(
         logits,
         target.contiguous(),
         _weights(weight, token_weight, spec),
-        launch.Rows(*stats[:4], *(stats[4:] if spec.stats else ())),
+        _rows(stats, spec),
         None if totals is None else launch.Sums(*totals, num_items),
         _workspace(n, config, totals is not None, device),
         _numbers(spec),
@@ -99,7 +87,60 @@ def nll_backward(
     )
 
 
-def _config(logits: Tensor, *, heavy: bool) -> launch.LaunchConfig:
+def nll_forward_backward(
+    logits: Tensor,  # (R, V): a buffer of the caller's, used up
+    target_logit: Tensor,  # (R,) fp32: takes the place of logits[i, y_i]
+    target: Tensor,  # (R,)
+    spec: LossSpec,
+    weight: Tensor | None,
+    token_weight: Tensor | None,
+    upstream: float | None,
+    memory_budget: int | None,
+) -> RowStats:
+    """The chunk primitive of the fused LM head: statistics, and over the logits `upstream` times the gradient of l.
+
+    `upstream` None computes no gradient.
+    """
+    stats = _check_and_allocate(logits, target, spec)
+    size, numbers = launch.device_size(logits.device), _numbers(spec)
+    heavy = launch.heaviness(numbers, spec.stats)
+    launch_nll_forward_backward(
+        logits,
+        target_logit.contiguous(),
+        target.contiguous(),
+        _weights(weight, token_weight, spec),
+        _rows(stats, spec),
+        numbers,
+        upstream=upstream,
+        config=launch.choose_two_pass_config(logits.shape[1], logits.itemsize, *size, heavy=heavy),
+        ignore_index=spec.ignore_index,
+    )
+    return stats
+
+
+def _check_and_allocate(logits: Tensor, target: Tensor, spec: LossSpec) -> RowStats:
+    n, device = target.shape[0], logits.device
+    if device.type == "cpu" or checks.debug():
+        checks.check_target_range(target, logits.shape[-1], spec.ignore_index)
+
+    def rows(dtype: torch.dtype, size: int = n) -> Tensor:
+        return torch.empty(size, dtype=dtype, device=device)
+
+    return RowStats(
+        loss=rows(torch.float32),
+        weight=rows(torch.float32),
+        nll=rows(torch.float32),
+        lse=rows(torch.float64),
+        entropy=rows(torch.float32, n if spec.stats else 0),
+        predicted=rows(torch.int64, n if spec.stats else 0),
+    )
+
+
+def _rows(stats: RowStats, spec: LossSpec) -> launch.Rows:
+    return launch.Rows(*stats[:4], *(stats[4:] if spec.stats else ()))
+
+
+def _config(logits: Tensor, *, heavy: int) -> launch.LaunchConfig:
     b, r, v = logits.shape
     return launch.choose_config(b * r, v, logits.itemsize, *launch.device_size(logits.device), heavy=heavy)
 
