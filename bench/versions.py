@@ -20,7 +20,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).parents[1]
 NEEDED = ("numpy", "pytest", "hypothesis", "setuptools")
@@ -76,12 +75,6 @@ def make_environment(folder: Path, version: str) -> Path:
     return python
 
 
-def hot_loops(report: Any) -> list[Any]:
-    """Of an aot.Report: the first loop that only reads, before any that redoes its row, and the first that writes."""
-    first = {bool(loop.stores): loop for loop in reversed(report.loops)}
-    return [first[writes] for writes in (False, True) if writes in first]
-
-
 def compile_all() -> list[str]:
     """Compiles every kernel of bench/budgets.py; prints the instructions a logit on sm_90, returns broken promises."""
     import aot
@@ -94,7 +87,7 @@ def compile_all() -> list[str]:
                 found = budgets.report(kernel, dtype, target=target)
                 broken += [f"{target} {kernel} {name}: {text}" for text in budgets.broken_promises(found)]
                 if (target, name) == ("sm_90", "bf16"):
-                    counts = [f"{loop.per_logit(dtype.itemsize):.2f}" for loop in hot_loops(found)]
+                    counts = [f"{loop.per_logit(dtype.itemsize):.2f}" for loop in found.passes.values()]
                     shown.append(f"{kernel} {' + '.join(counts)}")
     print(", ".join(shown))
     return broken

@@ -17,7 +17,7 @@ BENCH = Path(__file__).parents[1] / "bench"
 # prints a hash of the machine code of every kernel, with every option off and with all on; of the hot loop too
 COMPILE = """
 import hashlib, sys, warnings
-import aot, budgets, versions
+import aot, budgets
 warnings.simplefilter("error")
 target, fusion = sys.argv[1:]
 for name, make in budgets.KERNELS.items():
@@ -30,7 +30,7 @@ for name, make in budgets.KERNELS.items():
             code = compiled.asm["amdgcn"] if "amdgcn" in compiled.asm else aot.disassemble(compiled.asm["cubin"])[0]
             print(name, hashlib.sha256(code.encode()).hexdigest())
         else:
-            print(name, versions.hot_loops(aot.read(compiled)))
+            print(name, aot.read(compiled).passes)
 """
 
 
