@@ -17,13 +17,13 @@ import torch
 
 pytest.importorskip("triton", reason="the kernels run in triton's interpreter; it is in the extra `test`")
 
-import gpu_checks  # noqa: E402
-import gpu_device  # noqa: E402
-import gpu_report  # noqa: E402
-import gpu_times  # noqa: E402
-import gpu_truth  # noqa: E402
+import gpu_checks
+import gpu_device
+import gpu_report
+import gpu_times
+import gpu_truth
 
-import fused_ppl  # noqa: E402
+import fused_ppl
 
 BENCH = Path(__file__).parents[1] / "bench"
 
