@@ -116,8 +116,8 @@ def memory_all(args: argparse.Namespace) -> list[dict[str, object]]:
     for dtype in args.dtype:
         size = DTYPES[dtype].itemsize
         made = plan.linear_plan(plan.LinearCase(n, v, d, size, "cpu", (True, True, False)), "rows")
-        # forward holds a chunk and the fp32 gradients; backward those, the copy that is taken off, and the buffer of the
-        # chunk, which waits, unless the gradient of the weight has just its size
+        # forward holds a chunk and the fp32 gradients; backward those, the copy that is taken off, and the buffer of
+        # the chunk, which waits, unless the gradient of the weight has just its size
         gradients, chunk = (n * d + v * d) * size, made.temporary_bytes
         waiting = 0 if v * d * size <= chunk <= v * d * size * 5 // 4 else chunk
         predicted = max(chunk + made.saved_bytes - gradients, made.saved_bytes + waiting)

@@ -97,7 +97,8 @@ class Options:
 class LossOutput(NamedTuple):
     """A loss with everything that one pass over the logits can tell. Nats throughout.
 
-    `loss` and `perplexity` are differentiable, also together; all others are detached.
+    `loss` and `perplexity` are differentiable, also together; all others are detached. Of a row that holds NaN or +inf
+    `lse`, `entropy` and `predicted` are undefined, and differ between backends.
     """
 
     loss: Tensor  # shape of the reduction: (), target.shape[:-1] or target.shape

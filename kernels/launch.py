@@ -20,7 +20,7 @@ from torch import Tensor
 LOG2E = 1.4426950408889634
 MAX_SLICES = 32
 SM_THREADS = 1024
-# asked for, because ptxas otherwise spills a few to come down to 40 or 32; AMD's compiler has no such option
+# where they are granted ptxas spills none to come down to 40 or 32; AMD's compiler has no such option
 SM_REGISTERS = {} if torch.version.hip else {"maxnreg": 65536 // SM_THREADS}
 L2_BYTES = 30 * 10**6  # of 40 MB (A100), 50 (H100), 126 (B200)
 PARTIALS = 5  # what a slice of a row hands over: reference, s, q, d, column
@@ -114,6 +114,11 @@ class LaunchConfig:
     tiles_per_slice: int
     slices: int = 1
 
+    @property
+    def few_warps(self) -> dict[str, int]:
+        """The compiler's option for small programs, of which so many fit an SM that ptxas saves registers for them."""
+        return SM_REGISTERS if self.num_warps < 4 else {}
+
 
 def heaviness(numbers: Numbers, stats: bool) -> int:
     """Of a sum, by the registers that its options hold for each logit: running maxima, a softcap most, smoothing."""
@@ -160,7 +165,8 @@ def choose_two_pass_config(
     classes, 1 for 128 thousand. From about 150 thousand on even these no longer fit, and it is two reads.
     """
     threads = warp_size * _least_warps(num_classes)
-    while threads < SM_THREADS and num_sms * (SM_THREADS // threads) * num_classes * itemsize > L2_BYTES:
+    most = SM_THREADS // 2 if heavy > 1 else SM_THREADS
+    while threads < most and num_sms * (SM_THREADS // threads) * num_classes * itemsize > L2_BYTES:
         threads *= 2
     vectors = 1 if heavy > 1 else _vectors(num_classes, threads, itemsize, heavy)  # 64 registers are all there is
     tiles = num_classes // (vectors * threads * (16 // itemsize)) + 1
