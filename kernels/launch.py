@@ -162,7 +162,8 @@ def choose_two_pass_config(
     """One program a row, of so many threads that the second pass finds in L2 what the first one has read.
 
     An SM holds 1024 threads of up to 64 registers, and so 1024 / threads rows are at work there: 2 for 50 thousand bf16
-    classes, 1 for 128 thousand. From about 150 thousand on even these no longer fit, and it is two reads.
+    classes, 1 for 128 thousand. From about 150 thousand on even these no longer fit, and it is two reads. `heavy`
+    programs of 1024 threads would spill, and have 512 at most.
     """
     threads = warp_size * _least_warps(num_classes)
     most = SM_THREADS // 2 if heavy > 1 else SM_THREADS

@@ -42,5 +42,6 @@ def test_rows_at_work_stay_in_l2_until_their_second_pass(num_sms, itemsize, heav
             assert config.tiles_per_slice == v // tile + 1
             assert config.threads == warp * config.num_warps <= 1024
             at_work = num_sms * (1024 // config.threads)
-            assert at_work * v * itemsize <= launch.L2_BYTES or config.threads == 1024
+            most = 512 if heavy else 1024  # many options at 1024 threads spill
+            assert at_work * v * itemsize <= launch.L2_BYTES or config.threads == most
     assert [choose_two_pass_config(v, 2, 132).num_warps for v in (1000, 8192, 50257, 128256)] == [2, 4, 16, 32]
