@@ -20,8 +20,7 @@ from torch import Tensor
 LOG2E = 1.4426950408889634
 MAX_SLICES = 32
 SM_THREADS = 1024
-# where they are granted ptxas spills none to come down to 40 or 32; AMD's compiler has no such option
-SM_REGISTERS = {} if torch.version.hip else {"maxnreg": 65536 // SM_THREADS}
+SM_REGISTERS = 65536
 L2_BYTES = 30 * 10**6  # of 40 MB (A100), 50 (H100), 126 (B200)
 PARTIALS = 5  # what a slice of a row hands over: reference, s, q, d, column
 SHARD_FIELDS = 6  # max z, sum e^(z - max), target's z or 0, sum w z, sum e^(z - max) (z - max), column of the maximum
@@ -113,11 +112,12 @@ class LaunchConfig:
     threads: int
     tiles_per_slice: int
     slices: int = 1
+    registers: int | None = None  # that a thread may take
 
     @property
-    def few_warps(self) -> dict[str, int]:
-        """The compiler's option for small programs, of which so many fit an SM that ptxas saves registers for them."""
-        return SM_REGISTERS if self.num_warps < 4 else {}
+    def compiler_options(self) -> dict[str, int]:
+        """Told how many it may take, ptxas spills none to come down to 40 or 32. AMD's compiler is not asked."""
+        return {} if self.registers is None or torch.version.hip else {"maxnreg": self.registers}
 
 
 def heaviness(numbers: Numbers, stats: bool) -> int:
@@ -153,7 +153,8 @@ def choose_config(
     while num_rows * slices < wanted and slices < MAX_SLICES and num_classes // (2 * slices) >= 8192:
         slices *= 2
     tiles_per_slice = math.ceil(tiles / slices)
-    return LaunchConfig(vectors, num_warps, threads, tiles_per_slice, math.ceil(tiles / tiles_per_slice))
+    registers = 128 if heavy or num_warps < 4 else None
+    return LaunchConfig(vectors, num_warps, threads, tiles_per_slice, math.ceil(tiles / tiles_per_slice), registers)
 
 
 def choose_two_pass_config(
@@ -171,7 +172,7 @@ def choose_two_pass_config(
         threads *= 2
     vectors = 1 if heavy > 1 else _vectors(num_classes, threads, itemsize, heavy)  # 64 registers are all there is
     tiles = num_classes // (vectors * threads * (16 // itemsize)) + 1
-    return LaunchConfig(vectors, threads // warp_size, threads, tiles)
+    return LaunchConfig(vectors, threads // warp_size, threads, tiles, registers=SM_REGISTERS // SM_THREADS)
 
 
 @cache

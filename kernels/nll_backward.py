@@ -152,5 +152,5 @@ def launch_nll_backward(
             stride_out_b=stride_out_b, stride_out_r=stride_out_r, stride_out_v=stride_out_v,
             stride_of_s=upstream.of_s.stride(0), stride_of_z=0 if upstream.of_z is None else upstream.of_z.stride(0),
             VECTOR=vector, K=config.vectors * (1 if vector else 16 // logits.itemsize), T=config.threads,
-            num_warps=config.num_warps, enable_fp_fusion=False, **config.few_warps,
+            num_warps=config.num_warps, enable_fp_fusion=False, **config.compiler_options,
         )  # fmt: skip

@@ -215,5 +215,5 @@ def launch_nll_forward(
             R=R, V=V, v0=v0, num_classes=num_classes or V, tiles_per_slice=config.tiles_per_slice,
             stride_b=stride_b, stride_r=stride_r, stride_v=stride_v,
             MEAN=mean, VECTOR=vector, K=config.vectors * (1 if vector else 16 // logits.itemsize), T=config.threads,
-            num_warps=config.num_warps, enable_fp_fusion=False, **config.few_warps,
+            num_warps=config.num_warps, enable_fp_fusion=False, **config.compiler_options,
         )  # fmt: skip

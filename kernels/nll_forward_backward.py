@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fused_ppl.kernels import nll_backward, nll_forward, primitives, walk
 from fused_ppl.kernels import weights as class_weights
-from fused_ppl.kernels.launch import SM_REGISTERS, LaunchConfig, Numbers, Rows, Weights, on_device
+from fused_ppl.kernels.launch import LaunchConfig, Numbers, Rows, Weights, on_device
 
 
 @triton.jit
@@ -101,5 +101,5 @@ def launch_nll_forward_backward(
             upstream=upstream, numbers=numbers, ignore_index=ignore_index,
             V=V,
             stride_n=logits.stride(0),
-            K=config.vectors, T=config.threads, num_warps=config.num_warps, enable_fp_fusion=False, **SM_REGISTERS,
+            K=config.vectors, T=config.threads, num_warps=config.num_warps, enable_fp_fusion=False, **config.compiler_options,
         )  # fmt: skip
