@@ -75,7 +75,7 @@ def jobs(targets: list[str], fast: bool = False) -> Iterator[Job]:
             for v in vocabularies(kernel, dtype, aot.TARGETS[target].warp_size, mode):
                 yield Job("fused_ppl", kernel, name, v, target, mode)
         for option in budgets.OPTIONS if target == "sm_90" else ():
-            # one program a row of 1024 threads is short of registers, and no other launch
+            # the head's kernel has other threads at the larger V, and so other registers
             for v in EVEN if kernel == "forward_backward" else (budgets.ODD,):
                 if option not in MODES:
                     yield Job("fused_ppl", kernel, name, v, target, option)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 LARGE = 32 * 2**20  # bytes; what is smaller the allocator keeps and hands out again
-IDLE_LIMIT = 2**30  # bytes that wait at most; beyond it the oldest are given back
+IDLE_LIMIT = 2**30  # bytes that wait at most; more is given back
 IDLE_REQUESTS = 16  # after so many others a buffer that fitted none is given back
 ALIGNMENT = 64
 
@@ -56,9 +56,9 @@ def _take(size: int) -> numpy.ndarray:
 
 def _give_back(buffer: numpy.ndarray) -> None:
     with _lock:
-        _idle.append((_requests, buffer))
-        while sum(b.nbytes for _, b in _idle) > IDLE_LIMIT:
-            _idle.pop(0)
+        # appends only: collection may call it in the midst of _take, whose indices must hold
+        if sum(b.nbytes for _, b in _idle) + buffer.nbytes <= IDLE_LIMIT:
+            _idle.append((_requests, buffer))
 
 
 def _after_fork() -> None:
