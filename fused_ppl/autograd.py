@@ -6,28 +6,54 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import fused_ppl.engines.linear_rows
-import fused_ppl.engines.linear_vocab
-import fused_ppl.engines.logits  # noqa: F401  (the three register the ops)
+import fused_ppl.engines.linear_vocab  # noqa: F401  (they register the ops)
+from fused_ppl.engines import logits as logits_engine
 
 _OPS = torch.ops.fused_ppl
 
 
 def run(function: type[torch.autograd.Function], *args: Any) -> tuple[Tensor, ...]:
-    """`function.apply`.
+    """`function.apply`, or its forward alone where nothing records a gradient.
 
-    Where nothing records a gradient, Dynamo takes a forward of one variadic parameter for one that wants a ctx.
+    Dynamo would take a forward of one variadic parameter for one that wants a ctx.
     """
-    if torch.compiler.is_compiling():
-        tensors = [a for a in args if isinstance(a, Tensor)]
-        if not torch.is_grad_enabled() or not any(t.requires_grad for t in tensors):
-            return function.forward(*args)  # type: ignore[no-any-return]
-    return function.apply(*args)  # type: ignore[no-any-return]
+    compiling = torch.compiler.is_compiling()
+    if not compiling and (torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0):
+        return function.apply(*args)  # type: ignore[no-any-return]
+    if not torch.is_grad_enabled() or not any(isinstance(a, Tensor) and a.requires_grad for a in args):
+        return function.forward(*args)  # type: ignore[no-any-return]
+    return (function if compiling else _eager(function)).apply(*args)  # type: ignore[no-any-return]
+
+
+@functools.cache
+def _eager(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
+    """The same without the form that torch.func and Dynamo want, which takes longer to apply than a small loss."""
+
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
+        output = function.forward(*args)
+        function.setup_context(ctx, args, output)
+        return output  # type: ignore[no-any-return]
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(function.backward)}
+    return type(torch.autograd.Function)(function.__name__, (torch.autograd.Function,), methods)  # type: ignore[misc, no-any-return]
+
+
+def _unwatched(logits: Tensor) -> bool:
+    """Whether an op may be left out for what it does: nothing traces, counts or fakes what is dispatched."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(logits) in (Tensor, torch.nn.Parameter)
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not torch._C._are_functorch_transforms_active()
+        and not torch._C._autograd._profiler_enabled()
+    )
 
 
 class LogitsLoss(torch.autograd.Function):
@@ -38,14 +64,15 @@ class LogitsLoss(torch.autograd.Function):
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
         *tensors, spec, backend, memory_budget, _ = args
-        return tuple(_OPS.logits_forward(*tensors, *spec, backend, memory_budget))
+        op: Any = logits_engine.forward if _unwatched(tensors[0]) else _OPS.logits_forward
+        return tuple(op(*tensors, *spec, backend, memory_budget))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         logits, target, weight, token_weight, _, ctx.spec, ctx.backend, ctx.memory_budget, ctx.inplace = inputs
         loss_factor, perplexity_factor, nll, lse = output[3:7]
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*output[2:])
+        ctx.mark_non_differentiable(*(t for t in output[2:] if t is not None))
         ctx.save_for_backward(logits, target, weight, token_weight, lse, nll, loss_factor, perplexity_factor)
 
     @staticmethod
@@ -56,15 +83,19 @@ class LogitsLoss(torch.autograd.Function):
         saved = ctx.saved_tensors
         logits = saved[0]
         args = (*saved, grad_loss, grad_perplexity, *ctx.spec, ctx.backend, ctx.memory_budget)
+        if not torch.is_grad_enabled():
+            return (_logits_gradient(ctx.inplace, args), *(None,) * 8)
         with torch.no_grad():
-            if ctx.inplace:
-                _OPS.logits_backward_(*args)
-                gradient = logits.detach()  # the logits themselves would bring their graph along
-            else:
-                gradient = _OPS.logits_backward(*args)
-        if torch.is_grad_enabled():
-            gradient = _FirstOrderOnly.apply(gradient, grad_loss, grad_perplexity, logits)  # type: ignore[no-untyped-call]
-        return (gradient, *(None,) * 8)
+            gradient = _logits_gradient(ctx.inplace, args)
+        return (_FirstOrderOnly.apply(gradient, grad_loss, grad_perplexity, logits), *(None,) * 8)  # type: ignore[no-untyped-call]
+
+
+def _logits_gradient(inplace: bool, args: tuple[Any, ...]) -> Tensor:
+    if inplace:
+        _OPS.logits_backward_(*args)
+        return args[0].detach()  # type: ignore[no-any-return]  # the logits themselves would bring their graph along
+    op: Any = logits_engine.backward if _unwatched(args[0]) else _OPS.logits_backward
+    return op(*args)  # type: ignore[no-any-return]
 
 
 class LinearLoss(torch.autograd.Function):

@@ -73,7 +73,7 @@ def cross_entropy(
         >>> fused_ppl.cross_entropy(logits, torch.tensor([0, 2]), reduction="none")
         tensor([0.2395, 1.0986])
     """
-    spec = LossSpec(reduction, ignore_index, label_smoothing, logit_scale, softcap, z_loss)
+    spec = LossSpec.of(reduction, ignore_index, label_smoothing, logit_scale, softcap, z_loss)
     return _from_logits(input, target, weight, token_weight, num_items, class_dim, spec, options).loss
 
 
@@ -121,7 +121,7 @@ def perplexity(
         -10.3333
     """
     checks.check_reduction_for_perplexity(reduction)
-    spec = LossSpec(reduction, ignore_index, label_smoothing, logit_scale, softcap, 0.0, max_nll)
+    spec = LossSpec.of(reduction, ignore_index, label_smoothing, logit_scale, softcap, 0.0, max_nll)
     return _from_logits(input, target, weight, token_weight, None, class_dim, spec, options).perplexity
 
 
@@ -157,7 +157,7 @@ def cross_entropy_with_stats(
         >>> out.loss, out.total_weight, out.predicted
         (tensor(2.0794), tensor(1., dtype=torch.float64), tensor([ 0, -1]))
     """
-    spec = LossSpec(reduction, ignore_index, label_smoothing, logit_scale, softcap, z_loss, max_nll, stats=True)
+    spec = LossSpec.of(reduction, ignore_index, label_smoothing, logit_scale, softcap, z_loss, max_nll, stats=True)
     return _from_logits(input, target, weight, token_weight, num_items, class_dim, spec, options)
 
 
@@ -203,7 +203,7 @@ def linear_cross_entropy(
         >>> round(loss.item(), 4)                      # ln 50
         3.912
     """
-    spec = LossSpec(reduction, ignore_index, label_smoothing, logit_scale, softcap, z_loss)
+    spec = LossSpec.of(reduction, ignore_index, label_smoothing, logit_scale, softcap, z_loss)
     return _from_hidden(input, linear_weight, target, linear_bias, weight, token_weight, num_items, spec, options).loss
 
 
@@ -234,7 +234,7 @@ def linear_perplexity(
         50.0
     """
     checks.check_reduction_for_perplexity(reduction)
-    spec = LossSpec(reduction, ignore_index, label_smoothing, logit_scale, softcap, 0.0, max_nll)
+    spec = LossSpec.of(reduction, ignore_index, label_smoothing, logit_scale, softcap, 0.0, max_nll)
     return _from_hidden(input, linear_weight, target, linear_bias, weight, token_weight, None, spec, options).perplexity
 
 
@@ -265,7 +265,7 @@ def linear_cross_entropy_with_stats(
         >>> round(out.perplexity.item(), 3), out.total_weight.item()
         (50.0, 1.0)
     """
-    spec = LossSpec(reduction, ignore_index, label_smoothing, logit_scale, softcap, z_loss, max_nll, stats=True)
+    spec = LossSpec.of(reduction, ignore_index, label_smoothing, logit_scale, softcap, z_loss, max_nll, stats=True)
     return _from_hidden(input, linear_weight, target, linear_bias, weight, token_weight, num_items, spec, options)
 
 

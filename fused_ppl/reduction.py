@@ -39,10 +39,17 @@ def empty_results(like: Tensor, target: Tensor, dtype: torch.dtype, reduction: s
     return [like.new_empty(shape, dtype=d) for shape, d in shapes]
 
 
+def or_empty(entropy: Tensor | None, predicted: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor]:
+    """What an op returns of what was not asked for: no elements."""
+    if entropy is None or predicted is None:
+        return like.new_empty(0), like.new_empty(0, dtype=torch.int64)
+    return entropy, predicted
+
+
 def sum_rows(rows: RowStats, spec: LossSpec, target_shape: torch.Size) -> tuple[Tensor, Tensor, Tensor | None]:
     """S, M and Z of every group of rows; Z is None where nothing asks for it."""
     dtype = sum_dtype(rows.loss.device)
-    z = rows.weight * rows.lse.square() if spec.z_loss else None
+    z = rows.weight * rows.lse.square() if spec.z_loss and rows.lse is not None else None
 
     def grouped(r: Tensor) -> Tensor:
         if spec.reduction == "none":
@@ -62,13 +69,15 @@ def finish(
     if spec.reduction == "none":
         perplexity, slope = _exp(s, spec.max_nll)
         return Totals(total.to(dtype), perplexity.to(dtype, copy=True), m, torch.ones_like(s), slope)
-    inverse = m.reciprocal()
-    # with label smoothing S need not be 0 where M is, so that S / M would not be NaN by itself
-    no_mean = inverse.nan_to_num(nan=math.nan, posinf=math.nan, neginf=math.nan)
-    inverse = inverse.nan_to_num_(nan=math.nan, posinf=0.0, neginf=0.0)
+    inverse = no_mean = m.reciprocal()
+    if m.ndim or m.device.type != "cpu" or m.item() == 0:  # one number of a CPU may be looked at
+        # with label smoothing S need not be 0 where M is, so that S / M would not be NaN by itself
+        no_mean = inverse.nan_to_num(nan=math.nan, posinf=math.nan, neginf=math.nan)
+        inverse = inverse.nan_to_num_(nan=math.nan, posinf=0.0, neginf=0.0)
     mean = s * no_mean
-    perplexity, _ = _exp(mean, spec.max_nll)
-    _, slope = _exp(s * inverse, spec.max_nll)
+    perplexity, slope = _exp(mean, spec.max_nll)
+    if inverse is not no_mean:
+        _, slope = _exp(s * inverse, spec.max_nll)
     if num_items is not None:
         # without a counted token every gradient is 0, also where num_items is
         factor = torch.where(m == 0, 0.0, num_items.to(s.dtype).reciprocal())
@@ -110,18 +119,19 @@ def row_upstream(
     target_shape: torch.Size,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor | None]:
-    """The upstream gradients of S and of Z for every row, (N,), with stride 0 where all rows share one.
+    """The upstream gradients of S and of Z for every row, (N,), or () where all rows share one.
 
     Z takes part in the loss and not in the perplexity; None where nothing asks for it.
     """
-    of_z = None if grad_loss is None else grad_loss * loss_factor
+    of_z = grad_loss * loss_factor if spec.z_loss and grad_loss is not None else None
     of_s = upstream(grad_loss, grad_perplexity, loss_factor, perplexity_factor)
-    n = math.prod(target_shape)
 
     def rows(g: Tensor) -> Tensor:
+        if spec.reduction in ("mean", "sum"):
+            return g
         g = g.to(dtype)
         if spec.reduction == "sequence":
             g = g.unsqueeze(-1).expand(target_shape)
-        return g.expand(n) if g.ndim == 0 else g.reshape(n)
+        return g.reshape(-1)
 
-    return rows(of_s), None if of_z is None or not spec.z_loss else rows(of_z)
+    return rows(of_s), None if of_z is None else rows(of_z)

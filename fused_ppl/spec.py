@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from fused_ppl import checks
@@ -42,6 +45,16 @@ class LossSpec:
         if self.max_nll is not None:
             checks.check_number("max_nll", self.max_nll, "> 0 and finite, or None for no limit", _positive)
 
+    @classmethod
+    def of(cls, *args: object, **keywords: bool) -> LossSpec:
+        """The same object for the same arguments: to validate them takes as long as an operation of a small loss."""
+        if torch.compiler.is_compiling():  # which would trace the cache
+            return cls(*args, **keywords)  # type: ignore[arg-type]
+        try:
+            return _made(*args, **keywords)
+        except TypeError:  # something that has no hash, which its own check has better words for
+            return cls(*args, **keywords)  # type: ignore[arg-type]
+
     def op_args(self) -> tuple[str, int | None, float, float, float | None, float, float | None, bool]:
         """The fields in order, as the schema of the opaque ops spells them (`SPEC_SCHEMA`)."""
         return (
@@ -55,6 +68,8 @@ class LossSpec:
             self.stats,
         )
 
+
+_made = functools.lru_cache(typed=True)(LossSpec)  # typed: True is no number here, and equals 1
 
 SPEC_SCHEMA = (
     "str reduction, int? ignore_index, float label_smoothing, float logit_scale, "
@@ -116,9 +131,19 @@ class RowStats(NamedTuple):
     loss: Tensor  # (N,): u * ((1-a) * w[y] * nll + a/V * sum_v w[v] * (lse - z[v])): the row's part of S
     weight: Tensor  # (N,): u * w[y], the row's part of M
     nll: Tensor  # (N,)
-    lse: Tensor  # (N,)
-    entropy: Tensor  # (N,), or 0 elements where not asked for
-    predicted: Tensor  # (N,) int64, or 0 elements where not asked for
+    lse: Tensor | None  # (N,); None where nobody looks at it
+    entropy: Tensor | None  # (N,), or None where not asked for
+    predicted: Tensor | None  # (N,) int64, or None where not asked for
+
+    def map(self, function: Callable[[Tensor, int], Tensor]) -> RowStats:
+        """`function(values, what an ignored row has there)` of each that is there."""
+        ignored = (0, 0, 0, 0, 0, -1)
+        return RowStats(*(None if t is None else function(t, i) for t, i in zip(self, ignored, strict=True)))  # type: ignore[arg-type]
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[RowStats]) -> RowStats:
+        """Of the rows of all parts."""
+        return cls(*(None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True)))  # type: ignore[arg-type]
 
 
 class Totals(NamedTuple):

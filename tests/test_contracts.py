@@ -291,7 +291,7 @@ def run_logits_on(device: str, spec: LossSpec, dtype: torch.dtype, backend: str)
     upstream = torch.ones(out[0].shape, device=device)
     saved = (x, *tokens, out[6], out[5], out[3], out[4], upstream, upstream)
     engine._backward_(*saved, *rest)
-    return engine._backward(*saved, *rest)
+    return engine.backward(*saved, *rest)
 
 
 def run_head_on(device: str, spec: LossSpec, dtype: torch.dtype, backend: str) -> Tensor:

@@ -4,12 +4,12 @@
 A backend is a module of three functions over rows of logits. It knows the row formula and no loop over the
 caller's memory; the engines know the loop and no formula.
 
-    nll_forward(logits, target, spec, weight, token_weight, num_items) -> (RowStats, Totals | None)
+    nll_forward(logits, target, spec, weight, token_weight, num_items, budget, keep_lse) -> (RowStats, Totals | None)
     nll_backward(logits, target, rows_lse, rows_nll, of_s, of_z, spec, weight, token_weight, out) -> None
     nll_forward_backward(logits, target_logit, target, spec, weight, token_weight, upstream) -> RowStats
 
-`logits` is (B, R, V) of any strides, row n = b * R + r; `target`, `token_weight` and all that is per row are (N,)
-with N = B * R. `nll_forward` returns Totals where the same launch has already summed and finished them.
+`logits` is (N, V), or (B, R, V) with row n = b * R + r and N = B * R, of any strides; `target`, `token_weight` and all
+that is per row are (N,). `nll_forward` returns Totals where the same launch has already summed and finished them.
 `nll_forward_backward` is the chunk primitive of the fused LM head: it turns logits (R, V) into their gradient.
 """
 

@@ -17,16 +17,17 @@ from fused_ppl.spec import LossSpec, RowStats, Totals
 
 
 def nll_forward(
-    logits: Tensor,  # (B, R, V)
+    logits: Tensor,  # (B, R, V) or (N, V)
     target: Tensor,  # (N,)
     spec: LossSpec,
     weight: Tensor | None,  # (V,)
     token_weight: Tensor | None,  # (N,)
     num_items: Tensor | None,
     memory_budget: int | None,
+    keep_lse: bool = True,
 ) -> tuple[RowStats, Totals | None]:
     """nll, lse and the rows' parts of S and M; entropy and argmax on request."""
-    walk = Walk(logits, target, spec, memory_budget)
+    walk = Walk(logits, target, spec, memory_budget, keep_lse=keep_lse)
     if weight is not None:
         weight = weight.to(walk.dtype)
     parts = [walk.zeros(rows) if rows.skipped else _chunk_stats(walk, rows, weight, token_weight) for rows in walk]
@@ -36,24 +37,25 @@ def nll_forward(
 def _collect(walk: Walk, parts: list[RowStats]) -> RowStats:
     if not parts:
         return walk.zeros(None)
-    stats = parts[0] if len(parts) == 1 else RowStats(*(torch.cat(column) for column in zip(*parts, strict=True)))
+    stats = parts[0] if len(parts) == 1 else RowStats.concatenate(parts)
     return stats if walk.on_cpu else _mark_out_of_range(stats, walk)
 
 
 def _chunk_stats(walk: Walk, rows: Rows, w: Tensor | None, token_weight: Tensor | None) -> RowStats:
     spec, y = walk.spec, rows.target
-    z, logp = walk.load(rows), walk.work(rows)
+    z = walk.load(rows)
     # lse = z - logp in any column; in the largest nothing cancels, and a target of probability zero does no harm
     top = z.argmax(1, keepdim=True) if spec.stats or spec.z_loss else y
-    top_logit = z.gather(1, top)
-    torch.log_softmax(z, 1, out=logp)
-    lse = (top_logit.to(walk.wide) - logp.gather(1, top)).squeeze(1)
-    nll = logp.gather(1, y).squeeze(1).neg_()
+    top_logit = z.gather(1, top) if walk.keep_lse else None
+    # one chunk leaves its memory to the allocator; many share theirs
+    logp = torch.log_softmax(z, 1) if rows.whole else torch.log_softmax(z, 1, out=walk.work(rows))
+    lse = None if top_logit is None else (top_logit.to(walk.wide) - logp.gather(1, top)).squeeze(1)
+    nll = torch.nn.functional.nll_loss(logp, rows.label, reduction="none")
     smooth = None
     if spec.label_smoothing:
         smooth = -(logp.sum(1) if w is None else logp @ w)
-    entropy = _entropy(logp) if spec.stats else nll.new_empty(0)
-    predicted = top.squeeze(1) if spec.stats else y.new_empty(0)
+    entropy = _entropy(logp) if spec.stats else None
+    predicted = top.squeeze(1) if spec.stats else None
     return _row_stats(walk, rows, nll, lse, smooth, entropy, predicted, w, token_weight)
 
 
@@ -61,17 +63,17 @@ def _row_stats(
     walk: Walk,
     rows: Rows,
     nll: Tensor,
-    lse: Tensor,
+    lse: Tensor | None,
     smooth: Tensor | None,  # sum_v w[v] * (lse - z[v])
-    entropy: Tensor,
-    predicted: Tensor,
+    entropy: Tensor | None,
+    predicted: Tensor | None,
     w: Tensor | None,
     token_weight: Tensor | None,
 ) -> RowStats:
     """l and u * w[y] of the rows beside what is known of them; 0 where ignored."""
     a = walk.spec.label_smoothing
-    of_target = None if w is None else w[rows.label.squeeze(1)]
-    u = None if token_weight is None else token_weight[rows.span].to(walk.dtype)
+    of_target = None if w is None else w[rows.label]
+    u = None if token_weight is None else rows.of(token_weight).to(walk.dtype)
     loss = nll if not a and w is None else _product(1 - a, of_target) * nll
     if smooth is not None:
         loss = loss + (a / rows.source.shape[-1]) * smooth
@@ -80,21 +82,21 @@ def _row_stats(
     stats = RowStats(loss, weight, nll, lse, entropy, predicted)
     if rows.counted is None:
         return stats
-    ignored = (0, 0, 0, 0, 0, -1)
-    return RowStats(*(torch.where(rows.counted, t, i) if t.numel() else t for t, i in zip(stats, ignored, strict=True)))
+    counted = rows.counted
+    return stats.map(lambda t, ignored: torch.where(counted, t, ignored))
 
 
 def nll_backward(
-    logits: Tensor,  # (B, R, V)
+    logits: Tensor,  # (B, R, V) or (N, V)
     target: Tensor,  # (N,)
     lse: Tensor,  # (N,)
     nll: Tensor,  # (N,)
-    of_s: Tensor,  # (N,): upstream gradient of S
-    of_z: Tensor | None,  # (N,): upstream gradient of Z
+    of_s: Tensor,  # (N,) or (): upstream gradient of S
+    of_z: Tensor | None,  # (N,) or (): upstream gradient of Z
     spec: LossSpec,
     weight: Tensor | None,
     token_weight: Tensor | None,
-    out: Tensor,  # (B, R, V): a buffer, or the logits themselves
+    out: Tensor,  # the shape of logits: a buffer, or the logits themselves
     memory_budget: int | None,
     columns: tuple[int, int] | None = None,
 ) -> None:
@@ -113,20 +115,20 @@ def nll_backward(
         if rows.skipped:
             rows.out.zero_()
             continue
-        i = rows.span
         derivative = None if slope is None else slope[: rows.target.shape[0]]
         z, p = walk.load(rows, derivative), walk.work(rows)
-        of_norm = None if of_z is None else of_z[i] * (2 * spec.z_loss) * lse[i].to(walk.dtype)
-        c = _coefficients(rows, spec, weight, token_weight, num_classes, of_s[i], of_norm, walk.dtype)
-        at_target = c.at_target(torch.expm1(-nll[i]))
+        of_norm = None if of_z is None else rows.of(of_z) * (2 * spec.z_loss) * rows.of(lse).to(walk.dtype)
+        c = _coefficients(rows, spec, weight, token_weight, num_classes, rows.of(of_s), of_norm, walk.dtype)
+        at_target = c.at_target(torch.expm1(-rows.of(nll)))
         if columns is None:
             torch.softmax(z, 1, out=p)
-            p.mul_(c.a.unsqueeze(1))
+            p.mul_(_column(c.a))
         else:
             # exp of z - lse with lse in two parts: the low one, lost by an fp32 lse, scales the row
-            high = lse[i].to(walk.dtype)
+            mine = rows.of(lse)
+            high = mine.to(walk.dtype)
             torch.sub(z, high.unsqueeze(1), out=p).exp_()
-            p.mul_((c.a * (high - lse[i]).exp().to(walk.dtype)).unsqueeze(1))
+            p.mul_((c.a * (high - mine).exp().to(walk.dtype)).unsqueeze(1))
         _finish_gradient(walk, rows, p, c, at_target, weight, derivative, first)
         walk.store(rows, p)
 
@@ -149,7 +151,6 @@ def nll_forward_backward(
 
     `upstream` None computes no gradient.
     """
-    logits = logits.unsqueeze(0)
     walk = Walk(logits, target, spec, memory_budget, logits)
     if weight is not None:
         weight = weight.to(walk.dtype)
@@ -157,17 +158,19 @@ def nll_forward_backward(
     parts = []
     for rows in walk:
         if rows.skipped:
-            logits[0, rows.span] = 0
+            logits[rows.span] = 0
             parts.append(walk.zeros(rows))
             continue
         derivative = None if slope is None else slope[: rows.target.shape[0]]
         stats, p, of_others, others = _without_target(
-            walk, rows, target_logit[rows.span], weight, token_weight, derivative
+            walk, rows, rows.of(target_logit), weight, token_weight, derivative
         )
         parts.append(stats)
         if upstream is not None:
             of_s = torch.full_like(stats.nll, upstream)
-            of_norm = of_s * (2 * spec.z_loss) * stats.lse.to(walk.dtype) if spec.z_loss else None
+            of_norm = None
+            if spec.z_loss and stats.lse is not None:
+                of_norm = of_s * (2 * spec.z_loss) * stats.lse.to(walk.dtype)
             c = _coefficients(rows, spec, weight, token_weight, logits.shape[-1], of_s, of_norm, walk.dtype)
             p.mul_((c.a * of_others).unsqueeze(1))
             _finish_gradient(walk, rows, p, c, c.at_target(-others), weight, derivative, 0)
@@ -193,7 +196,7 @@ def _without_target(
     plain_sum = None
     if spec.label_smoothing:
         plain_sum = x.sum(1) if w is None else x @ w
-    predicted = x.argmax(1) if spec.stats else y.new_empty(0)
+    predicted = x.argmax(1) if spec.stats else None
     # the largest of the others takes the target's place: its share then tells the others' sum, which is not less
     x.scatter_(1, y, -torch.inf)
     top = x.amax(1, keepdim=True)
@@ -214,7 +217,7 @@ def _without_target(
     smooth = None
     if plain_sum is not None:
         smooth = (x.shape[1] if w is None else w.sum()) * lse.to(walk.dtype) - plain_sum
-    entropy = nll.new_empty(0)
+    entropy = None
     if spec.stats:
         rest = torch.special.entr(others) + others * (normalize * torch.special.entr(x).sum(1) - normalize.log())
         entropy = torch.where(others < 1, (1 - others) * nll, 0) + rest
@@ -245,8 +248,8 @@ def _coefficients(
     of_norm: Tensor | None,  # upstream of Z times d(z_loss * lse^2) / d lse
     dtype: torch.dtype,
 ) -> _Coefficients:
-    of_target = None if weight is None else weight[rows.label.squeeze(1)]
-    u = None if token_weight is None else token_weight[rows.span].to(dtype)
+    of_target = None if weight is None else weight[rows.label]
+    u = None if token_weight is None else rows.of(token_weight).to(dtype)
     g, smoothing = _product(of_s, u), spec.label_smoothing
     c = g * (smoothing / num_classes) if smoothing else None
     b = _product(g * (1 - smoothing) if smoothing else g, of_target)
@@ -272,9 +275,9 @@ def _finish_gradient(
     p.scatter_(1, rows.target, at_target.unsqueeze(1))
     if c.c is not None:
         if weight is None:
-            p.sub_(c.c.unsqueeze(1))
+            p.sub_(_column(c.c))
         else:
-            p.addcmul_(c.c.unsqueeze(1), weight[first : first + p.shape[1]], value=-1)
+            p.addcmul_(_column(c.c), weight[first : first + p.shape[1]], value=-1)
     if derivative is not None:
         p.mul_(derivative)
     elif walk.spec.logit_scale != 1:
@@ -286,8 +289,14 @@ def _finish_gradient(
 def _mark_out_of_range(stats: RowStats, walk: Walk) -> RowStats:
     """NaN where a target is out of range; a CPU has raised already."""
     bad = walk.out_of_range()
-    loss, nll, lse = (t.masked_fill(bad, torch.nan) for t in (stats.loss, stats.nll, stats.lse))
+    loss, nll = (t.masked_fill(bad, torch.nan) for t in (stats.loss, stats.nll))
+    lse = None if stats.lse is None else stats.lse.masked_fill(bad, torch.nan)
     return stats._replace(loss=loss, nll=nll, lse=lse)
+
+
+def _column(of_rows: Tensor) -> Tensor:
+    """(n, 1) from (n,); one number stays one."""
+    return of_rows.unsqueeze(1) if of_rows.ndim else of_rows
 
 
 def _product(first: Tensor | float, *factors: Tensor | None) -> Tensor:

@@ -18,18 +18,23 @@ class Rows(NamedTuple):
     """One chunk of rows."""
 
     span: slice  # of the flat rows
-    source: Tensor  # (b, r, V), n = b * r: the caller's logits
+    source: Tensor  # (b, r, V) or (n, V), n = b * r: the caller's logits
     out: Tensor | None  # the same place in the gradient
     counted: Tensor | None  # (n,) bool, or None where all rows are known to be counted
-    label: Tensor  # (n, 1) int64: the class, 0 where ignored, inside the range everywhere
+    label: Tensor  # (n,) int64: the class, 0 where ignored, inside the range everywhere
     target: Tensor  # (n, 1) int64: its column in the source, 0 where it is elsewhere
     owned: Tensor | None  # (n,) bool: whether that column is in the source; None where the source is all classes
     bad: Tensor | None  # (n,) bool: whether the target is out of range; None on a CPU, which has raised
     skipped: bool  # known to hold no counted row
+    whole: bool  # all rows are in this chunk
+
+    def of(self, values: Tensor) -> Tensor:
+        """The part of (N,) values that belongs to these rows. To slice costs as much as a small loss."""
+        return values if self.whole or values.ndim == 0 else values[self.span]
 
 
 class Walk:
-    """Goes over the rows of (B, R, V) in chunks, and holds the buffer that a chunk is computed in."""
+    """Goes over the rows of (B, R, V) or (N, V) in chunks, and holds the buffer that a chunk is computed in."""
 
     def __init__(
         self,
@@ -39,17 +44,27 @@ class Walk:
         memory_budget: int | None,
         out: Tensor | None = None,
         columns: tuple[int, int] | None = None,
+        keep_lse: bool = True,
     ) -> None:
         self.logits, self.target, self.spec, self.out, self.columns = logits, target, spec, out, columns
+        self.keep_lse = keep_lse or spec.stats or spec.z_loss > 0
         self.dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
         self.wide = sum_dtype(logits.device)
         self.on_cpu = logits.device.type == "cpu"
-        outer, inner, v = logits.shape
+        v = logits.shape[-1]
         # entropy and the derivative of a cap take a second buffer
         row = self.dtype.itemsize * (1 + (spec.stats or spec.softcap is not None))
         rows = plan.rows_per_chunk(v, row, logits.device.type, torch.get_num_threads(), memory_budget)
-        self.rows = min(rows, max(1, outer * inner))
-        self.buffer = torch.empty(self.rows, v, dtype=self.dtype, device=logits.device)
+        self._buffer: Tensor | None = None
+        self.shape = (1, logits.shape[0]) if logits.ndim == 2 else logits.shape[:2]
+        self.rows = min(rows, max(1, self.shape[0] * self.shape[1]))
+
+    @property
+    def buffer(self) -> Tensor:
+        """(rows, V), made when it is first asked for: a small fp32 loss has no use for it."""
+        if self._buffer is None:
+            self._buffer = torch.empty(self.rows, self.logits.shape[-1], dtype=self.dtype, device=self.logits.device)
+        return self._buffer
 
     def __iter__(self) -> Iterator[Rows]:
         target, ignore_index, v = self.target, self.spec.ignore_index, self.logits.shape[-1]
@@ -67,17 +82,22 @@ class Walk:
         if self.columns is not None:
             owned = (label >= first) & (label < first + v)
             column = (label - first) * owned
-        label, column = label.unsqueeze(1), column.unsqueeze(1)
+        column = column.unsqueeze(1)
         bad = None if on_cpu else self.out_of_range()
-        for b, r, i in plan.row_chunks(self.logits.shape[0], self.logits.shape[1], self.rows):
-            out = None if self.out is None else self.out[b, r]
-            mine = None if counted is None else counted[i]
-            skipped = False
+        outer, inner = self.shape
+        whole = 0 < outer * inner <= self.rows
+        for b, r, i in plan.row_chunks(outer, inner, self.rows):
+            skipped, mine, here, wrong, out = False, counted, owned, bad, self.out
+            source, mine_label, mine_column = self.logits, label, column
+            if not whole:
+                place = i if source.ndim == 2 else (b, r)
+                source, mine_label, mine_column = source[place], label[i], column[i]
+                mine, here, wrong = (None if mask is None else mask[i] for mask in (counted, owned, bad))
+                out = None if out is None else out[place]
             if mine is not None and on_cpu:
                 any_, all_ = bool(mine.any()), bool(mine.all())
                 mine, skipped = None if all_ else mine, not any_
-            here, wrong = (None if mask is None else mask[i] for mask in (owned, bad))
-            yield Rows(i, self.logits[b, r], out, mine, label[i], column[i], here, wrong, skipped)
+            yield Rows(i, source, out, mine, mine_label, mine_column, here, wrong, skipped, whole)
 
     def out_of_range(self) -> Tensor:
         """(N,) bool: targets that are neither a class nor ignored."""
@@ -88,8 +108,8 @@ class Walk:
     def load(self, rows: Rows, derivative: Tensor | None = None) -> Tensor:
         """z of the rows, (n, V): the caller's own memory, which stays as it is, where nothing has to be done to it."""
         if self.spec.logit_scale == 1 and self.spec.softcap is None and _is_matrix(rows.source, self.dtype):
-            return rows.source.view(-1, rows.source.shape[-1])
-        x = self.buffer[: rows.target.shape[0]]
+            return _matrix(rows.source)
+        x = self._buffer_of(rows)
         x.view(rows.source.shape).copy_(rows.source)
         self.transform(x, derivative)
         return x
@@ -116,8 +136,12 @@ class Walk:
     def work(self, rows: Rows) -> Tensor:
         """(n, V) to compute in: the gradient's own memory where it has the right type and layout."""
         if rows.out is not None and _is_matrix(rows.out, self.dtype):
-            return rows.out.view(-1, rows.out.shape[-1])
-        return self.buffer[: rows.target.shape[0]]
+            return _matrix(rows.out)
+        return self._buffer_of(rows)
+
+    def _buffer_of(self, rows: Rows) -> Tensor:
+        n = rows.target.shape[0]
+        return self.buffer if n == self.rows else self.buffer[:n]
 
     def store(self, rows: Rows, value: Tensor) -> None:
         assert rows.out is not None
@@ -127,11 +151,15 @@ class Walk:
     def zeros(self, rows: Rows | None) -> RowStats:
         """What is said of rows that are all ignored."""
         n = 0 if rows is None else rows.target.shape[0]
-        asked = n if self.spec.stats else 0
         loss, weight, nll = (self.buffer.new_zeros(n) for _ in range(3))
-        lse = self.buffer.new_zeros(n, dtype=self.wide)
-        predicted = self.target.new_full((asked,), -1, dtype=torch.int64)
-        return RowStats(loss, weight, nll, lse, self.buffer.new_zeros(asked), predicted)
+        lse = self.buffer.new_zeros(n, dtype=self.wide) if self.keep_lse else None
+        if not self.spec.stats:
+            return RowStats(loss, weight, nll, lse, None, None)
+        return RowStats(loss, weight, nll, lse, nll.clone(), self.target.new_full((n,), -1, dtype=torch.int64))
+
+
+def _matrix(chunk: Tensor) -> Tensor:
+    return chunk if chunk.ndim == 2 else chunk.view(-1, chunk.shape[-1])
 
 
 def _is_matrix(chunk: Tensor, dtype: torch.dtype) -> bool:

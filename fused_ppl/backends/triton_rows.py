@@ -18,16 +18,18 @@ from fused_ppl.spec import LossSpec, RowStats, Totals
 
 
 def nll_forward(
-    logits: Tensor,  # (B, R, V)
+    logits: Tensor,  # (B, R, V) or (N, V)
     target: Tensor,  # (N,)
     spec: LossSpec,
     weight: Tensor | None,  # (V,)
     token_weight: Tensor | None,  # (N,)
     num_items: Tensor | None,
     memory_budget: int | None,
+    keep_lse: bool = True,  # it always is: backward reads it
 ) -> tuple[RowStats, Totals | None]:
     """Statistics of every row, and, for "mean" and "sum", the finished loss out of the same launch."""
     n, device = target.shape[0], logits.device
+    logits = _three_dims(logits)
     stats = _check_and_allocate(logits, target, spec)
     if n == 0:
         return stats, None
@@ -40,7 +42,7 @@ def nll_forward(
         logits,
         target.contiguous(),
         _weights(weight, token_weight, spec),
-        _rows(stats, spec),
+        launch.Rows(*stats),  # type: ignore[arg-type]
         None if totals is None else launch.Sums(*totals, num_items),
         _workspace(n, config, totals is not None, device),
         _numbers(spec),
@@ -52,16 +54,16 @@ def nll_forward(
 
 
 def nll_backward(
-    logits: Tensor,  # (B, R, V)
+    logits: Tensor,  # (B, R, V) or (N, V)
     target: Tensor,  # (N,)
     lse: Tensor,  # (N,) float64
     nll: Tensor,  # (N,)
-    of_s: Tensor,  # (N,): upstream gradient of S, of any stride
-    of_z: Tensor | None,  # (N,): upstream gradient of Z
+    of_s: Tensor,  # (N,) or (): upstream gradient of S
+    of_z: Tensor | None,  # (N,) or (): upstream gradient of Z
     spec: LossSpec,
     weight: Tensor | None,
     token_weight: Tensor | None,
-    out: Tensor,  # (B, R, V): a buffer, or the logits themselves
+    out: Tensor,  # the shape of logits: a buffer, or the logits themselves
     memory_budget: int | None,
     columns: tuple[int, int] | None = None,
 ) -> None:
@@ -71,12 +73,13 @@ def nll_backward(
     `lse` normalises them, and `weight` is that of all classes.
     """
     first, num_classes = columns or (0, logits.shape[-1])
+    logits, out = _three_dims(logits), _three_dims(out)
     launch_nll_backward(
         logits,
         target.contiguous(),
         lse.to(torch.float64).contiguous(),
         nll.contiguous(),
-        launch.Upstream(of_s, of_z),
+        launch.Upstream(*(None if g is None else g.to(torch.float32).expand(target.shape) for g in (of_s, of_z))),  # type: ignore[arg-type]
         _weights(weight, token_weight, spec),
         out,
         _numbers(spec) if of_z is not None else _numbers(spec)._replace(z_loss=None),
@@ -109,7 +112,7 @@ def nll_forward_backward(
         target_logit.contiguous(),
         target.contiguous(),
         _weights(weight, token_weight, spec),
-        _rows(stats, spec),
+        launch.Rows(*stats),  # type: ignore[arg-type]
         numbers,
         upstream=upstream,
         config=launch.choose_two_pass_config(logits.shape[1], logits.itemsize, *size, heavy=heavy),
@@ -123,21 +126,21 @@ def _check_and_allocate(logits: Tensor, target: Tensor, spec: LossSpec) -> RowSt
     if device.type == "cpu" or checks.debug():
         checks.check_target_range(target, logits.shape[-1], spec.ignore_index)
 
-    def rows(dtype: torch.dtype, size: int = n) -> Tensor:
-        return torch.empty(size, dtype=dtype, device=device)
+    def rows(dtype: torch.dtype) -> Tensor:
+        return torch.empty(n, dtype=dtype, device=device)
 
     return RowStats(
         loss=rows(torch.float32),
         weight=rows(torch.float32),
         nll=rows(torch.float32),
         lse=rows(torch.float64),
-        entropy=rows(torch.float32, n if spec.stats else 0),
-        predicted=rows(torch.int64, n if spec.stats else 0),
+        entropy=rows(torch.float32) if spec.stats else None,
+        predicted=rows(torch.int64) if spec.stats else None,
     )
 
 
-def _rows(stats: RowStats, spec: LossSpec) -> launch.Rows:
-    return launch.Rows(*stats[:4], *(stats[4:] if spec.stats else ()))
+def _three_dims(logits: Tensor) -> Tensor:
+    return logits.unsqueeze(0) if logits.ndim == 2 else logits
 
 
 def _config(logits: Tensor, *, heavy: int) -> launch.LaunchConfig:

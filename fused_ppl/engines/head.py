@@ -90,8 +90,8 @@ class Head:
         self.hidden = hidden
 
     def rows(self, values: Tensor | None) -> Tensor | None:
-        """A value of every token, for the rows that take part."""
-        return values if values is None or self.kept is None else values[self.kept]
+        """A value of every token, or one for all, for the rows that take part."""
+        return values if values is None or self.kept is None or values.ndim == 0 else values[self.kept]
 
     def spread(self, values: Tensor, num_tokens: int, ignored: float = 0) -> Tensor:
         """A value of every row that takes part, for every token."""

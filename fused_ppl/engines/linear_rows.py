@@ -7,7 +7,6 @@ row and applied by `linear_scale`. Without gradients to make, the same walk is t
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import torch
@@ -31,12 +30,10 @@ LIBRARY.define(
     "bool[3] grads) -> (Tensor, Tensor, Tensor)"
 )
 
-_spec = functools.lru_cache(LossSpec)
-
 
 def _forward(hidden, linear_weight, linear_bias, target, weight, token_weight, num_items, *rest):  # type: ignore[no-untyped-def]
     *spec_args, backend_name, dtype, grads, memory_budget = rest
-    spec, backend = _spec(*spec_args), backends.load(backend_name)
+    spec, backend = LossSpec.of(*spec_args), backends.load(backend_name)
     (v, d), n = linear_weight.shape, target.numel()
     flat, labels = hidden.reshape(-1, d), target.reshape(-1)
     head = Head(flat, linear_weight, linear_bias, labels, spec, dtype)
@@ -83,22 +80,18 @@ def _forward(hidden, linear_weight, linear_bias, target, weight, token_weight, n
 
     rows = _all_tokens(head, parts, spec, n, dtype)
     totals = reduction.finish(*reduction.sum_rows(rows, spec, target.shape), spec, num_items, rows.nll.dtype)
-    tokens = [t.view(target.shape) for t in rows[2:4]]
-    tokens += [t.view(target.shape) if spec.stats else t for t in rows[4:]]
-    return *totals, *tokens, dhidden, dweight, dbias
+    tokens = [t if t is None else t.view(target.shape) for t in rows[2:]]
+    return *totals, *tokens[:2], *reduction.or_empty(tokens[2], tokens[3], rows.nll), dhidden, dweight, dbias
 
 
 def _all_tokens(head: Head, parts: list[RowStats], spec: LossSpec, n: int, dtype: torch.dtype) -> RowStats:
     if not parts:
-        asked = n if spec.stats else 0
-        loss, row_weight, nll, lse = (head.zeros(n) for _ in range(4))
+        loss, row_weight, nll, lse, entropy = (head.zeros(n) for _ in range(5))
         lse = lse.to(reduction.sum_dtype(lse.device))
-        return RowStats(loss, row_weight, nll, lse, nll[:asked].clone(), nll[:asked].long() - 1)
-    stats = RowStats(*(torch.cat(column) for column in zip(*parts, strict=True)))
-    if head.kept is None:
-        return stats
-    ignored = (0, 0, 0, 0, 0, -1)
-    return RowStats(*(head.spread(t, n, i) if t.numel() else t for t, i in zip(stats, ignored, strict=True)))
+        asked = (entropy, nll.long() - 1) if spec.stats else (None, None)
+        return RowStats(loss, row_weight, nll, lse, *asked)
+    stats = RowStats.concatenate(parts)
+    return stats if head.kept is None else stats.map(lambda t, ignored: head.spread(t, n, ignored))
 
 
 def _accumulator_shapes(hidden: Tensor, linear_weight: Tensor, grads: Sequence[bool]) -> list[Sequence[int]]:

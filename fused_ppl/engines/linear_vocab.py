@@ -7,8 +7,6 @@ weight. Forward is that of `linear_rows` without gradients.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 
 from fused_ppl import backends, plan, reduction
@@ -23,12 +21,10 @@ LIBRARY.define(
     "-> (Tensor, Tensor, Tensor)"
 )
 
-_spec = functools.lru_cache(LossSpec)
-
 
 def _backward(hidden, linear_weight, linear_bias, target, weight, token_weight, lse, nll, *rest):  # type: ignore[no-untyped-def]
     loss_factor, perplexity_factor, grad_loss, grad_perplexity, *spec_args, backend_name, dtype, grads, budget = rest
-    spec, backend = _spec(*spec_args), backends.load(backend_name)
+    spec, backend = LossSpec.of(*spec_args), backends.load(backend_name)
     v, d = linear_weight.shape
     flat, labels = hidden.reshape(-1, d), target.reshape(-1)
     head = Head(flat, linear_weight, linear_bias, labels, spec, dtype)
@@ -49,8 +45,7 @@ def _backward(hidden, linear_weight, linear_bias, target, weight, token_weight, 
         last = min(first + columns, v)
         g = buffer[: n * (last - first)].view(n, last - first)
         head.logits(h, g, first)
-        rows = g.unsqueeze(0)
-        backend.nll_backward(rows, head.target, lse, nll, of_s, of_z, spec, weight, u, rows, budget, (first, v))
+        backend.nll_backward(g, head.target, lse, nll, of_s, of_z, spec, weight, u, g, budget, (first, v))
         if grads[0]:
             head.add_hidden_gradient(g, dh, first)
         if grads[1]:

@@ -6,7 +6,6 @@ Two opaque ops over logits of shape (..., V) with the classes last, of any strid
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 
@@ -16,8 +15,6 @@ from torch import Tensor
 from fused_ppl import backends, reduction
 from fused_ppl.engines import LIBRARY, memory
 from fused_ppl.spec import SPEC_SCHEMA, LossSpec
-
-_spec = functools.lru_cache(LossSpec)
 
 LIBRARY.define(
     "logits_forward(Tensor logits, Tensor target, Tensor? weight, Tensor? token_weight, Tensor? num_items, "
@@ -37,40 +34,46 @@ LIBRARY.define(
 )
 
 
-def _forward(logits, target, weight, token_weight, num_items, *rest):  # type: ignore[no-untyped-def]
-    spec, backend, budget = _spec(*rest[:-2]), backends.load(rest[-2]), rest[-1]
+def forward(logits, target, weight, token_weight, num_items, *rest, keep_lse=False):  # type: ignore[no-untyped-def]
+    """What the op of that name does, without the dispatcher and without what only its schema asks for."""
+    spec, backend, budget = LossSpec.of(*rest[:-2]), backends.load(rest[-2]), rest[-1]
     shape = target.shape
     rows, totals = backend.nll_forward(
-        as_rows(logits), target.reshape(-1), spec, weight, _flat(token_weight), num_items, budget
+        as_rows(logits), _flat(target), spec, weight, _flat(token_weight), num_items, budget, keep_lse
     )
     if totals is None:
         totals = reduction.finish(*reduction.sum_rows(rows, spec, shape), spec, num_items, rows.nll.dtype)
-    return *totals, rows.nll.view(shape), rows.lse.view(shape), *(t.view(shape) if spec.stats else t for t in rows[4:])
+    return *totals, *(t if t is None or len(shape) == 1 else t.view(shape) for t in rows[2:])
+
+
+def _forward(*args):  # type: ignore[no-untyped-def]
+    *results, entropy, predicted = forward(*args, keep_lse=True)  # type: ignore[no-untyped-call]
+    return *results, *reduction.or_empty(entropy, predicted, results[0])
 
 
 def _backward_into(out: Tensor, logits, target, weight, token_weight, lse, nll, *rest) -> None:  # type: ignore[no-untyped-def]
     loss_factor, perplexity_factor, grad_loss, grad_perplexity = rest[:4]
-    spec, backend, budget = _spec(*rest[4:-2]), backends.load(rest[-2]), rest[-1]
+    spec, backend, budget = LossSpec.of(*rest[4:-2]), backends.load(rest[-2]), rest[-1]
     of_s, of_z = reduction.row_upstream(
         grad_loss, grad_perplexity, loss_factor, perplexity_factor, spec, target.shape, nll.dtype
     )
     rows = as_rows(logits)
     backend.nll_backward(
         rows,
-        target.reshape(-1),
-        lse.reshape(-1),
-        nll.reshape(-1),
+        _flat(target),
+        _flat(lse),
+        _flat(nll),
         of_s,
         of_z,
         spec,
         weight,
         _flat(token_weight),
-        out.view(rows.shape),  # row by row as the logits: contiguous, or of their strides
+        out if out.ndim == 2 else out.view(rows.shape),  # row by row as the logits: contiguous, or of their strides
         budget,
     )
 
 
-def _backward(logits, *args):  # type: ignore[no-untyped-def]
+def backward(logits, *args):  # type: ignore[no-untyped-def]
     contiguous = logits.is_contiguous()
     out = memory.empty(logits.shape, logits.dtype, logits.device) if contiguous else empty_gradient(logits)
     _backward_into(out, logits, *args)
@@ -79,7 +82,7 @@ def _backward(logits, *args):  # type: ignore[no-untyped-def]
 
 def _backward_(logits, *args):  # type: ignore[no-untyped-def]
     if row_view(logits) is None:
-        logits.copy_(_backward(logits, *args))  # type: ignore[no-untyped-call]
+        logits.copy_(backward(logits, *args))  # type: ignore[no-untyped-call]
     else:
         _backward_into(logits, logits, *args)
     # a kernel writes past autograd, which has to know: another backward of the logits must raise
@@ -92,7 +95,7 @@ def _forward_fake(logits, target, weight, token_weight, num_items, reduction_, *
 
 
 LIBRARY.impl("logits_forward", _forward, "CompositeExplicitAutograd")
-LIBRARY.impl("logits_backward", _backward, "CompositeExplicitAutograd")
+LIBRARY.impl("logits_backward", backward, "CompositeExplicitAutograd")
 LIBRARY.impl("logits_backward_", _backward_, "CompositeExplicitAutograd")
 torch.library.register_fake("fused_ppl::logits_forward", _forward_fake, lib=LIBRARY)
 torch.library.register_fake("fused_ppl::logits_backward", lambda logits, *args: empty_gradient(logits), lib=LIBRARY)
@@ -100,10 +103,12 @@ torch.library.register_fake("fused_ppl::logits_backward_", lambda logits, *args:
 
 
 def row_view(logits: Tensor) -> Tensor | None:
-    """(..., V) as a view (B, R, V), row n = b * R + r, or None where no view is.
+    """(..., V) as a view (N, V) or (B, R, V), row n = b * R + r, or None where no view is.
 
     (B, T, V) contiguous gives (1, N, V); (N, C, H, W) with the classes moved last gives (N, H * W, C).
     """
+    if logits.ndim == 2:
+        return logits
     lead = list(zip(logits.shape[:-1], logits.stride()[:-1], strict=True))
     for split in range(len(lead) + 1):
         if _merges(lead[:split]) and _merges(lead[split:]):
@@ -145,5 +150,5 @@ def empty_gradient(logits: Tensor) -> Tensor:
     return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
 
 
-def _flat(token_weight: Tensor | None) -> Tensor | None:
-    return None if token_weight is None else token_weight.reshape(-1)
+def _flat(values: Tensor | None) -> Tensor | None:
+    return values if values is None or values.ndim == 1 else values.reshape(-1)
