@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import fused_ppl.engines.linear_rows
-import fused_ppl.engines.linear_vocab  # noqa: F401  (they register the ops)
+import fused_ppl.engines.linear_vocab  # noqa: F401  (it registers its op)
+from fused_ppl.engines import linear_rows
 from fused_ppl.engines import logits as logits_engine
 
 _OPS = torch.ops.fused_ppl
@@ -43,6 +43,12 @@ def _eager(function: type[torch.autograd.Function]) -> type[torch.autograd.Funct
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(function.backward)}
     return type(torch.autograd.Function)(function.__name__, (torch.autograd.Function,), methods)  # type: ignore[misc, no-any-return]
+
+
+def _kept() -> bool:
+    """Whether the graph of the backward that is under way is kept for another one; if in doubt, it is."""
+    kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return kept is None or bool(kept())
 
 
 def _unwatched(logits: Tensor) -> bool:
@@ -128,8 +134,11 @@ class LinearLoss(torch.autograd.Function):
         scalars = (loss_factor, perplexity_factor, grad_loss, grad_perplexity)
         with torch.no_grad():
             if ctx.kind == "rows":
-                made = (dhidden, dweight, dbias)
-                results = _OPS.linear_scale(*inputs[:3], *made, *scalars, ctx.grads)
+                args = (*inputs[:3], dhidden, dweight, dbias, *scalars, ctx.grads)
+                if _unwatched(inputs[0]) and not torch.is_grad_enabled() and not _kept():
+                    results = linear_rows.scale(*args, last=True)
+                else:
+                    results = _OPS.linear_scale(*args)
             else:
                 how = (ctx.backend, ctx.dtype, ctx.grads, ctx.memory_budget)
                 results = _OPS.linear_vocab_backward(*inputs, lse, nll, *scalars, *ctx.spec, *how)

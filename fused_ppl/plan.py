@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 # bytes of the buffer of rows that a chunk works on. On a CPU it stays in the shared cache; smaller ones cost more
 # barriers between threads, which are slow where other programs want the cores. On a GPU it is enough to fill it
-CPU_BUFFER_PER_THREAD = 4 * 2**20
-CPU_BUFFER = 32 * 2**20
+CPU_BUFFER_PER_THREAD = 2**20
+CPU_BUFFER = 16 * 2**20
 GPU_BUFFER = 64 * 2**20
 
 
@@ -46,8 +46,8 @@ def row_chunks(outer: int, inner: int, rows: int) -> Iterator[tuple[slice, slice
 
 # A chunk of the fused LM head reads the weight, and reads and writes its gradient, once: below these rows that is no
 # longer little beside the products. By bytes of an element: bf16 products are faster, and need more rows.
-MIN_ROWS = {"cpu": {2: 1024, 4: 256, 8: 256}, "gpu": {2: 1024, 4: 1024, 8: 1024}}
-MAX_ROWS = {"cpu": 2048, "gpu": 4096}
+MIN_ROWS = {"cpu": {2: 512, 4: 128, 8: 128}, "gpu": {2: 1024, 4: 1024, 8: 1024}}
+MAX_ROWS = {"cpu": 1024, "gpu": 4096}
 CHUNK_BYTES = {"cpu": 256 * 2**20, "gpu": 512 * 2**20}
 COLUMNS = 8192  # of a slice of the vocabulary
 LEAST_COLUMNS = 256
@@ -123,7 +123,11 @@ def linear_plan(case: LinearCase, kind: str) -> LinearPlan:
     n, v, d, size = case.num_tokens, case.num_classes, case.hidden_size, case.itemsize
     wide, product = max(4, size), 2 * n * v * d
     least, most = MIN_ROWS[case.place][size], MAX_ROWS[case.place]
-    rows = min(max(CHUNK_BYTES[case.place] // (v * size), least), most)
+    rows = CHUNK_BYTES[case.place] // (v * size)
+    if case.place == "cpu":
+        # larger than half of the fp32 gradient of the weight it would cost more memory than it saves time
+        rows = min(rows, 2 * d // size)
+    rows = min(max(rows, least), most)
     saved = case.accumulator_bytes + wide * n * d * case.grads[0] if kind == "rows" else 2 * wide * n
     reasons = {
         "forward": "nothing requires a gradient",
@@ -141,6 +145,8 @@ def linear_plan(case: LinearCase, kind: str) -> LinearPlan:
     if case.memory_budget is not None:
         rows = _within(rows, case.memory_budget - (saved if kind == "rows" else 0), v * size, least)
     rows = max(1, min(rows, n))
+    if case.place == "cpu" and n:
+        rows = -(-n // -(-n // rows))  # the last chunk as large as the others
     temporary = max(rows * v * size, backward)
     if case.memory_budget is not None and temporary + saved > case.memory_budget:
         reason += f", over the budget of {case.memory_budget / 2**20:.0f} MiB: its fixed part alone does not fit"

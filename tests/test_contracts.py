@@ -301,7 +301,7 @@ def run_head_on(device: str, spec: LossSpec, dtype: torch.dtype, backend: str) -
     how, grads = (*spec.op_args(), backend, dtype), (spec.reduction == "mean",) * 3
     out = linear_rows._forward(*head, *tokens, num_items, *how, grads, None)
     upstream = torch.ones(out[0].shape, device=device)
-    linear_rows._scale(*head, *out[9:], *out[3:5], upstream, upstream, grads)
+    linear_rows.scale(*head, *out[9:], *out[3:5], upstream, upstream, grads)
     saved = (*head, *tokens, out[6], out[5], *out[3:5], upstream, upstream)
     return linear_vocab._backward(*saved, *how, (True, True, True), None)[0]
 

@@ -188,8 +188,21 @@ def test_a_second_backward_is_bitwise_the_same():
     for reduction in ("mean", "none"):
         loss = linear_perplexity(*leaves[:2], target, linear_bias=leaves[2], reduction=reduction).sum()
         first = torch.autograd.grad(loss, leaves, torch.tensor(3.0), retain_graph=True)
+        kept = [a.clone() for a in first]
         second = torch.autograd.grad(loss, leaves, torch.tensor(3.0))
-        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(kept, second, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(kept, first, strict=True)), "the last backward wrote on the first"
+
+
+@pytest.mark.parametrize("keep", [False, True], ids=["last", "kept"])
+def test_the_last_backward_scales_the_gradients_in_their_own_memory(keep, peak_bytes, fits):
+    n, v, d = 4, 20000, 64
+    fits(n, v)
+    (hidden, weight, _), target = make_head(n, v, d)
+    loss = linear_perplexity(hidden.requires_grad_(), weight.requires_grad_(), target)
+    peak = peak_bytes(lambda: loss.backward(retain_graph=keep))
+    assert peak >= v * d * 4 if keep else peak < v * d
+    assert weight.grad is not None and weight.grad.abs().max() > 0
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])

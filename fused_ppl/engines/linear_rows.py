@@ -100,14 +100,20 @@ def _accumulator_shapes(hidden: Tensor, linear_weight: Tensor, grads: Sequence[b
     return [shape if needed else (0,) for shape, needed in zip(shapes, grads, strict=True)]
 
 
-def _scale(hidden, linear_weight, linear_bias, dhidden, dweight, dbias, *rest):  # type: ignore[no-untyped-def]
+def scale(hidden, linear_weight, linear_bias, dhidden, dweight, dbias, *rest, last=False):  # type: ignore[no-untyped-def]
+    """What the op of that name does; where this is the `last` use of the unscaled gradients, in their own memory."""
     loss_factor, perplexity_factor, grad_loss, grad_perplexity, grads = rest
     factor = reduction.upstream(grad_loss, grad_perplexity, loss_factor, perplexity_factor)
-    results = empty_gradients(hidden, linear_weight, linear_bias, grads)
-    for gradient, result, needed in zip((dhidden, dweight, dbias), results, grads, strict=True):
+    likes, made = (hidden, linear_weight, linear_bias), (dhidden, dweight, dbias)
+    reused = [last and needed and m.dtype == like.dtype for like, m, needed in zip(likes, made, grads, strict=True)]
+    fresh = [needed and not again for needed, again in zip(grads, reused, strict=True)]
+    results = list(empty_gradients(hidden, linear_weight, linear_bias, fresh))
+    for i, needed in enumerate(grads):
+        if reused[i]:
+            results[i] = made[i]
         if needed:
-            scale_into(result, gradient, factor)
-    return results
+            scale_into(results[i], made[i], factor)
+    return tuple(results)
 
 
 def _scale_fake(hidden, linear_weight, linear_bias, *rest):  # type: ignore[no-untyped-def]
@@ -122,6 +128,6 @@ def _forward_fake(hidden, linear_weight, linear_bias, target, weight, token_weig
 
 
 LIBRARY.impl("linear_forward", _forward, "CompositeExplicitAutograd")
-LIBRARY.impl("linear_scale", _scale, "CompositeExplicitAutograd")
+LIBRARY.impl("linear_scale", scale, "CompositeExplicitAutograd")
 torch.library.register_fake("fused_ppl::linear_forward", _forward_fake, lib=LIBRARY)
 torch.library.register_fake("fused_ppl::linear_scale", _scale_fake, lib=LIBRARY)
