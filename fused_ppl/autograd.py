@@ -51,15 +51,19 @@ def _kept() -> bool:
     return kept is None or bool(kept())
 
 
-def _unwatched(logits: Tensor) -> bool:
+def _untraced(tensor: Tensor) -> bool:
     """Whether an op may be left out for what it does: nothing traces, counts or fakes what is dispatched."""
     return (
         not torch.compiler.is_compiling()
-        and type(logits) in (Tensor, torch.nn.Parameter)
+        and type(tensor) in (Tensor, torch.nn.Parameter)
         and torch._C._len_torch_dispatch_stack() == 0
         and not torch._C._are_functorch_transforms_active()
-        and not torch._C._autograd._profiler_enabled()
     )
+
+
+def _unwatched(tensor: Tensor) -> bool:
+    """The same, and no profiler would miss the name of the op."""
+    return _untraced(tensor) and not torch._C._autograd._profiler_enabled()
 
 
 class LogitsLoss(torch.autograd.Function):
@@ -135,8 +139,8 @@ class LinearLoss(torch.autograd.Function):
         with torch.no_grad():
             if ctx.kind == "rows":
                 args = (*inputs[:3], dhidden, dweight, dbias, *scalars, ctx.grads)
-                if _unwatched(inputs[0]) and not torch.is_grad_enabled() and not _kept():
-                    results = linear_rows.scale(*args, last=True)
+                if _untraced(inputs[0]) and not torch.is_grad_enabled() and not _kept():
+                    results = linear_rows.scale(*args, last=True)  # type: ignore[no-untyped-call]
                 else:
                     results = _OPS.linear_scale(*args)
             else:
