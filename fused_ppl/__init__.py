@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fused perplexity and cross-entropy losses over large vocabularies, for PyTorch, in Triton and in plain PyTorch."""
 
+from fused_ppl.accumulate import PerplexityAccumulator
 from fused_ppl.functional import (
     cross_entropy,
     cross_entropy_with_stats,
@@ -23,6 +24,7 @@ __all__ = [
     "LossOutput",
     "Options",
     "Perplexity",
+    "PerplexityAccumulator",
     "PerplexityLoss",
     "cross_entropy",
     "cross_entropy_with_stats",

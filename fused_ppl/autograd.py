@@ -12,7 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import fused_ppl.engines.linear_vocab  # noqa: F401  (it registers its op)
+import fused_ppl.engines.linear_vocab
+import fused_ppl.engines.totals
+import fused_ppl.engines.vocab_parallel  # noqa: F401  (they register their ops)
+from fused_ppl import parallel
 from fused_ppl.engines import linear_rows
 from fused_ppl.engines import logits as logits_engine
 
@@ -69,17 +72,21 @@ def _unwatched(tensor: Tensor) -> bool:
 class LogitsLoss(torch.autograd.Function):
     """(loss, perplexity, total_weight, loss_factor, perplexity_factor, nll, lse, entropy, predicted) from logits."""
 
-    # (logits, target, weight, token_weight, num_items, spec, backend, memory_budget, inplace_backward), as one
+    # (logits, target, weight, token_weight, num_items, spec, backend, memory_budget, inplace_backward, groups), as one
     # parameter: Function.apply inspects the signature at every call, which costs as much as a small loss
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
-        *tensors, spec, backend, memory_budget, _ = args
+        *tensors, spec, backend, memory_budget, _, groups = args
+        if groups is not None:
+            return parallel.logits_forward(tensors, spec, backend, memory_budget, groups)
         op: Any = logits_engine.forward if _unwatched(tensors[0]) else _OPS.logits_forward
         return tuple(op(*tensors, *spec, backend, memory_budget))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        logits, target, weight, token_weight, _, ctx.spec, ctx.backend, ctx.memory_budget, ctx.inplace = inputs
+        logits, target, weight, token_weight, _, ctx.spec, ctx.backend, ctx.memory_budget, ctx.inplace, ctx.groups = (
+            inputs
+        )
         loss_factor, perplexity_factor, nll, lse = output[3:7]
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*(t for t in output[2:] if t is not None))
@@ -89,22 +96,26 @@ class LogitsLoss(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         grad_loss, grad_perplexity = upstream[:2]
         if grad_loss is None and grad_perplexity is None:
-            return (None,) * 9
+            return (None,) * 10
         saved = ctx.saved_tensors
         logits = saved[0]
         args = (*saved, grad_loss, grad_perplexity, *ctx.spec, ctx.backend, ctx.memory_budget)
         if not torch.is_grad_enabled():
-            return (_logits_gradient(ctx.inplace, args), *(None,) * 8)
+            return (_logits_gradient(ctx.inplace, ctx.groups, args), *(None,) * 9)
         with torch.no_grad():
-            gradient = _logits_gradient(ctx.inplace, args)
-        return (_FirstOrderOnly.apply(gradient, grad_loss, grad_perplexity, logits), *(None,) * 8)  # type: ignore[no-untyped-call]
+            gradient = _logits_gradient(ctx.inplace, ctx.groups, args)
+        return (_FirstOrderOnly.apply(gradient, grad_loss, grad_perplexity, logits), *(None,) * 9)  # type: ignore[no-untyped-call]
 
 
-def _logits_gradient(inplace: bool, args: tuple[Any, ...]) -> Tensor:
-    if inplace:
-        _OPS.logits_backward_(*args)
-        return args[0].detach()  # type: ignore[no-any-return]  # the logits themselves would bring their graph along
+def _logits_gradient(inplace: bool, groups: parallel.Groups | None, args: tuple[Any, ...]) -> Tensor:
     op: Any = logits_engine.backward if _unwatched(args[0]) else _OPS.logits_backward
+    op_ = _OPS.logits_backward_
+    if groups is not None and groups.vocab:
+        op, op_ = _OPS.shard_logits_backward, _OPS.shard_logits_backward_
+        args = (*args, groups.first, groups.num_classes)
+    if inplace:
+        op_(*args)
+        return args[0].detach()  # type: ignore[no-any-return]  # the logits themselves would bring their graph along
     return op(*args)  # type: ignore[no-any-return]
 
 
@@ -115,16 +126,18 @@ class LinearLoss(torch.autograd.Function):
     """
 
     # (hidden, linear_weight, linear_bias, target, weight, token_weight, num_items, spec, kind, grads, dtype, backend,
-    # memory_budget)
+    # memory_budget, groups)
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
-        *tensors, spec, kind, grads, dtype, backend, memory_budget = args
+        *tensors, spec, kind, grads, dtype, backend, memory_budget, groups = args
         made = grads if kind == "rows" else (False,) * 3
+        if groups is not None:
+            return parallel.hidden_forward(tensors, spec, backend, dtype, made, memory_budget, groups)
         return tuple(_OPS.linear_forward(*tensors, *spec, backend, dtype, made, memory_budget))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        *tensors, ctx.spec, ctx.kind, ctx.grads, ctx.dtype, ctx.backend, ctx.memory_budget = inputs
+        *tensors, ctx.spec, ctx.kind, ctx.grads, ctx.dtype, ctx.backend, ctx.memory_budget, ctx.groups = inputs
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*output[2:])
         ctx.save_for_backward(*tensors[:6], *output[3:7], *output[9:])
@@ -133,7 +146,7 @@ class LinearLoss(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         grad_loss, grad_perplexity = upstream[:2]
         if grad_loss is None and grad_perplexity is None:
-            return (None,) * 13
+            return (None,) * 14
         *inputs, loss_factor, perplexity_factor, nll, lse, dhidden, dweight, dbias = ctx.saved_tensors
         scalars = (loss_factor, perplexity_factor, grad_loss, grad_perplexity)
         with torch.no_grad():
@@ -144,13 +157,19 @@ class LinearLoss(torch.autograd.Function):
                 else:
                     results = _OPS.linear_scale(*args)
             else:
-                how = (ctx.backend, ctx.dtype, ctx.grads, ctx.memory_budget)
+                groups, columns = ctx.groups, (0, inputs[1].shape[0])
+                if groups is not None and groups.vocab:
+                    columns = (groups.first, groups.num_classes)
+                how = (ctx.backend, ctx.dtype, ctx.grads, ctx.memory_budget, *columns)
                 results = _OPS.linear_vocab_backward(*inputs, lse, nll, *scalars, *ctx.spec, *how)
+                if groups is not None and groups.sum_hidden and ctx.grads[0]:
+                    # each shard of the vocabulary has made its part
+                    results = (parallel.reduce(results[0], "sum", groups.vocab), *results[1:])
         gradients = [r if needed else None for r, needed in zip(results, ctx.grads, strict=True)]
         if torch.is_grad_enabled():
             parents = (grad_loss, grad_perplexity, *inputs[:3])
             gradients = [None if g is None else _FirstOrderOnly.apply(g, *parents) for g in gradients]  # type: ignore[no-untyped-call]
-        return (*gradients, *(None,) * 10)
+        return (*gradients, *(None,) * 11)
 
 
 class _FirstOrderOnly(torch.autograd.Function):

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The only words for input errors: the rule, what was got, and the way out."""
+"""The only words for input errors, with `rank_checks`: the rule, what was got, and the way out."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -130,6 +131,32 @@ def check_reduction_for_perplexity(reduction: str) -> None:
         raise ValueError(
             "reduction='sum' has no meaning for perplexity: perplexities of tokens do not add up. Use 'mean' for "
             "exp(mean nll), or cross_entropy(..., reduction='sum') and combine sums and counts before exp."
+        )
+
+
+def check_parameters(parameters: Sequence[object]) -> None:
+    for parameter in parameters:
+        check_tensor("parameters", parameter)
+    if not parameters:
+        raise ValueError("parameters must hold at least one tensor; got none. Pass model.parameters(), a fresh one.")
+
+
+def check_sum_output(output: Any) -> None:
+    """What is added up must be S: a plain sum, of which the mean is the logarithm of a perplexity."""
+    way = 'Use cross_entropy_with_stats(..., reduction="sum"), or the linear form.'
+    if not hasattr(output, "total_weight"):
+        raise TypeError(f"add takes a LossOutput, which knows S and M; got {type(output).__name__}. {way}")
+    if output.loss.ndim:
+        raise ValueError(f"add takes one sum; got a loss of shape {tuple(output.loss.shape)}. {way}")
+    spec = getattr(output.loss.grad_fn, "spec", None)  # that of our own op; another has none
+    if spec is None:
+        return
+    if spec[0] != "sum":
+        raise ValueError(f"add takes the sum of a micro-batch, and a mean loses M; got reduction={spec[0]!r}. {way}")
+    if spec[5]:
+        raise ValueError(
+            f"add takes S alone: finish() would scale the gradient of z_loss={spec[5]!r} by PPL / M as well. "
+            "Leave z_loss out, or train on cross_entropy."
         )
 
 

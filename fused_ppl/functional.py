@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The public functions: signature, docstring, checks, and the call."""
+"""The public functions: signature, docstring, and the call."""
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 
-from fused_ppl import backends, checks, plan, reference
-from fused_ppl.autograd import LinearLoss, LogitsLoss, run
-from fused_ppl.reduction import sum_dtype
+from fused_ppl import checks, parallel
+from fused_ppl.calls import from_hidden, from_logits
 from fused_ppl.spec import LossOutput, LossSpec, Options
 
-_DEFAULT = Options()
+if TYPE_CHECKING:
+    from fused_ppl.parallel import Group, VocabGroup
 
 
 def cross_entropy(
@@ -28,6 +29,8 @@ def cross_entropy(
     token_weight: Tensor | None = None,
     z_loss: float = 0.0,
     num_items: float | Tensor | None = None,
+    group: Group | None = None,
+    vocab_group: VocabGroup | None = None,
     options: Options | None = None,
 ) -> Tensor:
     """Cross-entropy of logits against class indices, as `torch.nn.functional.cross_entropy`, in one pass.
@@ -55,6 +58,13 @@ def cross_entropy(
         token_weight: the shape of `target`, a weight for each token.
         z_loss: >= 0, the factor of lse^2 (PaLM, arXiv:2204.02311, uses 1e-4).
         num_items: replaces M in "mean", for sums over several micro-batches (`num_items_in_batch` of Hugging Face).
+        group: the ranks that hold the other parts of the batch (data, context or sequence parallel): a ProcessGroup,
+            or one dimension of a DeviceMesh. S and M are those of all of them, on each, and so is the loss; see
+            docs/distributed.md. The gradient is multiplied by the number of ranks, so that DDP and FSDP, which
+            average it, give that of the whole batch. For "mean".
+        vocab_group: the ranks that hold the other classes, if these tensors are shards of the vocabulary in the order
+            of ranks, all of one size; or (group, sizes). Targets, and `weight` of all classes, are the same on each.
+            A DTensor that is sharded over the classes says so by itself.
         options: how it runs, see `Options`.
 
     Returns:
@@ -74,7 +84,9 @@ def cross_entropy(
         tensor([0.2395, 1.0986])
     """
     spec = LossSpec.of(reduction, ignore_index, label_smoothing, logit_scale, softcap, z_loss)
-    return _from_logits(input, target, weight, token_weight, num_items, class_dim, spec, options).loss
+    return from_logits(
+        input, target, weight, token_weight, num_items, class_dim, spec, options, group, vocab_group
+    ).loss
 
 
 def perplexity(
@@ -90,6 +102,8 @@ def perplexity(
     softcap: float | None = None,
     token_weight: Tensor | None = None,
     max_nll: float | None = None,
+    group: Group | None = None,
+    vocab_group: VocabGroup | None = None,
     options: Options | None = None,
 ) -> Tensor:
     """Perplexity of logits against class indices: `cross_entropy(...).exp()`, differentiable.
@@ -99,7 +113,7 @@ def perplexity(
 
     Its gradient is PPL times that of the cross-entropy, about V times at initialisation: clip gradients by norm, or
     train with an optimizer that does not see the length of the gradient. Perplexities of micro-batches and ranks
-    do not add up or average; combine S and M (`reduction="sum"` of `cross_entropy_with_stats`).
+    do not add up or average: `group` combines S and M of ranks, `PerplexityAccumulator` those of micro-batches.
 
     Args:
         reduction: "mean"; "none" and "sequence" are exp of each token's and each sequence's loss. An ignored token
@@ -121,8 +135,11 @@ def perplexity(
         -10.3333
     """
     checks.check_reduction_for_perplexity(reduction)
+    parallel.warn_without_group(reduction, group, vocab_group, input)
     spec = LossSpec.of(reduction, ignore_index, label_smoothing, logit_scale, softcap, 0.0, max_nll)
-    return _from_logits(input, target, weight, token_weight, None, class_dim, spec, options).perplexity
+    return from_logits(
+        input, target, weight, token_weight, None, class_dim, spec, options, group, vocab_group
+    ).perplexity
 
 
 def cross_entropy_with_stats(
@@ -140,6 +157,8 @@ def cross_entropy_with_stats(
     z_loss: float = 0.0,
     num_items: float | Tensor | None = None,
     max_nll: float | None = None,
+    group: Group | None = None,
+    vocab_group: VocabGroup | None = None,
     options: Options | None = None,
 ) -> LossOutput:
     """Loss and perplexity with what the same pass knows of each token: nll, lse, entropy, argmax; and M.
@@ -158,7 +177,7 @@ def cross_entropy_with_stats(
         (tensor(2.0794), tensor(1., dtype=torch.float64), tensor([ 0, -1]))
     """
     spec = LossSpec.of(reduction, ignore_index, label_smoothing, logit_scale, softcap, z_loss, max_nll, stats=True)
-    return _from_logits(input, target, weight, token_weight, num_items, class_dim, spec, options)
+    return from_logits(input, target, weight, token_weight, num_items, class_dim, spec, options, group, vocab_group)
 
 
 def linear_cross_entropy(
@@ -176,6 +195,8 @@ def linear_cross_entropy(
     token_weight: Tensor | None = None,
     z_loss: float = 0.0,
     num_items: float | Tensor | None = None,
+    group: Group | None = None,
+    vocab_group: VocabGroup | None = None,
     options: Options | None = None,
 ) -> Tensor:
     """`cross_entropy` of the logits input @ linear_weight.T + linear_bias, which are never made as a whole.
@@ -204,7 +225,9 @@ def linear_cross_entropy(
         3.912
     """
     spec = LossSpec.of(reduction, ignore_index, label_smoothing, logit_scale, softcap, z_loss)
-    return _from_hidden(input, linear_weight, target, linear_bias, weight, token_weight, num_items, spec, options).loss
+    return from_hidden(
+        input, linear_weight, target, linear_bias, weight, token_weight, num_items, spec, options, group, vocab_group
+    ).loss
 
 
 def linear_perplexity(
@@ -221,6 +244,8 @@ def linear_perplexity(
     softcap: float | None = None,
     token_weight: Tensor | None = None,
     max_nll: float | None = None,
+    group: Group | None = None,
+    vocab_group: VocabGroup | None = None,
     options: Options | None = None,
 ) -> Tensor:
     """`perplexity` of the logits input @ linear_weight.T + linear_bias, which are never made as a whole.
@@ -234,8 +259,11 @@ def linear_perplexity(
         50.0
     """
     checks.check_reduction_for_perplexity(reduction)
+    parallel.warn_without_group(reduction, group, vocab_group, input, linear_weight)
     spec = LossSpec.of(reduction, ignore_index, label_smoothing, logit_scale, softcap, 0.0, max_nll)
-    return _from_hidden(input, linear_weight, target, linear_bias, weight, token_weight, None, spec, options).perplexity
+    return from_hidden(
+        input, linear_weight, target, linear_bias, weight, token_weight, None, spec, options, group, vocab_group
+    ).perplexity
 
 
 def linear_cross_entropy_with_stats(
@@ -254,6 +282,8 @@ def linear_cross_entropy_with_stats(
     z_loss: float = 0.0,
     num_items: float | Tensor | None = None,
     max_nll: float | None = None,
+    group: Group | None = None,
+    vocab_group: VocabGroup | None = None,
     options: Options | None = None,
 ) -> LossOutput:
     """`cross_entropy_with_stats` of the logits input @ linear_weight.T + linear_bias, which are never made as a whole.
@@ -266,112 +296,6 @@ def linear_cross_entropy_with_stats(
         (50.0, 1.0)
     """
     spec = LossSpec.of(reduction, ignore_index, label_smoothing, logit_scale, softcap, z_loss, max_nll, stats=True)
-    return _from_hidden(input, linear_weight, target, linear_bias, weight, token_weight, num_items, spec, options)
-
-
-def _from_logits(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    token_weight: Tensor | None,
-    num_items: float | Tensor | None,
-    class_dim: int,
-    spec: LossSpec,
-    options: Options | None,
-) -> LossOutput:
-    options = _DEFAULT if options is None else options
-    checks.check_options(options, Options)
-    checks.check_logits(input, class_dim)
-    logits = input if input.ndim == 1 or class_dim in (-1, input.ndim - 1) else input.movedim(class_dim, -1)
-    checks.check_classes(logits.shape[-1])
-    checks.check_target(target, logits.shape[:-1], input)
-    checks.check_sequence(spec.reduction, target)
-    checks.check_constant("weight", weight, (logits.shape[-1],), "one number for each class", input)
-    checks.check_constant("token_weight", token_weight, target.shape, "the shape of target", input)
-    checks.check_num_items(num_items, spec.reduction)
-    if options.inplace_backward:
-        checks.check_inplace_backward(input)
-    backend = backends.choose(options.backend, input.device, input.dtype)
-    if num_items is not None:
-        num_items = _scalar(num_items, input)
-    if backend == "reference":
-        checks.check_target_range(target, logits.shape[-1], spec.ignore_index)
-        return reference.logits_loss(logits, target, spec, weight, token_weight, num_items)
-    out = run(
-        LogitsLoss,
-        logits,
-        target,
-        weight,
-        token_weight,
-        num_items,
-        spec.op_args(),
-        backend,
-        options.memory_budget,
-        options.inplace_backward,
+    return from_hidden(
+        input, linear_weight, target, linear_bias, weight, token_weight, num_items, spec, options, group, vocab_group
     )
-    loss, perplexity_, total_weight, _, _, nll, lse, entropy, predicted = out
-    if spec.stats:
-        lse = lse.to(nll.dtype)
-    return LossOutput(loss, perplexity_, nll, lse, entropy, predicted, total_weight)
-
-
-def _from_hidden(
-    input: Tensor,
-    linear_weight: Tensor,
-    target: Tensor,
-    linear_bias: Tensor | None,
-    weight: Tensor | None,
-    token_weight: Tensor | None,
-    num_items: float | Tensor | None,
-    spec: LossSpec,
-    options: Options | None,
-) -> LossOutput:
-    options = _DEFAULT if options is None else options
-    checks.check_options(options, Options)
-    checks.check_head(input, linear_weight, linear_bias)
-    checks.check_target(target, input.shape[:-1], input)
-    checks.check_sequence(spec.reduction, target)
-    checks.check_constant("weight", weight, linear_weight.shape[:1], "one number for each class", input)
-    checks.check_constant("token_weight", token_weight, target.shape, "the shape of target", input)
-    checks.check_num_items(num_items, spec.reduction)
-    checks.check_no_inplace(options.inplace_backward)
-    device = input.device.type
-    cast = torch.is_autocast_enabled(device) and input.dtype != torch.float64  # which autocast leaves alone
-    dtype = torch.get_autocast_dtype(device) if cast else input.dtype
-    backend = backends.choose(options.backend, input.device, dtype)
-    if num_items is not None:
-        num_items = _scalar(num_items, input)
-    if backend == "reference":
-        checks.check_target_range(target, linear_weight.shape[0], spec.ignore_index)
-        logits = torch.nn.functional.linear(input, linear_weight, linear_bias)
-        return reference.logits_loss(logits, target, spec, weight, token_weight, num_items)
-    tensors = (input, linear_weight, linear_bias)
-    grads = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in tensors)
-    per_token = spec.reduction in ("none", "sequence") or (spec.stats and spec.z_loss > 0)
-    shape = (target.numel(), *linear_weight.shape, dtype.itemsize, device, grads, options.memory_budget)
-    kind = plan.linear_kind(plan.LinearCase(*shape), per_token)
-    out = run(
-        LinearLoss,
-        *tensors,
-        target,
-        weight,
-        token_weight,
-        num_items,
-        spec.op_args(),
-        kind,
-        grads,
-        dtype,
-        backend,
-        options.memory_budget,
-    )
-    loss, perplexity_, total_weight, _, _, nll, lse, entropy, predicted = out[:9]
-    if spec.stats:
-        lse = lse.to(nll.dtype)
-    return LossOutput(loss, perplexity_, nll, lse, entropy, predicted, total_weight)
-
-
-def _scalar(value: float | Tensor, input: Tensor) -> Tensor:
-    """A number on the device of the input, without waiting for it."""
-    if isinstance(value, Tensor):
-        return value.detach().reshape(()).to(input.device, non_blocking=True)
-    return torch.full((), float(value), dtype=sum_dtype(input.device), device=input.device)

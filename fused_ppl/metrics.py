@@ -4,12 +4,16 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from fused_ppl import checks, functional, reduction
+from fused_ppl import checks, functional, parallel, reduction
 from fused_ppl.spec import LossSpec, Options
+
+if TYPE_CHECKING:
+    from fused_ppl.parallel import Group
 
 
 class Perplexity:
@@ -84,6 +88,19 @@ class Perplexity:
         device = self.nll_sum.device
         self.nll_sum = self.nll_sum + other.nll_sum.to(device)
         self.total_weight = self.total_weight + other.total_weight.to(device)
+        return self
+
+    def sync(self, group: Group | None = None) -> Perplexity:
+        """Add what all ranks have seen, once, after the last update: each then holds the same sums. Returns itself.
+
+        Args:
+            group: a ProcessGroup or one dimension of a DeviceMesh; None for all ranks.
+        """
+        name, backend = parallel.group_or_world(group)
+        if backend == "nccl":  # a rank that has seen nothing yet
+            self.nll_sum, self.total_weight = self.nll_sum.cuda(), self.total_weight.cuda()
+        sums = parallel.reduce(torch.stack((self.nll_sum, self.total_weight)), "sum", name)
+        self.nll_sum, self.total_weight = sums.unbind()
         return self
 
     def compute(self) -> Tensor:

@@ -3,13 +3,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from fused_ppl import checks, functional
 from fused_ppl.spec import LossSpec, Options
+
+if TYPE_CHECKING:
+    from fused_ppl.parallel import Group, VocabGroup
 
 
 class _Loss(nn.Module):
@@ -19,7 +22,7 @@ class _Loss(nn.Module):
 
     def __init__(self, weight: Tensor | None, **keywords: object) -> None:
         super().__init__()
-        LossSpec(**{k: v for k, v in keywords.items() if k not in ("class_dim", "options")})  # type: ignore[arg-type]
+        LossSpec(**{k: v for k, v in keywords.items() if k not in ("class_dim", "group", "vocab_group", "options")})  # type: ignore[arg-type]
         self.register_buffer("weight", weight)
         self._names = tuple(keywords)
         for name, value in keywords.items():
@@ -54,6 +57,8 @@ class CrossEntropyLoss(_Loss):
         logit_scale: float = 1.0,
         softcap: float | None = None,
         z_loss: float = 0.0,
+        group: Group | None = None,
+        vocab_group: VocabGroup | None = None,
         options: Options | None = None,
     ) -> None:
         super().__init__(
@@ -65,6 +70,8 @@ class CrossEntropyLoss(_Loss):
             logit_scale=logit_scale,
             softcap=softcap,
             z_loss=z_loss,
+            group=group,
+            vocab_group=vocab_group,
             options=options,
         )
 
@@ -107,6 +114,8 @@ class PerplexityLoss(_Loss):
         logit_scale: float = 1.0,
         softcap: float | None = None,
         max_nll: float | None = None,
+        group: Group | None = None,
+        vocab_group: VocabGroup | None = None,
         options: Options | None = None,
     ) -> None:
         super().__init__(
@@ -118,6 +127,8 @@ class PerplexityLoss(_Loss):
             logit_scale=logit_scale,
             softcap=softcap,
             max_nll=max_nll,
+            group=group,
+            vocab_group=vocab_group,
             options=options,
         )
 
@@ -172,6 +183,8 @@ class LinearCrossEntropyLoss(_LinearLoss):
         logit_scale: float = 1.0,
         softcap: float | None = None,
         z_loss: float = 0.0,
+        group: Group | None = None,
+        vocab_group: VocabGroup | None = None,
         options: Options | None = None,
     ) -> None:
         super().__init__(
@@ -188,6 +201,8 @@ class LinearCrossEntropyLoss(_LinearLoss):
             logit_scale=logit_scale,
             softcap=softcap,
             z_loss=z_loss,
+            group=group,
+            vocab_group=vocab_group,
             options=options,
         )
 
@@ -237,6 +252,8 @@ class LinearPerplexityLoss(_LinearLoss):
         logit_scale: float = 1.0,
         softcap: float | None = None,
         max_nll: float | None = None,
+        group: Group | None = None,
+        vocab_group: VocabGroup | None = None,
         options: Options | None = None,
     ) -> None:
         super().__init__(
@@ -253,6 +270,8 @@ class LinearPerplexityLoss(_LinearLoss):
             logit_scale=logit_scale,
             softcap=softcap,
             max_nll=max_nll,
+            group=group,
+            vocab_group=vocab_group,
             options=options,
         )
 

@@ -61,6 +61,17 @@ def sum_rows(rows: RowStats, spec: LossSpec, target_shape: torch.Size) -> tuple[
     return grouped(rows.loss), grouped(rows.weight), None if z is None else grouped(z)
 
 
+def stack_sums(rows: RowStats, spec: LossSpec, target_shape: torch.Size) -> Tensor:
+    """(2 or 3, *groups): what `sum_rows` gives, to be summed over ranks at once."""
+    return torch.stack([t for t in sum_rows(rows, spec, target_shape) if t is not None])
+
+
+def empty_sums(like: Tensor, target: Tensor, reduction: str, z_loss: float) -> Tensor:
+    """The fake of `stack_sums`."""
+    shape = (3 if z_loss else 2, *group_shape(reduction, target.shape))
+    return like.new_empty(shape, dtype=sum_dtype(like.device))
+
+
 def finish(
     s: Tensor, m: Tensor, z: Tensor | None, spec: LossSpec, num_items: Tensor | None, dtype: torch.dtype
 ) -> Totals:

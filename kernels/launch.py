@@ -23,7 +23,9 @@ SM_THREADS = 1024
 SM_REGISTERS = 65536
 L2_BYTES = 30 * 10**6  # of 40 MB (A100), 50 (H100), 126 (B200)
 PARTIALS = 5  # what a slice of a row hands over: reference, s, q, d, column
-SHARD_FIELDS = 6  # max z, sum e^(z - max), target's z or 0, sum w z, sum e^(z - max) (z - max), column of the maximum
+# of a shard of the vocabulary: max z; sum e^(z - max), the target left out; the target's z, or 0 where it is elsewhere;
+# sum w z and sum e^(z - max) (z - max), the target left out; column of the maximum
+SHARD_FIELDS = 6
 
 
 class Weights(NamedTuple):

@@ -72,17 +72,14 @@ def store_row(row, rows, s, q, d, column, origin, fixed, z2, class_weight, token
 
 
 @triton.jit
-def store_shard(shards_ptr, row, origin, s, q, d, z2, owned, class_weight, column):
-    """A shard's statistics in nats, its target's share included where it owns the target."""
-    z = tl.where(owned, z2 * primitives.LN2, 0.0)
-    delta = (z2 - origin).to(tl.float32)
-    share = primitives.power(delta)
+def store_shard(shards_ptr, row, origin, s, q, d, z2, owned, column):
+    """A shard's statistics in nats: sums over the classes that are not the target, and the target's z apart from them."""
     ptr = shards_ptr + row.to(tl.int64) * _SHARD_FIELDS
     tl.store(ptr, origin * primitives.LN2)
-    tl.store(ptr + 1, s + share)
-    tl.store(ptr + 2, z)
-    tl.store(ptr + 3, d.to(tl.float64) * primitives.LN2 + class_weight * z)
-    tl.store(ptr + 4, (q + share * tl.maximum(delta, -1000.0)) * primitives.LN2)
+    tl.store(ptr + 1, s)
+    tl.store(ptr + 2, tl.where(owned, z2 * primitives.LN2, 0.0))
+    tl.store(ptr + 3, d.to(tl.float64) * primitives.LN2)
+    tl.store(ptr + 4, q * primitives.LN2)
     tl.store(ptr + 5, column)
 
 
@@ -136,10 +133,10 @@ def sum_and_store(row, row_ptr, target, weights, rows, shards_ptr, workspace, nu
             row_ptr, weight_ptr, hole, a_target, reference, s, q, d, column, multiplier, squash, V, stride_v,
             RUNNING_MAX, SMOOTHING, VECTOR, T,
         )  # fmt: skip
-        class_weight, token_weight = class_weights.of_target(row, target, weights, num_classes)
         if SHARD:
-            store_shard(shards_ptr, row, origin, s, q, d, z2, hole >= 0, class_weight, column)
+            store_shard(shards_ptr, row, origin, s, q, d, z2, hole >= 0, column)
         else:
+            class_weight, token_weight = class_weights.of_target(row, target, weights, num_classes)
             store_row(
                 row, rows, s, q, d, column, origin, fixed, z2, class_weight, token_weight,
                 class_weights.total(weights, num_classes), numbers, num_classes,

@@ -303,7 +303,7 @@ def run_head_on(device: str, spec: LossSpec, dtype: torch.dtype, backend: str) -
     upstream = torch.ones(out[0].shape, device=device)
     linear_rows.scale(*head, *out[9:], *out[3:5], upstream, upstream, grads)
     saved = (*head, *tokens, out[6], out[5], *out[3:5], upstream, upstream)
-    return linear_vocab._backward(*saved, *how, (True, True, True), None)[0]
+    return linear_vocab._backward(*saved, *how, (True, True, True), None, 0, 11)[0]
 
 
 ENGINES = {run_logits_on: (2, 3, 11), run_head_on: (2, 3, 5)}

@@ -11,14 +11,27 @@ import pytest
 import torch
 
 import fused_ppl
-from fused_ppl import CrossEntropyLoss, Options, PerplexityLoss, checks, cross_entropy, perplexity
+from fused_ppl import (
+    CrossEntropyLoss,
+    Options,
+    Perplexity,
+    PerplexityAccumulator,
+    PerplexityLoss,
+    checks,
+    cross_entropy,
+    perplexity,
+)
 from fused_ppl import cross_entropy_with_stats as with_stats
 from fused_ppl import linear_cross_entropy as head
 from fused_ppl import next_token_targets as targets
+from fused_ppl import (
+    rank_checks as ranks,
+)
 
 X, Y = torch.zeros(4, 7), torch.zeros(4, dtype=torch.long)
 H = torch.zeros(5, 3)
 LEAF = torch.zeros(4, 7, requires_grad=True)
+OUTSIDE = torch.distributed.GroupMember.NON_GROUP_MEMBER
 INPLACE = Options(inplace_backward=True)
 
 # (the check, the call, the type, the rule, the value, the way out)
@@ -197,6 +210,115 @@ ROWS = [
     ),
     ("check_cu_seqlens", lambda: targets(Y, cu_seqlens=torch.tensor([1, 4])), ValueError, "rise from 0", "1", "sum"),
     ("check_cu_seqlens", lambda: targets(Y, cu_seqlens=torch.tensor([0, 3, 2, 4])), ValueError, "rise", "3", "sum"),
+    (
+        "check_group_reduction",
+        lambda: perplexity(X, Y, reduction="none", group=1),
+        ValueError,
+        "'mean'",
+        "'none'",
+        "out",
+    ),
+    (
+        "check_mesh",
+        lambda: ranks.check_mesh("group", 2, None),
+        ValueError,
+        "one dimension",
+        "2 dim",
+        "get_group(dim)",
+    ),
+    ("fail_group", lambda: perplexity(X, Y, group="dp"), TypeError, "a ProcessGroup, or", "str", "group.WORLD"),
+    ("fail_group", lambda: Perplexity().sync(), ValueError, "all ranks", "none", "init_process_group"),
+    ("fail_group", lambda: perplexity(X, Y, group=OUTSIDE), ValueError, "member of", "is not", "Call only on"),
+    (
+        "check_no_group",
+        lambda: ranks.check_no_group(("0", 2)),
+        NotImplementedError,
+        "one process",
+        "group=",
+        "out",
+    ),
+    (
+        "check_placement",
+        lambda: ranks.check_placement("w", False, "R", 1, 0, None),
+        ValueError,
+        "Shard(0)",
+        "R",
+        "unshard",
+    ),
+    (
+        "check_placement",
+        lambda: ranks.check_placement("w", True, "S", 1, 0, 1),
+        ValueError,
+        "says itself",
+        "too",
+        "out",
+    ),
+    (
+        "check_same_mesh",
+        lambda: ranks.check_same_mesh(False),
+        ValueError,
+        "the same mesh",
+        "is not",
+        "full_tensor()",
+    ),
+    (
+        "check_shard_sizes",
+        lambda: ranks.check_shard_sizes([3, 0], 0, 2, 3),
+        ValueError,
+        "least one",
+        "[3, 0]",
+        "smaller",
+    ),
+    (
+        "check_shard_sizes",
+        lambda: ranks.check_shard_sizes([3, 4], 1, 2, 3),
+        ValueError,
+        "hold 4",
+        "has 3",
+        "(group, sizes)",
+    ),
+    (
+        "check_same_shards",
+        lambda: ranks.check_same_shards(False, True),
+        ValueError,
+        "same shards",
+        "not",
+        "sizes)",
+    ),
+    (
+        "check_same_shards",
+        lambda: ranks.check_same_shards(True, False),
+        ValueError,
+        "same targets",
+        "not",
+        "unshard()",
+    ),
+    ("check_ranks", lambda: ranks.check_ranks([{}, None]), RuntimeError, "must call", "rank 1 of 2", "0 tokens"),
+    (
+        "check_ranks",
+        lambda: ranks.check_ranks([{"dtype": "a"}, {"dtype": "b"}, {"dtype": "a"}]),
+        ValueError,
+        "same dtype, a",
+        "rank 1 has b",
+        "same options",
+    ),
+    ("check_parameters", lambda: PerplexityAccumulator([]), ValueError, "at least one", "none", "model.parameters()"),
+    *(
+        (
+            "check_sum_output",
+            lambda output=output: PerplexityAccumulator([LEAF]).add(output()),
+            kind,
+            rule,
+            value,
+            "Use|Leave",
+        )
+        for output, kind, rule, value in (
+            (lambda: perplexity(X, Y), TypeError, "a LossOutput", "Tensor"),
+            (lambda: with_stats(X, Y, reduction="none"), ValueError, "one sum", "(4,)"),
+            (lambda: with_stats(LEAF, Y), ValueError, "the sum of a micro-batch", "'mean'"),
+            (lambda: with_stats(LEAF, Y, reduction="sum", z_loss=0.1), ValueError, "S alone", "0.1"),
+        )
+    ),
 ]
 
 
@@ -213,7 +335,7 @@ def test_bad_input_raises_the_rule_the_value_and_the_way_out(row):
 
 def test_every_raise_of_checks_is_in_the_table():
     raises = Counter()
-    for function in ast.parse(inspect.getsource(checks)).body:
+    for function in [f for room in (checks, ranks) for f in ast.parse(inspect.getsource(room)).body]:
         if isinstance(function, ast.FunctionDef):
             raises[function.name] = sum(isinstance(node, ast.Raise) for node in ast.walk(function))
     rows = Counter(name for name, *_ in ROWS)

@@ -302,7 +302,8 @@ def test_without_counted_tokens_values_are_nan_and_factors_zero():
 
 @pytest.mark.parametrize("slices", [1, 2])
 def test_shards_of_the_vocabulary_hold_what_the_whole_is_made_of(slices):
-    """max z, sum e^(z - max), z of the target, sum w z, sum e^(z - max) (z - max) and argmax of unequal shards."""
+    """max z, sum e^(z - max), z of the target, sum w z, sum e^(z - max) (z - max) and argmax of unequal shards; the
+    sums are without the target."""
     spec = LossSpec(label_smoothing=0.1, logit_scale=0.7, softcap=9.0)
     x, y = make_logits((4, 1500)), torch.tensor([0, 700, IGNORED, 1499])
     w = torch.linspace(0.5, 2, 1500)
@@ -320,14 +321,15 @@ def test_shards_of_the_vocabulary_hold_what_the_whole_is_made_of(slices):
         )  # fmt: skip
         part, label = z[:, first:last], y[y != IGNORED]
         top = part.amax(1)
-        e = (part - top[:, None]).exp()
         owned = (label >= first) & (label < last)
+        others = torch.arange(first, last) != label[:, None]
+        e = (part - top[:, None]).exp() * others
         target = torch.where(owned, z.gather(1, label[:, None])[:, 0], 0)
         want = [
             top,
             e.sum(1),
             target,
-            (w[first:last] * part).sum(1),
+            (w[first:last] * part * others).sum(1),
             (e * (part - top[:, None])).sum(1),
             part.argmax(1),
         ]

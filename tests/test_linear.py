@@ -364,5 +364,5 @@ def test_opcheck(grads, backend):
     one = torch.ones(())
     scale = (hidden, weight, bias, *made, *factors, one, None, grads)
     torch.library.opcheck(torch.ops.fused_ppl.linear_scale, scale)
-    vocab = (hidden, weight, bias, target, None, None, lse, nll, *factors, None, one, *how)
+    vocab = (hidden, weight, bias, target, None, None, lse, nll, *factors, None, one, *how, 0, weight.shape[0])
     torch.library.opcheck(torch.ops.fused_ppl.linear_vocab_backward, vocab)

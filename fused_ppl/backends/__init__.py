@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which code runs the row formula: strict by name, best effort for None, with the reasons collected.
 
-A backend is a module of three functions over rows of logits. It knows the row formula and no loop over the
+A backend is a module of four functions over rows of logits. It knows the row formula and no loop over the
 caller's memory; the engines know the loop and no formula.
 
     nll_forward(logits, target, spec, weight, token_weight, num_items, budget, keep_lse) -> (RowStats, Totals | None)
     nll_backward(logits, target, rows_lse, rows_nll, of_s, of_z, spec, weight, token_weight, out) -> None
     nll_forward_backward(logits, target_logit, target, spec, weight, token_weight, upstream) -> RowStats
+    nll_forward_shard(logits, target, target_logit, spec, weight, columns) -> (N, 6) float64
 
 `logits` is (N, V), or (B, R, V) with row n = b * R + r and N = B * R, of any strides; `target`, `token_weight` and all
 that is per row are (N,). `nll_forward` returns Totals where the same launch has already summed and finished them.
 `nll_forward_backward` is the chunk primitive of the fused LM head: it turns logits (R, V) into their gradient.
+`nll_forward_shard` gives statistics of a shard of the vocabulary, which `shards` merges, the same for every backend;
+`columns` = (first, num_classes) says which part of the vocabulary the logits are, there and in `nll_backward`.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fused_ppl.backends.shards import LOWEST
 from fused_ppl.backends.torch_walk import Rows, Walk
 from fused_ppl.spec import LossSpec, RowStats, Totals
 
@@ -311,3 +312,52 @@ def _entropy(logp: Tensor) -> Tensor:
     """-sum p log p, 0 where p is; `logp` is used up."""
     p = logp.exp()
     return p.mul_(logp.clamp_(min=torch.finfo(logp.dtype).min)).sum(1).neg_()
+
+
+def nll_forward_shard(
+    logits: Tensor,  # (B, R, V of this shard) or (N, V of this shard)
+    target: Tensor,  # (N,)
+    target_logit: Tensor | None,  # (N,): takes the place of the target's logit, where that is in the shard
+    spec: LossSpec,
+    weight: Tensor | None,  # (num_classes,)
+    memory_budget: int | None,
+    columns: tuple[int, int],
+) -> Tensor:
+    """(N, 6) float64: of a shard, the largest z; sum e^(z - largest), the target left out; the target's z, or 0; sum
+    w z and sum e^(z - largest) (z - largest), the target left out; the column of the largest. 0 where ignored."""
+    walk = Walk(logits, target, spec, memory_budget, None, columns)
+    first = columns[0]
+    w = None if weight is None else weight[first : first + logits.shape[-1]].to(walk.dtype)
+    parts = [torch.zeros(0, 6, dtype=walk.wide, device=logits.device)]
+    for rows in walk:
+        if rows.skipped:
+            parts.append(parts[0].new_zeros(rows.target.shape[0], 6))
+            continue
+        y, owned = rows.target, rows.owned
+        assert owned is not None
+        x = walk.buffer[: y.shape[0]]
+        x.view(rows.source.shape).copy_(rows.source)
+        if target_logit is not None:
+            given = rows.of(target_logit).to(walk.dtype).unsqueeze(1)
+            x.scatter_(1, y, torch.where(owned.unsqueeze(1), given, x.gather(1, y)))
+        walk.transform(x, None)
+        parts.append(_shard_stats(walk, x, y, owned.unsqueeze(1), w))
+        if rows.counted is not None:
+            parts[-1].masked_fill_(~rows.counted.unsqueeze(1), 0)
+    return torch.cat(parts)
+
+
+def _shard_stats(walk: Walk, z: Tensor, y: Tensor, owned: Tensor, w: Tensor | None) -> Tensor:
+    of_target = z.gather(1, y)
+    top, column = z.max(1, keepdim=True)
+    top = top.clamp(min=LOWEST)
+    spread = torch.zeros_like(top)
+    if walk.spec.label_smoothing:
+        z.scatter_(1, y, torch.where(owned, 0, of_target))
+        spread = z.sum(1, keepdim=True) if w is None else (z @ w).unsqueeze(1)
+    z.scatter_(1, y, torch.where(owned, -torch.inf, of_target))
+    z.sub_(top)
+    e = z.exp() if walk.spec.stats else z.exp_()
+    tail = (z.clamp_(min=-1e3) * e).sum(1, keepdim=True) if walk.spec.stats else spread
+    fields = (top, e.sum(1, keepdim=True), torch.where(owned, of_target, 0), spread, tail, column)
+    return torch.cat([f.to(walk.wide) for f in fields], 1)

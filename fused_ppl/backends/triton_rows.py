@@ -164,3 +164,44 @@ def _workspace(n: int, config: launch.LaunchConfig, sums: bool, device: torch.de
     counters = torch.zeros(1 + n if split else 1, dtype=torch.int32, device=device) if split or sums else None
     partials = torch.empty((launch.PARTIALS, n, config.slices), device=device) if split else None
     return launch.Workspace(counters, partials)
+
+
+def nll_forward_shard(
+    logits: Tensor,  # (B, R, V of this shard) or (N, V of this shard)
+    target: Tensor,  # (N,)
+    target_logit: Tensor | None,  # (N,): takes the place of the target's logit, where that is in the shard
+    spec: LossSpec,
+    weight: Tensor | None,  # (num_classes,)
+    memory_budget: int | None,
+    columns: tuple[int, int],
+) -> Tensor:
+    """(N, SHARD_FIELDS) float64, see `kernels/launch.py`; 0 where ignored."""
+    logits, (first, num_classes) = _three_dims(logits), columns
+    n, device = target.shape[0], logits.device
+    if device.type == "cpu" or checks.debug():
+        checks.check_target_range(target, num_classes, spec.ignore_index)
+    shards = torch.empty((n, launch.SHARD_FIELDS), dtype=torch.float64, device=device)
+    numbers = _numbers(spec)
+    config = _config(logits, heavy=launch.heaviness(numbers, True))
+    launch_nll_forward(
+        logits,
+        target.contiguous(),
+        _weights(weight, None, spec),
+        launch.Rows(*(None,) * 6),  # type: ignore[arg-type]
+        None,
+        _workspace(n, config, False, device),
+        numbers,
+        config=config,
+        ignore_index=spec.ignore_index,
+        v0=first,
+        num_classes=num_classes,
+        shards=shards,
+    )
+    if target_logit is not None:
+        z = target_logit * spec.logit_scale
+        z = z if spec.softcap is None else spec.softcap * torch.tanh(z / spec.softcap)
+        owned = (target >= first) & (target < first + logits.shape[-1])
+        if spec.ignore_index is not None:
+            owned &= target != spec.ignore_index
+        shards[:, 2] = torch.where(owned, z, 0)
+    return shards

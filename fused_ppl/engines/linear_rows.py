@@ -25,13 +25,39 @@ LIBRARY.define(
     "Tensor nll, Tensor lse, Tensor entropy, Tensor predicted, Tensor dhidden, Tensor dweight, Tensor dbias)"
 )
 LIBRARY.define(
+    "linear_sums(Tensor hidden, Tensor linear_weight, Tensor? linear_bias, Tensor target, Tensor? weight, "
+    f"Tensor? token_weight, {SPEC_SCHEMA}, str backend, ScalarType dtype, bool[3] grads, int? memory_budget) "
+    "-> (Tensor sums, Tensor nll, Tensor lse, Tensor entropy, Tensor predicted, Tensor dhidden, Tensor dweight, "
+    "Tensor dbias)"
+)
+LIBRARY.define(
     "linear_scale(Tensor hidden, Tensor linear_weight, Tensor? linear_bias, Tensor dhidden, Tensor dweight, "
     "Tensor dbias, Tensor loss_factor, Tensor perplexity_factor, Tensor? grad_loss, Tensor? grad_perplexity, "
     "bool[3] grads) -> (Tensor, Tensor, Tensor)"
 )
 
 
-def _forward(hidden, linear_weight, linear_bias, target, weight, token_weight, num_items, *rest):  # type: ignore[no-untyped-def]
+def _forward(*args):  # type: ignore[no-untyped-def]
+    *tensors, num_items = args[:7]
+    spec, rows, gradients = _walk(*tensors, *args[7:])  # type: ignore[no-untyped-call]
+    shape = tensors[3].shape
+    totals = reduction.finish(*reduction.sum_rows(rows, spec, shape), spec, num_items, rows.nll.dtype)
+    return *totals, *_tokens(rows, shape), *gradients
+
+
+def _sums(*args):  # type: ignore[no-untyped-def]
+    """The part of `_forward` that comes before the sums of other ranks are added."""
+    spec, rows, gradients = _walk(*args)  # type: ignore[no-untyped-call]
+    shape = args[3].shape
+    return reduction.stack_sums(rows, spec, shape), *_tokens(rows, shape), *gradients
+
+
+def _tokens(rows: RowStats, shape: torch.Size) -> tuple[Tensor | None, ...]:
+    tokens = [t if t is None else t.view(shape) for t in rows[2:]]
+    return *tokens[:2], *reduction.or_empty(tokens[2], tokens[3], rows.nll)
+
+
+def _walk(hidden, linear_weight, linear_bias, target, weight, token_weight, *rest):  # type: ignore[no-untyped-def]
     *spec_args, backend_name, dtype, grads, memory_budget = rest
     spec, backend = LossSpec.of(*spec_args), backends.load(backend_name)
     (v, d), n = linear_weight.shape, target.numel()
@@ -78,10 +104,7 @@ def _forward(hidden, linear_weight, linear_bias, target, weight, token_weight, n
     if head.kept is not None and grads[0]:
         dhidden.view(-1, d).index_copy_(0, head.kept, dh)
 
-    rows = _all_tokens(head, parts, spec, n, dtype)
-    totals = reduction.finish(*reduction.sum_rows(rows, spec, target.shape), spec, num_items, rows.nll.dtype)
-    tokens = [t if t is None else t.view(target.shape) for t in rows[2:]]
-    return *totals, *tokens[:2], *reduction.or_empty(tokens[2], tokens[3], rows.nll), dhidden, dweight, dbias
+    return spec, _all_tokens(head, parts, spec, n, dtype), (dhidden, dweight, dbias)
 
 
 def _all_tokens(head: Head, parts: list[RowStats], spec: LossSpec, n: int, dtype: torch.dtype) -> RowStats:
@@ -123,11 +146,23 @@ def _scale_fake(hidden, linear_weight, linear_bias, *rest):  # type: ignore[no-u
 def _forward_fake(hidden, linear_weight, linear_bias, target, weight, token_weight, num_items, *rest):  # type: ignore[no-untyped-def]
     reduction_, stats, dtype, grads = rest[0], rest[7], rest[-3], rest[-2]
     results = reduction.empty_results(hidden, target, wide_dtype(dtype), reduction_, stats)
-    made = [hidden.new_empty(s, dtype=wide_dtype(dtype)) for s in _accumulator_shapes(hidden, linear_weight, grads)]
-    return *results, *made
+    return *results, *_made_fake(hidden, linear_weight, dtype, grads)
+
+
+def _sums_fake(hidden, linear_weight, linear_bias, target, weight, token_weight, *rest):  # type: ignore[no-untyped-def]
+    reduction_, z_loss, stats, dtype, grads = rest[0], rest[5], rest[7], rest[-3], rest[-2]
+    tokens = reduction.empty_results(hidden, target, wide_dtype(dtype), reduction_, stats)[5:]
+    sums = reduction.empty_sums(hidden, target, reduction_, z_loss)
+    return sums, *tokens, *_made_fake(hidden, linear_weight, dtype, grads)
+
+
+def _made_fake(hidden: Tensor, linear_weight: Tensor, dtype: torch.dtype, grads: Sequence[bool]) -> list[Tensor]:
+    return [hidden.new_empty(s, dtype=wide_dtype(dtype)) for s in _accumulator_shapes(hidden, linear_weight, grads)]
 
 
 LIBRARY.impl("linear_forward", _forward, "CompositeExplicitAutograd")
+LIBRARY.impl("linear_sums", _sums, "CompositeExplicitAutograd")
 LIBRARY.impl("linear_scale", scale, "CompositeExplicitAutograd")
 torch.library.register_fake("fused_ppl::linear_forward", _forward_fake, lib=LIBRARY)
+torch.library.register_fake("fused_ppl::linear_sums", _sums_fake, lib=LIBRARY)
 torch.library.register_fake("fused_ppl::linear_scale", _scale_fake, lib=LIBRARY)

@@ -17,13 +17,17 @@ from fused_ppl.spec import SPEC_SCHEMA, LossSpec
 LIBRARY.define(
     "linear_vocab_backward(Tensor hidden, Tensor linear_weight, Tensor? linear_bias, Tensor target, Tensor? weight, "
     "Tensor? token_weight, Tensor lse, Tensor nll, Tensor loss_factor, Tensor perplexity_factor, Tensor? grad_loss, "
-    f"Tensor? grad_perplexity, {SPEC_SCHEMA}, str backend, ScalarType dtype, bool[3] grads, int? memory_budget) "
+    f"Tensor? grad_perplexity, {SPEC_SCHEMA}, str backend, ScalarType dtype, bool[3] grads, int? memory_budget, "
+    "int first, int num_classes) "
     "-> (Tensor, Tensor, Tensor)"
 )
 
 
 def _backward(hidden, linear_weight, linear_bias, target, weight, token_weight, lse, nll, *rest):  # type: ignore[no-untyped-def]
-    loss_factor, perplexity_factor, grad_loss, grad_perplexity, *spec_args, backend_name, dtype, grads, budget = rest
+    loss_factor, perplexity_factor, grad_loss, grad_perplexity, *spec_args, backend_name, dtype, grads, budget = rest[
+        :-2
+    ]
+    v0, num_classes = rest[-2:]  # the weight may be that of a shard of the vocabulary
     spec, backend = LossSpec.of(*spec_args), backends.load(backend_name)
     v, d = linear_weight.shape
     flat, labels = hidden.reshape(-1, d), target.reshape(-1)
@@ -45,7 +49,8 @@ def _backward(hidden, linear_weight, linear_bias, target, weight, token_weight, 
         last = min(first + columns, v)
         g = buffer[: n * (last - first)].view(n, last - first)
         head.logits(h, g, first)
-        backend.nll_backward(g, head.target, lse, nll, of_s, of_z, spec, weight, u, g, budget, (first, v))
+        here = (v0 + first, num_classes)
+        backend.nll_backward(g, head.target, lse, nll, of_s, of_z, spec, weight, u, g, budget, here)
         if grads[0]:
             head.add_hidden_gradient(g, dh, first)
         if grads[1]:
@@ -61,7 +66,7 @@ LIBRARY.impl("linear_vocab_backward", _backward, "CompositeExplicitAutograd")
 torch.library.register_fake(
     "fused_ppl::linear_vocab_backward",
     lambda hidden, linear_weight, linear_bias, *rest: empty_gradients(
-        hidden, linear_weight, linear_bias, rest[-2], fake=True
+        hidden, linear_weight, linear_bias, rest[-4], fake=True
     ),
     lib=LIBRARY,
 )

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The loss from logits: local op -> row statistics and (S, M, Z) -> finish, and the gradient of it.
 
-Two opaque ops over logits of shape (..., V) with the classes last, of any strides.
+Opaque ops over logits of shape (..., V) with the classes last, of any strides.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 
@@ -21,6 +22,11 @@ LIBRARY.define(
     f"{SPEC_SCHEMA}, str backend, int? memory_budget) "
     "-> (Tensor loss, Tensor perplexity, Tensor total_weight, Tensor loss_factor, Tensor perplexity_factor, "
     "Tensor nll, Tensor lse, Tensor entropy, Tensor predicted)"
+)
+LIBRARY.define(
+    "logits_sums(Tensor logits, Tensor target, Tensor? weight, Tensor? token_weight, "
+    f"{SPEC_SCHEMA}, str backend, int? memory_budget) "
+    "-> (Tensor sums, Tensor nll, Tensor lse, Tensor entropy, Tensor predicted)"
 )
 LIBRARY.define(
     "logits_backward(Tensor logits, Tensor target, Tensor? weight, Tensor? token_weight, Tensor lse, Tensor nll, "
@@ -51,7 +57,26 @@ def _forward(*args):  # type: ignore[no-untyped-def]
     return *results, *reduction.or_empty(entropy, predicted, results[0])
 
 
-def _backward_into(out: Tensor, logits, target, weight, token_weight, lse, nll, *rest) -> None:  # type: ignore[no-untyped-def]
+def _sums(logits, target, weight, token_weight, *rest):  # type: ignore[no-untyped-def]
+    """The part of `_forward` that comes before the sums of other ranks are added."""
+    spec, backend, budget = LossSpec.of(*rest[:-2]), backends.load(rest[-2]), rest[-1]
+    shape = target.shape
+    rows, _ = backend.nll_forward(
+        as_rows(logits),
+        _flat(target),
+        dataclasses.replace(spec, reduction="none"),  # rows only: their sums are not the loss yet
+        weight,
+        _flat(token_weight),
+        None,
+        budget,
+    )
+    nll, lse, entropy, predicted = (t if t is None else t.view(shape) for t in rows[2:])
+    return reduction.stack_sums(rows, spec, shape), nll, lse, *reduction.or_empty(entropy, predicted, rows.nll)
+
+
+def backward_into(  # type: ignore[no-untyped-def]
+    out: Tensor, logits, target, weight, token_weight, lse, nll, *rest, columns: tuple[int, int] | None = None
+) -> None:
     loss_factor, perplexity_factor, grad_loss, grad_perplexity = rest[:4]
     spec, backend, budget = LossSpec.of(*rest[4:-2]), backends.load(rest[-2]), rest[-1]
     of_s, of_z = reduction.row_upstream(
@@ -70,13 +95,14 @@ def _backward_into(out: Tensor, logits, target, weight, token_weight, lse, nll, 
         _flat(token_weight),
         out if out.ndim == 2 else out.view(rows.shape),  # row by row as the logits: contiguous, or of their strides
         budget,
+        columns,
     )
 
 
 def backward(logits, *args):  # type: ignore[no-untyped-def]
     contiguous = logits.is_contiguous()
     out = memory.empty(logits.shape, logits.dtype, logits.device) if contiguous else empty_gradient(logits)
-    _backward_into(out, logits, *args)
+    backward_into(out, logits, *args)
     return out
 
 
@@ -84,7 +110,7 @@ def _backward_(logits, *args):  # type: ignore[no-untyped-def]
     if row_view(logits) is None:
         logits.copy_(backward(logits, *args))  # type: ignore[no-untyped-call]
     else:
-        _backward_into(logits, logits, *args)
+        backward_into(logits, logits, *args)
     # a kernel writes past autograd, which has to know: another backward of the logits must raise
     torch.autograd.graph.increment_version(logits)
 
@@ -94,10 +120,18 @@ def _forward_fake(logits, target, weight, token_weight, num_items, reduction_, *
     return tuple(reduction.empty_results(logits, target, dtype, reduction_, rest[6]))
 
 
+def _sums_fake(logits, target, weight, token_weight, reduction_, *rest):  # type: ignore[no-untyped-def]
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    tokens = reduction.empty_results(logits, target, dtype, reduction_, rest[6])[5:]
+    return reduction.empty_sums(logits, target, reduction_, rest[4]), *tokens
+
+
 LIBRARY.impl("logits_forward", _forward, "CompositeExplicitAutograd")
+LIBRARY.impl("logits_sums", _sums, "CompositeExplicitAutograd")
 LIBRARY.impl("logits_backward", backward, "CompositeExplicitAutograd")
 LIBRARY.impl("logits_backward_", _backward_, "CompositeExplicitAutograd")
 torch.library.register_fake("fused_ppl::logits_forward", _forward_fake, lib=LIBRARY)
+torch.library.register_fake("fused_ppl::logits_sums", _sums_fake, lib=LIBRARY)
 torch.library.register_fake("fused_ppl::logits_backward", lambda logits, *args: empty_gradient(logits), lib=LIBRARY)
 torch.library.register_fake("fused_ppl::logits_backward_", lambda logits, *args: None, lib=LIBRARY)
 
