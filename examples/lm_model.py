@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -40,6 +42,15 @@ class GPT(nn.Module):
         self.blocks = nn.Sequential(*(Block(dim, heads) for _ in range(layers)))
         self.norm = nn.LayerNorm(dim)
         self.apply(_initialise)
+
+    def forward(
+        self,
+        tokens: Tensor,  # (B, T)
+        targets: Tensor,  # (B, T)
+        loss: Callable[[Tensor, Tensor, Tensor], Tensor],
+    ) -> Tensor:
+        """The loss is computed in here, where DDP and FSDP know of it and the weight of the head is whole."""
+        return loss(self.hidden(tokens), self.embedding.weight, targets)
 
     def hidden(
         self,

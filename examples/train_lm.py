@@ -3,6 +3,7 @@
 
     python examples/train_lm.py                     Python's own library, a 32k vocabulary, two CPU cores, two minutes
     python examples/train_lm.py --compare           perplexity, cross_entropy and torch one after another, one table
+    torchrun --nproc-per-node 2 examples/train_lm.py --parallel ddp        or fsdp, tp: see lm_parallel.py
     python examples/train_lm.py --text a.txt b.txt --device cuda --dim 512 --layers 8 --steps 5000
 
 The gradient of the perplexity is PPL times that of cross-entropy: the same direction, tens of thousands of times as
@@ -29,6 +30,7 @@ import torch.nn.functional as F
 from lm_data import Corpus, TextError, load_corpus, random_batches, unigram_perplexity
 from lm_measure import PeakMemory, Run
 from lm_model import GPT
+from lm_parallel import KINDS, Ranks, clip_gradients, join, leave, parameter_groups
 from lm_report import Report
 from rich.console import Console
 from torch import Tensor, nn
@@ -50,17 +52,21 @@ LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 }
 
 
-def train(model: GPT, corpus: Corpus, args: argparse.Namespace, *, run: Run, report: Report) -> None:
+def train(model: nn.Module, corpus: Corpus, args: argparse.Namespace, *, run: Run, report: Report) -> None:
     """The loop: batch, loss, backward, clip, step; validation now and then."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay)
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model), lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay
+    )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(warm_up_then_decay, steps=args.steps))
     batches = random_batches(corpus.train, args.batch_size, args.context, steps=args.steps, seed=args.seed)
-    progress = tqdm(batches, total=args.steps, desc=run.loss, unit="step", dynamic_ncols=True)
+    ranks: Ranks = args.ranks
+    loss_function = partial(LOSSES[run.loss], **({"group": ranks.group} if run.loss != "torch" else {}))
+    progress = tqdm(batches, total=args.steps, desc=run.loss, unit="step", dynamic_ncols=True, disable=not ranks.first)
     for step, tokens in enumerate(progress, start=1):
         started = time.perf_counter()
-        loss = next_token_loss(model, tokens.to(args.device), LOSSES[run.loss], args)
+        loss = next_token_loss(model, ranks.share(tokens), loss_function, args)
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+        norm = clip_gradients(model.parameters(), args.clip)
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
@@ -75,23 +81,26 @@ def train(model: GPT, corpus: Corpus, args: argparse.Namespace, *, run: Run, rep
 
 
 def next_token_loss(
-    model: GPT, tokens: Tensor, loss_function: Callable[[Tensor, Tensor, Tensor], Tensor], args: argparse.Namespace
+    model: nn.Module,
+    tokens: Tensor,
+    loss_function: Callable[[Tensor, Tensor, Tensor], Tensor],
+    args: argparse.Namespace,
 ) -> Tensor:
     """The targets are shifted, nothing is sliced. Products run in --dtype; the losses accumulate in fp32."""
     dtype = getattr(torch, args.dtype)
     with torch.autocast(tokens.device.type, dtype=dtype, enabled=dtype is not torch.float32):
-        return loss_function(model.hidden(tokens), model.embedding.weight, fused_ppl.next_token_targets(tokens))
+        return model(tokens, fused_ppl.next_token_targets(tokens), loss_function)
 
 
 @torch.no_grad()
-def evaluate(model: GPT, windows: Tensor, args: argparse.Namespace) -> fused_ppl.Perplexity:
+def evaluate(model: nn.Module, windows: Tensor, args: argparse.Namespace) -> fused_ppl.Perplexity:
     """Over all windows: the metric carries sums, because an average of perplexities is not the perplexity."""
     metric, nll_sum = fused_ppl.Perplexity(), partial(fused_ppl.linear_cross_entropy, reduction="sum")
     for batch in windows.split(args.batch_size):
-        tokens = batch.to(args.device)
+        tokens = args.ranks.share(batch)
         nll = next_token_loss(model, tokens, nll_sum, args)
         metric.update_nll(nll, tokens.numel() - len(tokens))  # the last token of a sequence predicts nothing
-    return metric
+    return args.ranks.collect(metric)
 
 
 def warm_up_then_decay(step: int, *, steps: int) -> float:
@@ -107,19 +116,25 @@ def run_one(loss: str, corpus: Corpus, report: Report, args: argparse.Namespace)
     """A model and a training run from the seed: the same weights and the same batches for every loss."""
     torch.manual_seed(args.seed)
     run = report.start(loss, tokens_per_step=args.batch_size * args.context)
-    with PeakMemory(run, args.device):
+    with PeakMemory(run, args.ranks.device):
         model = GPT(corpus.vocab_size, context=args.context, dim=args.dim, heads=args.heads, layers=args.layers)
-        train(model.to(args.device), corpus, args, run=run, report=report)
+        train(args.ranks.wrap(model), corpus, args, run=run, report=report)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     args = parse_arguments(arguments)
+    try:
+        args.ranks = join(args.parallel, args.device)
+    except RuntimeError as error:
+        print(f"train_lm: {error}", file=sys.stderr)
+        return 1
     console = Console()
     try:
         with console.status("reading the text and training its vocabulary"):
             corpus = load_corpus(args.text, args.vocab_size, context=args.context, windows=args.eval_windows)
         targets = fused_ppl.next_token_targets(corpus.validation)
-        report = Report(args.out, vars(args), corpus, unigram_perplexity(corpus.train, targets, corpus.vocab_size))
+        out, recorded = args.ranks.folder(args.out), {k: v for k, v in vars(args).items() if k != "ranks"}
+        report = Report(out, recorded, corpus, unigram_perplexity(corpus.train, targets, corpus.vocab_size))
     except (TextError, OSError) as error:  # no usable text, or --out cannot be written
         print(f"train_lm: {error}", file=sys.stderr)
         return 1
@@ -145,6 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console.print(report.table())
     console.print(report.verdict())
     print(f"{report.json_path}\n{report.plot_path}")
+    leave()
     return code
 
 
@@ -173,11 +189,14 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--eval-windows", type=positive, default=128, metavar="N", help="held-out sequences in each (%(default)s)")
     add("--seed", type=int, default=0, help="of the weights and the batches (%(default)s)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1 (%(default)s)")
+    add("--parallel", choices=KINDS, help="under torchrun: how the ranks share the work")
     add("--dtype", choices=("float32", "bfloat16"), help="of products and logits (float32 on a CPU, else bfloat16)")
     args = parser.parse_args(arguments)
     args.dtype = args.dtype or ("float32" if args.device == "cpu" else "bfloat16")
     if args.vocab_size < 257:
         parser.error(f"--vocab-size must be at least 257, the bytes and the end of a text; got {args.vocab_size}")
+    if args.parallel and (args.compare or args.loss == "torch"):
+        parser.error(f"--parallel takes one of the fused losses, which know of ranks; got {args.loss} or --compare")
     if args.dim % args.heads:
         parser.error(f"--heads must divide --dim; got --dim {args.dim} --heads {args.heads}")
     if args.device.startswith("cuda") and not torch.cuda.is_available():

@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -100,6 +101,25 @@ def test_every_loss_starts_from_the_same_number(
     assert perplexity["gradient_norm"] / cross_entropy["gradient_norm"] == pytest.approx(perplexity["loss"], rel=1e-3)
 
 
+@pytest.mark.parametrize("kind", ["ddp", "fsdp", "tp"])
+def test_ranks_train_as_one_process_does(kind: str, compared: tuple[dict[str, Any], str, Path], tmp_path: Path) -> None:
+    """Two of them, over gloo, from the same seed."""
+    arguments = ("--parallel", kind, "--steps", 5, "--eval-every", 2, "--text", *TEXT, "--out", tmp_path, *TINY)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*launcher, *command(*arguments)[1:]], capture_output=True, text=True, timeout=120, check=False, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    (run,), alone = read(tmp_path)["runs"], compared[0]["runs"][0]
+    for mine, theirs in zip(run["steps"], alone["steps"], strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+        assert mine["gradient_norm"] == pytest.approx(theirs["gradient_norm"], rel=1e-3)
+    for mine, theirs in zip(run["validation"], alone["validation"], strict=True):
+        assert mine["perplexity"] == pytest.approx(theirs["perplexity"], rel=1e-4)
+    assert done.stdout.count("unigram perplexity") == 1  # one rank speaks
+
+
 @pytest.fixture
 def main(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str]], int]:
     monkeypatch.syspath_prepend(EXAMPLES)
@@ -123,6 +143,14 @@ def test_a_missing_text_is_refused_in_a_sentence(
     assert "--text takes readable files; /no/such/file is not one" in capsys.readouterr().err
 
 
+def test_ranks_without_torchrun_are_refused_in_a_sentence(
+    main: Callable[[list[str]], int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--parallel", "ddp", "--text", *TEXT, "--out", str(tmp_path), *TINY]) == 1
+    error = capsys.readouterr().err
+    assert "--parallel ddp needs several processes; this is one. Use torchrun --nproc-per-node 2" in error
+
+
 def test_a_run_that_diverges_stops_in_a_sentence_and_is_kept(
     main: Callable[[list[str]], int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -138,6 +166,10 @@ def test_a_run_that_diverges_stops_in_a_sentence_and_is_kept(
         (["--dim", "10", "--heads", "4"], "--heads must divide --dim; got --dim 10 --heads 4"),
         (["--steps", "0"], "must be a whole number above 0; got 0"),
         (["--vocab-size", "100"], "--vocab-size must be at least 257"),
+        (
+            ["--parallel", "ddp", "--loss", "torch"],
+            "--parallel takes one of the fused losses, which know of ranks; got torch",
+        ),
     ],
 )
 def test_bad_arguments_are_refused_in_a_sentence(
