@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 import hypothesis
 import pytest
 import torch
+from pool import Pool
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
@@ -139,6 +140,14 @@ def _poisoned_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
+def pool() -> Iterator[Pool]:
+    """Four processes over gloo, started once."""
+    workers = Pool()
+    yield workers
+    workers.close()
+
+
+@pytest.fixture(scope="session")
 def judge(options: Options) -> Callable[..., None]:
     """Hold value and gradient of one loss to the tolerance policy. Truth and eager are the reference, which has its
     own tests against numbers computed by hand."""
@@ -221,8 +230,12 @@ class _FakeGpuMethods(TorchFunctionMode):
     def _index(x: Tensor, index: object) -> Tensor:
         if isinstance(index, Tensor):
             return torch.ops.aten.index(x, [index])
-        for dim, part in enumerate(index if isinstance(index, tuple) else (index,)):
-            x = torch.ops.aten.slice(x, dim, part.start, part.stop)
+        dim = 0
+        for part in index if isinstance(index, tuple) else (index,):
+            if isinstance(part, int):
+                x = torch.ops.aten.select(x, dim, part)
+            else:
+                x, dim = torch.ops.aten.slice(x, dim, part.start, part.stop), dim + 1
         return x
 
 
