@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +20,8 @@ class _Loss(nn.Module):
     """Keeps the keywords of a loss as attributes, as torch's losses do; `weight` is a buffer and moves along."""
 
     weight: Tensor | None
+    group: Group | None
+    vocab_group: VocabGroup | None
 
     def __init__(self, weight: Tensor | None, **keywords: object) -> None:
         super().__init__()
@@ -31,6 +34,15 @@ class _Loss(nn.Module):
     @property
     def keywords(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self._names}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Loss:
+        """A copy of a model trains in the same groups; a ProcessGroup cannot be copied."""
+        parts = self.vocab_group if isinstance(self.vocab_group, tuple) else (self.vocab_group,)
+        memo |= {id(group): group for group in (self.group, *parts) if group is not None}
+        copied = self.__new__(type(self))
+        memo[id(self)] = copied
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.keywords.items())

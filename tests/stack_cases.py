@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -222,3 +223,16 @@ def compiled(group: dist.ProcessGroup, how: str) -> None:
         for a, b in zip(*results, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def copied(group: dist.ProcessGroup) -> None:
+    """A copy of a model, as an average of its weights keeps, trains in the same group."""
+    x, y = torch.randn(3, D, generator=torch.Generator().manual_seed(group.rank())), torch.arange(3)
+    for keywords in ({"group": group}, {"group": mesh_of(group)}, {"vocab_group": (group, [V] * group.size())}):
+        module = LinearPerplexityLoss(D, V, **keywords)
+        module.linear.weight.data.fill_(0.1)
+        twin = copy.deepcopy(nn.Sequential(module))[0]
+        assert twin.linear.weight is not module.linear.weight
+        with torch.no_grad():
+            x = x if "group" in keywords else torch.ones(3, D)
+            torch.testing.assert_close(twin(x, y), module(x, y), rtol=0, atol=0)

@@ -44,3 +44,7 @@ def test_no_token_is_lost_between_context_shards(pool: Pool, size: int, packed: 
 @pytest.mark.parametrize("how", ["logits", "head", "dtensor"])
 def test_one_graph_with_shards_of_the_vocabulary(pool: Pool, how: str) -> None:
     pool.run(2, cases.compiled, how)
+
+
+def test_a_copy_of_a_module_trains_in_the_same_group(pool: Pool) -> None:
+    pool.run(2, cases.copied)
