@@ -188,9 +188,7 @@ def warn_without_group(
     """Once: the perplexities of ranks do not average to that of the batch. Ranks that hold shards of the vocabulary may
     all have the same tokens."""
     global _warned
-    if _warned or group is not None or vocab_group is not None or reduction != "mean":
-        return
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or _warned or group is not None or vocab_group is not None or reduction != "mean":
         return
     if not (torch.is_grad_enabled() and isinstance(input, Tensor) and input.requires_grad):
         return
