@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`patch` and `unpatch`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from fused_ppl import Options
+from fused_ppl.integrations.huggingface.check import examine
+from fused_ppl.integrations.huggingface.swap import FusedHead, FusedModel, swap, swap_back
+
+
+def patch(
+    model: Any,
+    loss: str = "cross_entropy",
+    *,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    max_nll: float | None = None,
+    options: Options | None = None,
+    batch: dict[str, Any] | None = None,
+) -> Any:
+    """Have a causal language model of transformers compute its loss in its head, without making its logits.
+
+    Where the model is in training mode and given labels, `model(..., labels=...).loss` is the fused loss and `.logits`
+    is None. Everything else is native: without labels, in evaluation mode (also the loss: cross-entropy, with logits),
+    in `generate`. `skip_logits=True` asks for the fused cross-entropy in evaluation mode, `skip_logits=False` for
+    native logits in training. `num_items_in_batch` and `shift_labels` mean what they mean to the model itself.
+
+    The model may be wrapped (PEFT, DDP); it is changed in place, and may be patched before or after it is sharded. A
+    head that is replaced or resized afterwards runs natively, with one warning; patch again.
+
+    Args:
+        model: what has a language model inside. What happens to its logits after the head (a scale, a softcap) is found
+            by feeding known numbers through, and one batch of random tokens is compared with the native loss.
+        loss: "cross_entropy", or "perplexity", which is exact for a batch that is not one of several; for more see
+            `PerplexityTrainerMixin`.
+        label_smoothing, z_loss, max_nll, options: as in `fused_ppl.linear_cross_entropy` and `linear_perplexity`.
+        batch: keyword arguments of the model to compare with, for a model that needs more than `input_ids`.
+
+    Returns:
+        `model` itself.
+
+    Raises:
+        ValueError: the model's head, tail or loss is not understood; the message says why, and the model is as it was.
+
+    Example:
+        >>> import pytest; transformers = pytest.importorskip("transformers")
+        >>> config = transformers.LlamaConfig(vocab_size=99, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+        ...                                   num_attention_heads=2, num_key_value_heads=1)
+        >>> model = patch(transformers.LlamaForCausalLM(config)).train()
+        >>> tokens = torch.arange(12).view(2, 6)
+        >>> out = model(tokens, labels=tokens)
+        >>> out.logits is None, 4 < out.loss.item() < 5
+        (True, True)
+    """
+    if loss not in ("cross_entropy", "perplexity"):
+        raise ValueError(f"loss must be 'cross_entropy' or 'perplexity'; got {loss!r}.")
+    if loss == "perplexity" and z_loss or loss == "cross_entropy" and max_nll is not None:
+        raise ValueError("z_loss belongs to loss='cross_entropy', max_nll to loss='perplexity'.")
+    inner = language_model(model)
+    unpatch(inner)
+    head = inner.get_output_embeddings()
+    reason = _cannot(inner, head)
+    if reason is None:
+        swap(inner, FusedModel)
+        swap(head, FusedHead)
+        try:
+            recipe = examine(inner, head, batch)
+        except Exception as error:
+            swap_back(inner)
+            swap_back(head)
+            reason, cause = f"{error}" if isinstance(error, ValueError) else f"its check failed: {error!r}", error
+            raise _refusal(inner, reason) from cause
+        asked = {"label_smoothing": label_smoothing, "z_loss": z_loss, "max_nll": max_nll, "options": options}
+        inner._fused_ppl = replace(recipe, loss=loss, **asked)  # type: ignore[arg-type]
+        return model
+    raise _refusal(inner, reason)
+
+
+def unpatch(model: Any) -> Any:
+    """Undo `patch`, in place; a model that is not patched stays as it is. Returns `model`."""
+    for module in list(model.modules()):
+        if isinstance(module, (FusedModel, FusedHead)):
+            swap_back(module)
+    return model
+
+
+def language_model(model: Any) -> Any:
+    """The outermost module that has a head and a loss function."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}.")
+    for module in model.modules():
+        if hasattr(type(module), "loss_function") and hasattr(type(module), "get_output_embeddings"):
+            return module
+    raise TypeError(
+        f"{type(model).__name__} holds no model of transformers. "
+        "For your own model call fused_ppl.linear_cross_entropy where it computes its loss."
+    )
+
+
+def _cannot(model: Any, head: Any) -> str | None:
+    if head is None:
+        return "it has no output head"
+    if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
+        kind = f"{type(head).__module__}.{type(head).__qualname__}"
+        return f"its head is a {kind}, not a plain torch.nn.Linear: what that computes would be left out"
+    if any(p.device.type == "meta" for p in head.parameters()):
+        return "its weights are on the meta device; patch it when they are loaded"
+    if "forward" in model.__dict__ and "_old_forward" not in model.__dict__:
+        return "its forward was replaced on the instance; patch it before whatever did that"
+    return None
+
+
+def _refusal(model: Any, reason: str) -> ValueError:
+    return ValueError(f"{type(model).__name__} cannot be patched: {reason}. It was left as it was.")

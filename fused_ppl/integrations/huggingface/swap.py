@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The subclasses that a patched model and its head take: same name, same signature of forward, copied and pickled.
+
+A class, where an attribute of the instance would have a copy of the model call the original's head.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import types
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from fused_ppl.integrations.huggingface.calls import Fused, Recipe
+
+
+class FusedHead:
+    """An `nn.Linear` that runs the call in charge, if there is one."""
+
+    _fused_ppl_call: Any = None
+    _fused_ppl_instance_forward: Any = None
+
+    def _fused_ppl_forward(self, native: Any, hidden: Tensor) -> Tensor:
+        call = self._fused_ppl_call
+        return native(hidden) if call is None else call.head(self, hidden, native)  # type: ignore[no-any-return]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _reduce(FusedHead, self, super().__reduce_ex__(protocol))
+
+
+class FusedModel:
+    """A model with a head and a loss function that puts a call in charge where it trains on labels."""
+
+    _fused_ppl: Recipe | None = None
+    _fused_ppl_call: Any = None
+    _fused_ppl_window = False  # PerplexityTrainerMixin scales the gradient afterwards
+    _fused_ppl_warned = False
+
+    def _fused_ppl_forward(self, native: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        skip_logits = kwargs.pop("skip_logits", None)
+        recipe = self._fused_ppl
+        if recipe is None or self._fused_ppl_call is not None:  # the check has a call in charge
+            return native(*args, **kwargs)
+        labels = kwargs.get("labels")
+        if labels is None and len(args) > recipe.labels_at:
+            labels = args[recipe.labels_at]
+        wanted = self.training if skip_logits is None else skip_logits  # type: ignore[attr-defined]
+        if labels is None or not wanted:
+            return native(*args, **kwargs)
+        head = self.get_output_embeddings()  # type: ignore[attr-defined]
+        if not isinstance(head, FusedHead):
+            self._fused_ppl_warn(f"its head is another module now ({type(head).__name__})")
+            return native(*args, **kwargs)
+        shift_labels = kwargs.get("shift_labels") if "shift_labels" in recipe.handed_on else None
+        exp = recipe.loss == "perplexity" and self.training and not self._fused_ppl_window  # type: ignore[attr-defined]
+        call = Fused(recipe, labels, shift_labels, exp)
+        with in_charge(self, head, call):
+            out = native(*args, **kwargs)
+        if call.native:
+            self._fused_ppl_warn("the labels and the positions of its head do not match")
+        return call.without_logits(out)
+
+    def _fused_ppl_warn(self, reason: str) -> None:
+        if not self._fused_ppl_warned:
+            self._fused_ppl_warned = True
+            name = type(self).__name__
+            warnings.warn(f"{name} was patched by fused_ppl and runs its native loss: {reason}.", stacklevel=4)
+
+    @property
+    def loss_function(self) -> Any:
+        native, call = super().loss_function, self._fused_ppl_call  # type: ignore[misc]
+        return native if call is None else functools.partial(call.reduce, native)
+
+    @loss_function.setter
+    def loss_function(self, function: Any) -> None:
+        super(FusedModel, type(self)).loss_function.fset(self, function)  # type: ignore[misc]
+        self._fused_ppl = None
+        self._fused_ppl_warn("its loss_function was set")
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _reduce(FusedModel, self, super().__reduce_ex__(protocol))
+
+
+@contextlib.contextmanager
+def in_charge(model: Any, head: Any, call: Any) -> Iterator[None]:
+    model._fused_ppl_call = head._fused_ppl_call = call
+    try:
+        yield
+    finally:
+        model._fused_ppl_call = head._fused_ppl_call = None
+
+
+@functools.cache
+def subclass(mixin: type, cls: Any) -> type:
+    """`cls` with `mixin` before it; one class for each pair, so that two patched models are of one type."""
+
+    @functools.wraps(cls.forward)  # Trainer and generate read the signature
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        native = types.MethodType(cls.forward, self)
+        if mixin is FusedHead:
+            return self._fused_ppl_forward(native, *args, **kwargs)
+        return self._fused_ppl_forward(native, args, kwargs)
+
+    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+    return type(cls.__name__, (mixin, cls), {**names, "forward": forward, "_fused_ppl_class": cls})
+
+
+def swap(module: nn.Module, mixin: type) -> None:
+    """Give a module the subclass. A forward that was replaced on the instance goes through it as well."""
+    module.__class__ = subclass(mixin, type(module))
+    _rebind(module)
+    instance_forward = module.__dict__.get("forward")
+    if mixin is FusedHead and instance_forward is not None and "_old_forward" not in module.__dict__:
+        # transformers' tensor parallelism
+        module.__dict__["_fused_ppl_instance_forward"] = instance_forward
+        module.__dict__["forward"] = functools.partial(module._fused_ppl_forward, instance_forward)
+
+
+def swap_back(module: nn.Module) -> None:
+    """Undo `swap`. A class that was put over ours stays, and does nothing."""
+    instance_forward = module.__dict__.get("_fused_ppl_instance_forward")
+    if instance_forward is not None:
+        module.__dict__["forward"] = instance_forward
+    for name in [n for n in module.__dict__ if n.startswith("_fused_ppl")]:
+        del module.__dict__[name]
+    original = type(module).__dict__.get("_fused_ppl_class")
+    if original is not None:
+        module.__class__ = original
+        _rebind(module)
+
+
+def _rebind(module: nn.Module) -> None:
+    """accelerate's hooks (device_map) keep the forward of the class that they met."""
+    if "_old_forward" in module.__dict__:
+        module.__dict__["_old_forward"] = types.MethodType(type(module).forward, module)
+
+
+def _rebuild(mixin: type, cls: type) -> Any:
+    made = subclass(mixin, cls)
+    return made.__new__(made)
+
+
+def _reduce(mixin: type, module: Any, reduced: tuple[Any, ...]) -> tuple[Any, ...]:
+    original = type(module).__dict__.get("_fused_ppl_class")
+    if original is None:  # a further subclass, which says itself how it is pickled
+        return reduced
+    return (_rebuild, (mixin, original), *reduced[2:])
