@@ -1,3 +1,140 @@
 # SPDX-License-Identifier: Apache-2.0
+"""Exact perplexity over an accumulation window and all ranks, for `transformers.Trainer` and what derives from it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_ppl import Perplexity
+from fused_ppl.integrations.huggingface.swap import FusedModel
+
+
 class PerplexityTrainerMixin:
-    pass
+    """Trains on the perplexity of each optimizer step's whole batch: all micro-batches, all ranks.
+
+        class PerplexityTrainer(PerplexityTrainerMixin, Trainer): ...
+
+    The gradient of exp(S / N) is exp(S / N) times that of S / N, which micro-batches and ranks add up: the trainer
+    accumulates the gradient of the cross-entropy and multiplies it once, before clipping. `loss` in the logs is the
+    cross-entropy S / N; `perplexity` beside it is exp of it over the tokens since the last line, `eval_perplexity` over
+    the evaluation set. The model may be patched or not; a patched one makes no logits. Put the mixin first.
+
+    Raises:
+        ValueError: the trainer does not tell the model `num_items_in_batch`, or not that of all ranks.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._perplexity_window = Perplexity()  # since the last optimizer step
+        self._perplexity_logged: dict[str, Perplexity] = {}
+        self._perplexity_open = False  # the window has micro-batches, and its gradient is not scaled yet
+        self._perplexity_due = False  # and an optimizer step comes next
+        super().__init__(*args, **kwargs)
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        training = model.training
+        if training:
+            self._perplexity_check(num_items_in_batch)
+        with _cross_entropy(model):
+            result = super().compute_loss(  # type: ignore[misc]
+                model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
+            )
+        if num_items_in_batch is not None:
+            loss = result[0] if return_outputs else result
+            self._perplexity_add(loss.detach(), num_items_in_batch, training)
+        return result
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        loss = super().training_step(*args, **kwargs)  # type: ignore[misc]
+        self._perplexity_due = self.accelerator.sync_gradients  # type: ignore[attr-defined]
+        return loss
+
+    def _perplexity_check(self, num_items_in_batch: Any) -> None:
+        args, accelerator = self.args, self.accelerator  # type: ignore[attr-defined]
+        if num_items_in_batch is None:
+            raise ValueError(
+                "PerplexityTrainerMixin needs num_items_in_batch, which Trainer counts where the model's forward takes "
+                "**kwargs and the data set has labels; this one does not."
+            )
+        if accelerator.num_processes > 1 and not args.average_tokens_across_devices:
+            raise ValueError(
+                "PerplexityTrainerMixin needs the number of tokens of all ranks: pass "
+                "TrainingArguments(average_tokens_across_devices=True)."
+            )
+        if self.is_deepspeed_enabled:  # type: ignore[attr-defined]
+            raise ValueError("PerplexityTrainerMixin scales .grad, which DeepSpeed does not fill. Use FSDP or DDP.")
+        if self._perplexity_due:
+            raise RuntimeError(
+                "An optimizer step went by without PerplexityTrainerMixin having scaled the gradient: this version of "
+                "transformers does not call Trainer._clip_grad_norm or ._get_grad_norm before it."
+            )
+
+    def _perplexity_add(self, loss: Tensor, num_items: Any, training: bool) -> None:
+        """A micro-batch's part of S and of N; N belongs to the window, and is divided among its parts."""
+        ranks = self.accelerator.num_processes // self.get_tp_size() if self.args.average_tokens_across_devices else 1  # type: ignore[attr-defined]
+        items = torch.as_tensor(num_items, device=loss.device).double()
+        nll = loss.double() / ranks * items
+        if training:
+            self._perplexity_open = True
+            steps = self.current_gradient_accumulation_steps  # type: ignore[attr-defined]
+            self._perplexity_window.update_nll(nll, items / (steps * ranks))
+        else:
+            self._perplexity_logged.setdefault("eval", Perplexity()).update_nll(nll, items / ranks)
+
+    def _perplexity_scale(self, model: Any) -> None:
+        """Once for each window: what the window's gradient lacks."""
+        if not self._perplexity_open:
+            return
+        self._perplexity_open = self._perplexity_due = False
+        total = self._perplexity_reduced(self._perplexity_window)
+        self._perplexity_logged.setdefault("train", Perplexity()).merge(total)
+        self._perplexity_window.reset()
+        factor = total.compute()
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                gradient = parameter.grad
+                gradient = gradient.to_local() if hasattr(gradient, "to_local") else gradient
+                gradient.mul_(factor.to(gradient.device))
+
+    def _perplexity_reduced(self, metric: Perplexity) -> Perplexity:
+        """The same metric over all ranks."""
+        both = torch.stack([metric.nll_sum, metric.total_weight])
+        both = self.accelerator.reduce(both, "sum") / self.get_tp_size()  # type: ignore[attr-defined]
+        total = Perplexity()
+        total.update_nll(both[0], both[1])
+        return total
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        self._perplexity_scale(model)
+        return super()._clip_grad_norm(model)  # type: ignore[misc]
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        self._perplexity_scale(model)
+        return super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[misc]
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        for name in [n for n in logs if n == "loss" or n.endswith("_loss")]:
+            metric = self._perplexity_logged.pop("train" if name == "loss" else "eval", None)
+            if metric is not None and name != "train_loss":
+                metric = metric if name == "loss" else self._perplexity_reduced(metric)
+                logs[name.removesuffix("loss") + "perplexity"] = metric.compute().item()
+        super().log(logs, *args, **kwargs)  # type: ignore[misc]
+
+
+@contextlib.contextmanager
+def _cross_entropy(model: Any) -> Iterator[None]:
+    """A model patched with loss="perplexity" gives its cross-entropy: the gradient is scaled afterwards."""
+    patched = [m for m in model.modules() if isinstance(m, FusedModel)]
+    for module in patched:
+        module._fused_ppl_window = True
+    try:
+        yield
+    finally:
+        for module in patched:
+            module._fused_ppl_window = False
