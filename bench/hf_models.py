@@ -56,7 +56,7 @@ def quiet(model: torch.nn.Module) -> None:
 
 def tokens(model: Any) -> torch.Tensor:
     """Two rows of ids that no number of the configuration names: special tokens stand there."""
-    vocab = model.get_input_embeddings().weight.shape[0]
+    vocab = min(m.weight.shape[0] for m in (model.get_input_embeddings(), model.get_output_embeddings()))
     special = set(integers(model.config.to_dict()))
     ids = torch.tensor([i for i in range(vocab) if i not in special] or list(range(vocab)))
     return ids[torch.randint(len(ids), (BATCH, LENGTH))]
@@ -98,6 +98,7 @@ def try_model(model_type: str) -> Row:
         labels = ids.clone()
         labels[0, 3:6] = -100
         batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+        measure(model, batch)  # some settle on a kind of attention in their first steps
         losses, gradients, (_, logits) = measure(model, batch)
     except Exception as error:
         return Row(model_type, "not built", note=short(error))
@@ -166,8 +167,8 @@ def write(rows: list[Row]) -> None:
     lines = [
         "# Causal language models of transformers under `patch`",
         "",
-        f"transformers {transformers.__version__}, torch {torch.__version__}; `python bench/hf_models.py`, which builds",
-        "each model tiny and random and says in its first lines what equal means.",
+        f"transformers {transformers.__version__}, torch {torch.__version__}; `python bench/hf_models.py`, which",
+        "builds each model tiny and random, and says in its first lines what equal means.",
         "",
         ", ".join(f"{count[v]} {v}" for v in ("equal", "different", "refused", "not built")) + f", of {len(rows)}.",
         "",

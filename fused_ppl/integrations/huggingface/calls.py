@@ -35,6 +35,10 @@ class Recipe:
     handed_on: frozenset[str] = frozenset()  # the keywords of forward that reach the loss function
     labels_at: int = 0  # the position of `labels` among the arguments of forward
 
+    def is_native(self) -> bool:
+        """Whether the loss is the one that the model has by itself."""
+        return self.loss == "cross_entropy" and not self.label_smoothing and not self.z_loss
+
     def value(self, head: nn.Linear, hidden: Tensor, targets: Tensor, perplexity: bool) -> Tensor:
         """The mean over the counted targets, or exp of it."""
         common: dict[str, Any] = {
@@ -66,7 +70,7 @@ class Fused:
     def head(self, module: nn.Linear, hidden: Tensor, native: Native) -> Tensor:
         shape = hidden.shape[:-1]
         # other positions than those of the labels, or none at all: the model's own loss knows what that means
-        self.native = self.targets.shape != shape and self.targets.numel() != shape.numel() or shape.numel() == 0
+        self.native = (self.targets.shape != shape and self.targets.numel() != shape.numel()) or shape.numel() == 0
         if self.native:
             return native(hidden)  # type: ignore[no-any-return]
         targets = self.targets.to(hidden.device).reshape(shape)

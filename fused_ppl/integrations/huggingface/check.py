@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from fused_ppl.integrations.huggingface import tail
 from fused_ppl.integrations.huggingface.calls import Probe, Recipe, Watched, WatchedFused
 from fused_ppl.integrations.huggingface.swap import in_charge
+from fused_ppl.integrations.huggingface.tail import CheckError
 
 LENGTH = 8
 
@@ -23,11 +23,11 @@ def examine(model: Any, head: nn.Linear, batch: dict[str, Any] | None) -> Recipe
     """The recipe with which the fused loss equals the model's own. Model and head are swapped already.
 
     Raises:
-        ValueError: with the reason, as half a sentence.
+        CheckError: the reason.
     """
     parameters = inspect.signature(type(model).forward).parameters
     if "labels" not in parameters:
-        raise ValueError("its forward takes no labels")
+        raise CheckError("its forward takes no labels")
     with _at_rest(model):
         batch = dict(batch) if batch is not None else {"input_ids": small_batch(model, head)}
         labels = batch.pop("labels", batch.get("input_ids"))
@@ -55,16 +55,17 @@ def small_batch(model: Any, head: nn.Linear) -> Tensor:
     ids = [i for i in range(min(vocab, 4096)) if i not in special] or list(range(vocab))
     generator = torch.Generator().manual_seed(0)
     chosen = torch.randint(len(ids), (2, LENGTH), generator=generator)
-    return torch.tensor(ids)[chosen].to(head.weight.device if model.device.type == "meta" else model.device)
+    return torch.tensor(ids)[chosen].to(model.device)
 
 
 @contextlib.contextmanager
 def _at_rest(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and the random numbers of the caller untouched."""
+    """Evaluation mode without autocast, and the random numbers of the caller untouched."""
     modes = [(m, m.training) for m in model.modules()]
     cuda = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    no_autocast = torch.autocast(next(model.parameters()).device.type, enabled=False)
     try:
-        with torch.random.fork_rng(sorted(cuda, key=str)), torch.enable_grad():
+        with torch.random.fork_rng(sorted(cuda, key=str)), torch.enable_grad(), no_autocast:
             model.eval()
             yield
     finally:
@@ -82,7 +83,7 @@ def _probe(model: Any, head: nn.Linear, batch: dict[str, Any]) -> tuple[float, f
     probe = Probe()
     out = _run(model, head, probe, batch)
     if len(probe.grids) != 1:
-        raise ValueError(f"it calls its head {len(probe.grids)} times for one batch of tokens")
+        raise CheckError(f"it calls its head {len(probe.grids)} times for one batch of tokens")
     logits = out["logits"] if isinstance(out, dict) else out[0]
     return tail.fit(probe.grids[0], logits, tuple(tail.numbers(model.config.to_dict())))
 
@@ -98,18 +99,18 @@ def _native(
     watched = Watched()
     out = _run(model, head, watched, {**batch, **keywords})
     if watched.received is None:
-        raise ValueError("it computes its loss without self.loss_function")
+        raise CheckError("it computes its loss without self.loss_function")
     return keywords, watched, out["loss"] if isinstance(out, dict) else out[0]
 
 
 def _compare(
     model: Any, head: nn.Linear, recipe: Recipe, batch: dict[str, Any], watched: Watched, native: Tensor
 ) -> None:
-    call = WatchedFused(recipe, batch["labels"], batch["shift_labels"] if "shift_labels" in recipe.handed_on else None,
-                        perplexity=False)  # fmt: skip
+    shift_labels = batch["shift_labels"] if "shift_labels" in recipe.handed_on else None
+    call = WatchedFused(recipe, batch["labels"], shift_labels, perplexity=False)
     out = _run(model, head, call, batch)
     if call.native or call.carrier is None:
-        raise ValueError("its head sees other positions than those of the labels")
+        raise CheckError("its head sees other positions than those of the labels")
     out = call.without_logits(out)
     loss = out["loss"] if isinstance(out, dict) else out[0]
     hidden, leaf = watched.hidden, call.hidden
@@ -117,13 +118,9 @@ def _compare(
     (want,) = torch.autograd.grad(native, hidden)
     (got,) = torch.autograd.grad(loss, leaf)
     eps = torch.finfo(leaf.dtype).eps
-    off = abs(float(loss) - float(native))
-    if not off <= max(1e-5, 8 * eps) * max(1.0, abs(float(native))):
-        raise ValueError(f"on one batch its native loss is {float(native):.6g} and the fused one {float(loss):.6g}")
+    fused, own = loss.item(), native.item()
+    if not abs(fused - own) <= max(1e-5, 8 * eps) * max(1.0, abs(own)):
+        raise CheckError(f"on one batch its native loss is {own:.6g} and the fused one {fused:.6g}")
     wrong = float((got.float() - want.float()).norm() / want.float().norm())
     if not wrong <= max(1e-4, 32 * eps):
-        raise ValueError(f"on one batch the gradient of its hidden states is {wrong:.1e} from the native one")
-
-
-def replaced(recipe: Recipe, **asked: Any) -> Recipe:
-    return replace(recipe, **asked)
+        raise CheckError(f"on one batch the gradient of its hidden states is {wrong:.1e} from the native one")

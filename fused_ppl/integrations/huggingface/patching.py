@@ -10,7 +10,8 @@ from torch import nn
 
 from fused_ppl import Options
 from fused_ppl.integrations.huggingface.check import examine
-from fused_ppl.integrations.huggingface.swap import FusedHead, FusedModel, swap, swap_back
+from fused_ppl.integrations.huggingface.swap import FusedHead, FusedModel, head_of, swap, swap_back
+from fused_ppl.integrations.huggingface.tail import CheckError
 
 
 def patch(
@@ -48,7 +49,7 @@ def patch(
         ValueError: the model's head, tail or loss is not understood; the message says why, and the model is as it was.
 
     Example:
-        >>> import pytest; transformers = pytest.importorskip("transformers")
+        >>> import torch, transformers                     # doctest: +SKIP
         >>> config = transformers.LlamaConfig(vocab_size=99, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
         ...                                   num_attention_heads=2, num_key_value_heads=1)
         >>> model = patch(transformers.LlamaForCausalLM(config)).train()
@@ -59,26 +60,26 @@ def patch(
     """
     if loss not in ("cross_entropy", "perplexity"):
         raise ValueError(f"loss must be 'cross_entropy' or 'perplexity'; got {loss!r}.")
-    if loss == "perplexity" and z_loss or loss == "cross_entropy" and max_nll is not None:
+    if (loss == "perplexity" and z_loss) or (loss == "cross_entropy" and max_nll is not None):
         raise ValueError("z_loss belongs to loss='cross_entropy', max_nll to loss='perplexity'.")
     inner = language_model(model)
     unpatch(inner)
-    head = inner.get_output_embeddings()
+    head = head_of(inner)
     reason = _cannot(inner, head)
-    if reason is None:
-        swap(inner, FusedModel)
-        swap(head, FusedHead)
-        try:
-            recipe = examine(inner, head, batch)
-        except Exception as error:
-            swap_back(inner)
-            swap_back(head)
-            reason, cause = f"{error}" if isinstance(error, ValueError) else f"its check failed: {error!r}", error
-            raise _refusal(inner, reason) from cause
-        asked = {"label_smoothing": label_smoothing, "z_loss": z_loss, "max_nll": max_nll, "options": options}
-        inner._fused_ppl = replace(recipe, loss=loss, **asked)  # type: ignore[arg-type]
-        return model
-    raise _refusal(inner, reason)
+    if reason is not None:
+        raise _refusal(inner, reason)
+    swap(inner, FusedModel)
+    swap(head, FusedHead)
+    try:
+        recipe = examine(inner, head, batch)
+    except Exception as error:
+        swap_back(inner)
+        swap_back(head)
+        reason = str(error) if isinstance(error, CheckError) else f"the check on a batch of tokens failed: {error!r}"
+        raise _refusal(inner, reason) from error
+    asked = {"label_smoothing": label_smoothing, "z_loss": z_loss, "max_nll": max_nll, "options": options}
+    inner._fused_ppl = replace(recipe, loss=loss, **asked)  # type: ignore[arg-type]
+    return model
 
 
 def unpatch(model: Any) -> Any:
@@ -108,7 +109,7 @@ def _cannot(model: Any, head: Any) -> str | None:
     if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
         kind = f"{type(head).__module__}.{type(head).__qualname__}"
         return f"its head is a {kind}, not a plain torch.nn.Linear: what that computes would be left out"
-    if any(p.device.type == "meta" for p in head.parameters()):
+    if any(t.device.type == "meta" for t in (*model.parameters(), *model.buffers())):
         return "its weights are on the meta device; patch it when they are loaded"
     if "forward" in model.__dict__ and "_old_forward" not in model.__dict__:
         return "its forward was replaced on the instance; patch it before whatever did that"

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from fused_ppl.integrations.huggingface.calls import Fused, Recipe
 
@@ -51,24 +51,38 @@ class FusedModel:
         wanted = self.training if skip_logits is None else skip_logits  # type: ignore[attr-defined]
         if labels is None or not wanted:
             return native(*args, **kwargs)
-        head = self.get_output_embeddings()  # type: ignore[attr-defined]
+        head = head_of(self)
         if not isinstance(head, FusedHead):
             self._fused_ppl_warn(f"its head is another module now ({type(head).__name__})")
             return native(*args, **kwargs)
         shift_labels = kwargs.get("shift_labels") if "shift_labels" in recipe.handed_on else None
         exp = recipe.loss == "perplexity" and self.training and not self._fused_ppl_window  # type: ignore[attr-defined]
         call = Fused(recipe, labels, shift_labels, exp)
-        with in_charge(self, head, call):
-            out = native(*args, **kwargs)
-        if call.native:
-            self._fused_ppl_warn("the labels and the positions of its head do not match")
+        try:
+            with in_charge(self, head, call):
+                out = native(*args, **kwargs)
+        finally:
+            if call.native:
+                self._fused_ppl_warn("the labels and the positions of its head do not match")
+        if self._fused_ppl_window and getattr(out, "aux_loss", None) is not None:
+            raise ValueError(
+                f"{type(self).__name__} adds an auxiliary loss of its experts, which PerplexityTrainerMixin would "
+                "multiply by the perplexity. Train on loss='cross_entropy', or set output_router_logits=False."
+            )
         return call.without_logits(out)
 
-    def _fused_ppl_warn(self, reason: str) -> None:
+    def _fused_ppl_warn(self, reason: str, runs: str = "runs") -> None:
         if not self._fused_ppl_warned:
             self._fused_ppl_warned = True
             name = type(self).__name__
-            warnings.warn(f"{name} was patched by fused_ppl and runs its native loss: {reason}.", stacklevel=4)
+            warnings.warn(f"{name} was patched by fused_ppl and {runs} its native loss: {reason}.", stacklevel=4)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "forward" and self._fused_ppl is not None and not self._fused_ppl.is_native():
+            owner = getattr(value, "__globals__", {}).get("__name__", "").partition(".")[0]
+            if owner not in ("accelerate", "torch"):  # whose wrappers call what they replace
+                self._fused_ppl_warn(f"{owner or 'something'} replaced its forward and may compute its own", "may run")
+        super().__setattr__(name, value)
 
     @property
     def loss_function(self) -> Any:
@@ -83,6 +97,16 @@ class FusedModel:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _reduce(FusedModel, self, super().__reduce_ex__(protocol))
+
+
+def head_of(model: Any) -> Any:
+    """The module that makes the logits; inside PEFT's wrapper for a head that is trained beside its adapters."""
+    head = model.get_output_embeddings()
+    saved = getattr(head, "modules_to_save", None)
+    if saved is None:
+        return head
+    active = [a for a in head.active_adapters if a in saved]
+    return head.original_module if head.disable_adapters or len(active) != 1 else saved[active[0]]
 
 
 @contextlib.contextmanager
@@ -109,9 +133,10 @@ def subclass(mixin: type, cls: Any) -> type:
     return type(cls.__name__, (mixin, cls), {**names, "forward": forward, "_fused_ppl_class": cls})
 
 
-def swap(module: nn.Module, mixin: type) -> None:
+def swap(module: Any, mixin: type) -> None:
     """Give a module the subclass. A forward that was replaced on the instance goes through it as well."""
-    module.__class__ = subclass(mixin, type(module))
+    cls: Any = type(module)
+    module.__class__ = subclass(mixin, cls)
     _rebind(module)
     instance_forward = module.__dict__.get("forward")
     if mixin is FusedHead and instance_forward is not None and "_old_forward" not in module.__dict__:
@@ -120,7 +145,7 @@ def swap(module: nn.Module, mixin: type) -> None:
         module.__dict__["forward"] = functools.partial(module._fused_ppl_forward, instance_forward)
 
 
-def swap_back(module: nn.Module) -> None:
+def swap_back(module: Any) -> None:
     """Undo `swap`. A class that was put over ours stays, and does nothing."""
     instance_forward = module.__dict__.get("_fused_ppl_instance_forward")
     if instance_forward is not None:
@@ -133,18 +158,18 @@ def swap_back(module: nn.Module) -> None:
         _rebind(module)
 
 
-def _rebind(module: nn.Module) -> None:
+def _rebind(module: Any) -> None:
     """accelerate's hooks (device_map) keep the forward of the class that they met."""
     if "_old_forward" in module.__dict__:
         module.__dict__["_old_forward"] = types.MethodType(type(module).forward, module)
 
 
 def _rebuild(mixin: type, cls: type) -> Any:
-    made = subclass(mixin, cls)
+    made: Any = subclass(mixin, cls)
     return made.__new__(made)
 
 
-def _reduce(mixin: type, module: Any, reduced: tuple[Any, ...]) -> tuple[Any, ...]:
+def _reduce(mixin: type, module: Any, reduced: Any) -> Any:
     original = type(module).__dict__.get("_fused_ppl_class")
     if original is None:  # a further subclass, which says itself how it is pickled
         return reduced

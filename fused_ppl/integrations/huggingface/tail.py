@@ -14,8 +14,8 @@ from torch import Tensor
 AMPLITUDES = tuple(2.0**k for k in (-12, -8, -4, -1, 1, 3, 6, 12))
 
 
-class TailError(ValueError):
-    """The tail is not z = cap(scale * x)."""
+class CheckError(ValueError):
+    """Why a model cannot be patched, as half a sentence."""
 
 
 def grid(shape: tuple[int, ...], device: torch.device) -> Tensor:
@@ -37,16 +37,16 @@ def fit(x: Tensor, y: Tensor, nice: tuple[float, ...] = ()) -> tuple[float, floa
         nice: numbers that are taken where the fit is as near to one of them as the dtype of `y` can tell.
 
     Raises:
-        TailError: y is no such function of x.
+        CheckError: y is no such function of x.
     """
     if y.requires_grad:
-        raise TailError("what it does to its logits has parameters to be trained")
+        raise CheckError("what it does to its logits has parameters to be trained")
     if y.numel() != x.numel():
-        raise TailError(f"its head gave {tuple(x.shape)} logits and its output holds {tuple(y.shape)}")
+        raise CheckError(f"its head gave {tuple(x.shape)} logits and its output holds {tuple(y.shape)}")
     rounding = max(1e-5, 4 * torch.finfo(y.dtype).eps)
     x, y = x.detach().double().cpu().flatten(), y.detach().double().cpu().flatten()
     if not bool(y.isfinite().all()):
-        raise TailError("it masks logits, or they overflow its dtype")
+        raise CheckError("it masks logits, or they overflow its dtype")
     small = x.abs() < 2 * AMPLITUDES[0]
     largest = int(x.abs().argmax())
     scale = float((x * y)[small].sum() / x[small].square().sum())
@@ -57,9 +57,9 @@ def fit(x: Tensor, y: Tensor, nice: tuple[float, ...] = ()) -> tuple[float, floa
     scale = _near(scale, nice, rounding)
     z = scale * x if softcap is None else softcap * (scale * x / softcap).tanh()
     if not bool(((y - z).abs() <= rounding * z.abs() + 1e-30).all()):
-        raise TailError("what it does to its logits is neither a scale nor a softcap, the same for every token")
+        raise CheckError("what it does to its logits is neither a scale nor a softcap, the same for every token")
     if not (math.isfinite(scale) and scale > 0):
-        raise TailError(f"its logits are scaled by {scale}")
+        raise CheckError(f"its logits are scaled by {scale}")
     return scale, softcap
 
 
@@ -75,6 +75,6 @@ def numbers(config: Any) -> Iterator[float]:
     if isinstance(config, (list, tuple)):
         for value in config:
             yield from numbers(value)
-    elif isinstance(config, (int, float)) and not isinstance(config, bool) and config:
+    elif isinstance(config, (int, float)) and math.isfinite(config) and abs(config) > 1e-12:
         yield float(config)
         yield 1 / float(config)
