@@ -26,9 +26,9 @@ NAMES: dict[int, str] = {
         qk_rope_head_dim v_head_dim index_head_dim global_head_dim linear_key_head_dim linear_value_head_dim
         linear_head_dim kv_lora_rank q_lora_rank o_lora_rank laurel_rank hc_lowrank gated_norm_rank
         query_pre_attn_scalar sliding_window attention_window_size sliding_window_size local_attention
-        attention_chunk_size chunk_size mamba_chunk_size index_topk keep_window_size mamba_d_state state_size ssm_state_size time_step_rank
-        mamba_dt_rank mamba_n_heads mamba_num_heads n_mamba_heads mamba_d_head mamba_head_dim mamba_headdim
-        hidden_size_per_layer_input embed_dim ple_embed_dim adapter_rank""",
+        attention_chunk_size chunk_size mamba_chunk_size index_topk keep_window_size mamba_d_state state_size
+        time_step_rank mamba_dt_rank mamba_n_heads mamba_num_heads n_mamba_heads mamba_d_head mamba_head_dim
+        mamba_headdim ssm_state_size hidden_size_per_layer_input embed_dim ple_embed_dim adapter_rank""",
     2: """num_key_value_heads swa_num_key_value_heads num_kv_heads num_query_groups linear_num_key_heads o_groups
         linear_num_value_heads linear_num_heads index_n_heads decoder_layers encoder_layers num_encoder_layers
         num_decoder_layers depth num_blocks conf_num_hidden_layers conf_num_attention_heads num_experts_per_tok

@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The loss modules of Liger-Kernel, argument for argument, over fused_ppl; for code that constructs Liger's.
+
+    liger_kernel.transformers.LigerFusedLinearCrossEntropyLoss = fused_ppl.integrations.liger.Liger...
+
+Needs no Liger. What is not the same raises NotImplementedError.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fused_ppl import LossOutput, cross_entropy_with_stats, linear_cross_entropy_with_stats
+from fused_ppl import cross_entropy as _cross_entropy
+from fused_ppl import linear_cross_entropy as _linear_cross_entropy
+
+
+class CrossEntropyOutput(NamedTuple):
+    """What Liger's modules return where a `return_...` is set."""
+
+    loss: Tensor
+    z_loss: Tensor | None = None  # the part of `loss` that lse_square_scale adds; detached
+    token_accuracy: Tensor | None = None  # per token for reduction="none", else the mean over the counted tokens
+    predicted_tokens: Tensor | None = None  # -1 where ignored
+
+
+class _LigerLoss(nn.Module):
+    def __init__(
+        self,
+        class_weight: Tensor | None,
+        ignore_index: int,
+        lse_square_scale: float,
+        label_smoothing: float,
+        reduction: str,
+        softcap: float | None,
+        *returned: bool,
+    ) -> None:
+        super().__init__()
+        if reduction not in ("mean", "sum", "none"):
+            raise ValueError(f"reduction must be 'mean', 'sum' or 'none'; got {reduction!r}.")
+        if lse_square_scale and class_weight is not None:
+            raise NotImplementedError(
+                "Liger leaves class weights out of its z-loss, and fused_ppl does not: lse_square_scale with class "
+                "weights is another loss here. Call fused_ppl.cross_entropy(weight=..., z_loss=...) for ours."
+            )
+        self.ignore_index, self.lse_square_scale, self.label_smoothing = ignore_index, lse_square_scale, label_smoothing
+        self.reduction, self.softcap = reduction, softcap
+        self.return_z_loss, self.return_token_accuracy, self.return_predicted_tokens = returned
+
+    def _keywords(self) -> dict[str, object]:
+        return {
+            "ignore_index": self.ignore_index,
+            "reduction": self.reduction,
+            "label_smoothing": self.label_smoothing,
+            "softcap": self.softcap,
+            "z_loss": self.lse_square_scale,
+        }
+
+    @property
+    def _wants_more(self) -> bool:
+        return self.return_z_loss or self.return_token_accuracy or self.return_predicted_tokens
+
+    def _loss(self, loss: Tensor, target: Tensor) -> Tensor:
+        """Liger's mean over no token is 0."""
+        return torch.where(target.ne(self.ignore_index).any(), loss, 0) if self.reduction == "mean" else loss
+
+    def _output(self, out: LossOutput, target: Tensor) -> CrossEntropyOutput:
+        counted = target.ne(self.ignore_index)
+        hits = out.predicted.eq(target) & counted
+        z_loss, accuracy = self.lse_square_scale * out.lse.square(), hits.to(out.loss.dtype)
+        if self.reduction != "none":
+            z_loss = z_loss.sum() / (counted.sum().clamp(min=1) if self.reduction == "mean" else 1)
+            accuracy = accuracy.sum() / counted.sum()
+        return CrossEntropyOutput(
+            loss=self._loss(out.loss, target),
+            z_loss=z_loss if self.return_z_loss else None,
+            token_accuracy=accuracy if self.return_token_accuracy else None,
+            predicted_tokens=out.predicted if self.return_predicted_tokens else None,
+        )
+
+
+class LigerCrossEntropyLoss(_LigerLoss):
+    """`liger_kernel.transformers.LigerCrossEntropyLoss`; `input` is not overwritten.
+
+    Example:
+        >>> import torch
+        >>> loss = LigerCrossEntropyLoss(label_smoothing=0.1)
+        >>> round(loss(torch.zeros(4, 32), torch.tensor([0, 1, 31, -100])).item(), 4)
+        3.4657
+    """
+
+    def __init__(
+        self,
+        weight: Tensor | None = None,
+        ignore_index: int = -100,
+        lse_square_scale: float = 0.0,
+        label_smoothing: float = 0.0,
+        reduction: str = "mean",
+        softcap: float | None = None,
+        return_z_loss: bool = False,
+        return_token_accuracy: bool = False,
+        return_predicted_tokens: bool = False,
+    ) -> None:
+        returned = (return_z_loss, return_token_accuracy, return_predicted_tokens)
+        super().__init__(weight, ignore_index, lse_square_scale, label_smoothing, reduction, softcap, *returned)
+        self.weight = weight
+
+    def forward(self, _input: Tensor, target: Tensor) -> Tensor | CrossEntropyOutput:
+        keywords = self._keywords()
+        if not self._wants_more:
+            loss = _cross_entropy(_input, target, self.weight, **keywords)  # type: ignore[arg-type]
+            return self._loss(loss, target)
+        out = cross_entropy_with_stats(_input, target, self.weight, **keywords)  # type: ignore[arg-type]
+        return self._output(out, target)
+
+
+class LigerFusedLinearCrossEntropyLoss(_LigerLoss):
+    """`liger_kernel.transformers.LigerFusedLinearCrossEntropyLoss`; the weight of the head comes first.
+
+    `accum_dtype` may be None or torch.float32, which it always is here. `use_token_scaling` raises.
+
+    Example:
+        >>> import torch
+        >>> loss = LigerFusedLinearCrossEntropyLoss(softcap=30.0)
+        >>> head, hidden = torch.zeros(32, 8), torch.zeros(4, 8)
+        >>> round(loss(head, hidden, torch.tensor([0, 1, 31, -100])).item(), 4)
+        3.4657
+    """
+
+    def __init__(
+        self,
+        ce_weight: Tensor | None = None,
+        ignore_index: int = -100,
+        lse_square_scale: float = 0.0,
+        label_smoothing: float = 0.0,
+        reduction: str = "mean",
+        softcap: float | None = None,
+        return_z_loss: bool = False,
+        accum_dtype: torch.dtype | None = None,
+        use_token_scaling: bool = False,
+        return_token_accuracy: bool = False,
+        return_predicted_tokens: bool = False,
+    ) -> None:
+        returned = (return_z_loss, return_token_accuracy, return_predicted_tokens)
+        super().__init__(ce_weight, ignore_index, lse_square_scale, label_smoothing, reduction, softcap, *returned)
+        if accum_dtype not in (None, torch.float32):
+            raise NotImplementedError(f"accum_dtype is always torch.float32 here; got {accum_dtype}.")
+        if use_token_scaling:
+            raise NotImplementedError(
+                "use_token_scaling weights each token by its own probability, which fused_ppl does not offer. Take the "
+                "losses with reduction='none', weight them, and sum."
+            )
+        self.ce_weight, self.accum_dtype, self.use_token_scaling = ce_weight, accum_dtype, use_token_scaling
+
+    def forward(
+        self, lin_weight: Tensor, _input: Tensor, target: Tensor, bias: Tensor | None = None
+    ) -> Tensor | CrossEntropyOutput:
+        keywords = {"linear_bias": bias, "weight": self.ce_weight, **self._keywords()}
+        if not self._wants_more:
+            loss = _linear_cross_entropy(_input, lin_weight, target, **keywords)  # type: ignore[arg-type]
+            return self._loss(loss, target)
+        out = linear_cross_entropy_with_stats(_input, lin_weight, target, **keywords)  # type: ignore[arg-type]
+        return self._output(out, target)
