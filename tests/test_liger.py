@@ -24,6 +24,7 @@ import torch
 from torch.testing import assert_close
 
 from fused_ppl import linear_cross_entropy, linear_cross_entropy_with_stats
+from fused_ppl.integrations import liger as adapter
 from fused_ppl.testing import make_target
 
 if os.environ.get("TRITON_INTERPRET") != "1":
@@ -67,9 +68,9 @@ class InterpretedKernel:
 def _liger_in_the_interpreter(monkeypatch):
     """Two things that the interpreter lacks: methods of float arguments, and libdevice's tanh."""
     monkeypatch.setattr(liger_ops, "tanh", lambda x: 1 - 2 / (1 + tl.exp(2 * x)))
-    monkeypatch.setattr(
-        liger_head, "liger_cross_entropy_kernel", InterpretedKernel(liger_head.liger_cross_entropy_kernel)
-    )
+    kernel = InterpretedKernel(liger_ops.liger_cross_entropy_kernel)
+    monkeypatch.setattr(liger_ops, "liger_cross_entropy_kernel", kernel)
+    monkeypatch.setattr(liger_head, "liger_cross_entropy_kernel", kernel)
 
 
 def name_of(case: dict) -> str:
@@ -121,3 +122,75 @@ def test_same_ignored_tokens_and_predictions(ignore_index, options):
     stats = linear_cross_entropy_with_stats(hidden, weight, target, ignore_index=ignore_index, options=options)
     assert_close(stats.loss, result.loss, rtol=1e-5, atol=1e-5)
     assert torch.equal(stats.predicted, result.predicted_tokens)
+
+
+# the adapter: Liger's own examples and arguments, in Liger's order
+
+SETTINGS = [
+    {},
+    {"softcap": 3.0, "label_smoothing": 0.1, "accum_dtype": torch.float32},
+    {"ce_weight": torch.linspace(0.5, 2, V), "ignore_index": 3},
+    {"lse_square_scale": 0.01, "return_z_loss": True},
+    {"return_token_accuracy": True, "return_predicted_tokens": True},
+]
+
+
+def assert_same_output(got: Any, want: Any) -> None:
+    if isinstance(want, torch.Tensor):
+        assert_close(got, want, rtol=1e-5, atol=1e-5)
+        return
+    for name in ("loss", "z_loss", "token_accuracy", "predicted_tokens"):
+        mine, other = getattr(got, name), getattr(want, name)
+        assert (mine is None) == (other is None), name
+        if mine is not None:
+            assert_close(mine, other, rtol=1e-5, atol=1e-5)
+
+
+def test_the_example_of_liger_s_readme(backend, monkeypatch):
+    monkeypatch.setenv("FUSED_PPL_BACKEND", backend)
+    torch.manual_seed(0)
+    model = torch.nn.Linear(128, 256)
+    hidden, target = torch.randn(4, 128, requires_grad=True), torch.randint(256, (4,))
+    results = []
+    for package in (liger, adapter):
+        model.zero_grad()
+        hidden.grad = None
+        loss_fn = package.LigerFusedLinearCrossEntropyLoss()
+        loss = loss_fn(model.weight, hidden, target)
+        loss.backward()
+        results.append((loss.detach(), hidden.grad, model.weight.grad))
+    assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: ", ".join(s) or "plain")
+def test_the_adapter_of_the_fused_head(settings, reduction, backend, monkeypatch):
+    monkeypatch.setenv("FUSED_PPL_BACKEND", backend)
+    target = make_target((N,), V, ignored=0.3)
+    hidden, weight, bias = make(True)
+    want, got = (
+        package.LigerFusedLinearCrossEntropyLoss(reduction=reduction, **settings)(weight, hidden, target, bias)
+        for package in (liger, adapter)
+    )
+    assert_same_output(got, want)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: ", ".join(s) or "plain")
+def test_the_adapter_of_the_logits(settings, reduction, backend, monkeypatch):
+    monkeypatch.setenv("FUSED_PPL_BACKEND", backend)
+    settings = {"weight" if k == "ce_weight" else k: v for k, v in settings.items() if k != "accum_dtype"}
+    target = make_target((N,), V, ignored=0.3)
+    logits = torch.randn(N, V, generator=torch.Generator().manual_seed(1))
+    got = adapter.LigerCrossEntropyLoss(reduction=reduction, **settings)(logits, target)
+    want = liger.LigerCrossEntropyLoss(reduction=reduction, **settings)(logits.clone(), target)
+    assert_same_output(got, want)
+
+
+def test_the_adapter_s_mean_over_no_token_is_liger_s(backend, monkeypatch):
+    monkeypatch.setenv("FUSED_PPL_BACKEND", backend)
+    hidden, weight = make(False)
+    target = torch.full((N,), -100)
+    got = adapter.LigerFusedLinearCrossEntropyLoss()(weight, hidden, target)
+    assert_close(got.detach(), liger.LigerFusedLinearCrossEntropyLoss()(weight, hidden, target).detach())
+    assert all((g == 0).all() for g in torch.autograd.grad(got, (hidden, weight)))
