@@ -124,7 +124,7 @@ def subclass(mixin: type, cls: Any) -> type:
 
     @functools.wraps(cls.forward)  # Trainer and generate read the signature
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        native = types.MethodType(cls.forward, self)
+        native = functools.partial(cls.forward, self)
         if mixin is FusedHead:
             return self._fused_ppl_forward(native, *args, **kwargs)
         return self._fused_ppl_forward(native, args, kwargs)
