@@ -108,7 +108,9 @@ class Fused:
                 f"The loss was patched with ignore_index={self.recipe.ignore_index}, got {ignore_index}. "
                 "Call unpatch(model) and patch(model) again."
             )
-        value = self.carrier[(0,) * self.carrier.ndim]
+        value = self.carrier
+        while value.ndim:
+            value = value.select(0, 0)
         if num_items_in_batch is None:
             return value
         count = self.targets.ne(self.recipe.ignore_index).sum().to(value.device)
