@@ -48,15 +48,11 @@ def patch(
     Raises:
         ValueError: the model's head, tail or loss is not understood; the message says why, and the model is as it was.
 
-    Example:
-        >>> import torch, transformers                     # doctest: +SKIP
-        >>> config = transformers.LlamaConfig(vocab_size=99, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
-        ...                                   num_attention_heads=2, num_key_value_heads=1)
-        >>> model = patch(transformers.LlamaForCausalLM(config)).train()
-        >>> tokens = torch.arange(12).view(2, 6)
-        >>> out = model(tokens, labels=tokens)
-        >>> out.logits is None, 4 < out.loss.item() < 5
-        (True, True)
+    Example (docs/integrations.md has it whole)::
+
+        model = patch(AutoModelForCausalLM.from_pretrained(folder))
+        out = model(tokens, labels=tokens)
+        out.loss.backward()                            # out.logits is None
     """
     if loss not in ("cross_entropy", "perplexity"):
         raise ValueError(f"loss must be 'cross_entropy' or 'perplexity'; got {loss!r}.")
