@@ -56,8 +56,8 @@ class FusedModel:
             self._fused_ppl_warn(f"its head is another module now ({type(head).__name__})")
             return native(*args, **kwargs)
         shift_labels = kwargs.get("shift_labels") if "shift_labels" in recipe.handed_on else None
-        exp = recipe.loss == "perplexity" and self.training and not self._fused_ppl_window  # type: ignore[attr-defined]
-        call = Fused(recipe, labels, shift_labels, exp)
+        perplexity = recipe.loss == "perplexity" and self.training and not self._fused_ppl_window  # type: ignore[attr-defined]
+        call = Fused(recipe, labels, shift_labels, perplexity)
         try:
             with in_charge(self, head, call):
                 out = native(*args, **kwargs)
