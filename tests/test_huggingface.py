@@ -10,6 +10,7 @@ import copy
 import io
 import pickle
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -222,3 +223,37 @@ def test_a_forward_that_accelerate_hooks_into_is_reached():
     for module in (model, model.lm_head):
         hooks.remove_hook_from_module(module)
     assert_same(step(model), native)
+
+
+# images
+
+
+def llava() -> tuple[Any, dict[str, torch.Tensor]]:
+    torch.manual_seed(0)
+    vision = transformers.CLIPVisionConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4,
+        projection_dim=16,
+    )  # fmt: skip
+    config = transformers.LlavaConfig(vision_config=vision, text_config=llama().config, image_token_index=96)
+    pixels = torch.randn(2, 3, 8, 8)
+    ids = torch.cat([IDS[:, :1], torch.full((2, 4), 96), IDS[:, 1:]], 1)  # four patches
+    labels = torch.cat([LABELS[:, :1], torch.full((2, 4), -100), LABELS[:, 1:]], 1)
+    model = transformers.LlavaForConditionalGeneration(config).train()
+    return model, {"input_ids": ids, "pixel_values": pixels, "labels": labels}
+
+
+@pytest.mark.parametrize("examined_on", ["tokens", "the batch"])
+def test_a_model_that_sees(examined_on):
+    model, batch = llava()
+
+    def train() -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        model.zero_grad()
+        out = model(**batch)
+        out.loss.backward()
+        return out.loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+    native = train()
+    patch(model, batch=dict(batch) if examined_on == "the batch" else None)
+    assert_same(train(), native)
+    assert model(**batch).logits is None
+    assert any("vision_tower" in name for name in native[1])

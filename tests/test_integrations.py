@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import inspect
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -111,3 +113,38 @@ def test_what_cut_cross_entropy_has_and_we_have_not_raises(keywords, message):
 def test_what_liger_has_and_we_have_not_raises(keywords, message):
     with pytest.raises((NotImplementedError, ValueError), match=message):
         liger.LigerFusedLinearCrossEntropyLoss(**keywords)
+
+
+OPTIONAL = "transformers accelerate triton rich matplotlib liger_kernel cut_cross_entropy torchtitan trl peft lightning"
+
+# imports everything with the optional packages out of reach, and prints what else was loaded
+WITHOUT = f"""
+import importlib, pkgutil, sys, numpy, torch
+for name in {OPTIONAL.split()!r}:
+    sys.modules[name] = None
+before = set(sys.modules)
+import fused_ppl, fused_ppl.integrations
+for module in pkgutil.walk_packages(fused_ppl.integrations.__path__, "fused_ppl.integrations."):
+    importlib.import_module(module.name)
+print(round(fused_ppl.perplexity(torch.zeros(2, 7), torch.tensor([0, 6])).item(), 3))
+print(*sorted({{name.partition(".")[0] for name in set(sys.modules) - before}} - set(sys.stdlib_module_names)))
+"""
+
+
+def test_the_integrations_load_nothing_and_work_without_what_they_serve():
+    done = subprocess.run([sys.executable, "-c", WITHOUT], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    value, loaded = done.stdout.splitlines()
+    assert float(value) == 7
+    assert set(loaded.split()) <= {"fused_ppl", "torch", "numpy"}
+
+
+def test_a_missing_torchtitan_is_said_where_it_is_needed(monkeypatch):
+    from fused_ppl.integrations import torchtitan
+
+    monkeypatch.setitem(sys.modules, "torchtitan.components.loss", None)
+    torchtitan._loss_class.cache_clear()
+    with pytest.raises(ImportError, match=r"torchtitan\.components\.loss"):
+        _ = torchtitan.FusedLinearCrossEntropyLoss
+    with pytest.raises(AttributeError, match="no attribute 'other'"):
+        _ = torchtitan.other
