@@ -225,6 +225,17 @@ def test_a_forward_that_accelerate_hooks_into_is_reached():
     assert_same(step(model), native)
 
 
+def test_a_model_that_accelerate_wraps_and_unwraps_stays_patched():
+    accelerate = pytest.importorskip("accelerate")
+    accelerator = accelerate.Accelerator(mixed_precision="bf16", cpu=True)
+    model = accelerator.prepare(patch(llama()))
+    assert runs_fused(model)
+    assert runs_fused(accelerator.unwrap_model(model))
+    assert runs_fused(accelerator.unwrap_model(model, keep_fp32_wrapper=False))
+    with pytest.raises(ValueError, match="its forward was replaced on the instance; patch it before"):
+        patch(accelerator.prepare(llama()))
+
+
 # images
 
 

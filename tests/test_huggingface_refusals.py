@@ -109,6 +109,11 @@ def test_other_refusals():
         patch(torch.nn.Linear(2, 2))
     with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module; got int"):
         patch(3)
+    masked = transformers.ModernBertConfig(
+        vocab_size=97, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, pad_token_id=0
+    )
+    with pytest.raises(ValueError, match="on one batch its native loss is"):  # it shifts no labels
+        patch(transformers.ModernBertForMaskedLM(masked))
     with pytest.raises(ValueError, match="it computes its loss without self"):
         patch(transformers.AutoModelForCausalLM.from_config(tiny_config("bart")))
 
@@ -214,3 +219,13 @@ def test_a_head_that_is_trained_beside_the_adapters(peft, first):
         base = model(input_ids=IDS, labels=LABELS).loss
     assert_close(base, llama()(input_ids=IDS, labels=LABELS).loss)
     assert isinstance(model.base_model.model.lm_head.modules_to_save.default, FusedHead)
+
+
+def test_virtual_tokens_of_a_prompt(peft):
+    torch.manual_seed(2)
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    model = peft.get_peft_model(llama(), config).train()
+    native = step(model)
+    patch(model)
+    assert runs_fused(model)
+    assert_same(step(model), native)

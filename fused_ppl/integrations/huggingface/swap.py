@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import types
 import warnings
 from collections.abc import Iterator
@@ -122,13 +123,16 @@ def in_charge(model: Any, head: Any, call: Any) -> Iterator[None]:
 def subclass(mixin: type, cls: Any) -> type:
     """`cls` with `mixin` before it; one class for each pair, so that two patched models are of one type."""
 
-    @functools.wraps(cls.forward)  # Trainer and generate read the signature
+    @functools.wraps(cls.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         native = functools.partial(cls.forward, self)
         if mixin is FusedHead:
             return self._fused_ppl_forward(native, *args, **kwargs)
         return self._fused_ppl_forward(native, args, kwargs)
 
+    # Trainer and generate read the signature; accelerate unwraps its own wrappers as far as it finds __wrapped__
+    del forward.__wrapped__
+    forward.__signature__ = inspect.signature(cls.forward)  # type: ignore[attr-defined]
     names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
     return type(cls.__name__, (mixin, cls), {**names, "forward": forward, "_fused_ppl_class": cls})
 
