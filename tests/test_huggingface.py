@@ -87,10 +87,11 @@ def test_perplexity_is_exp_of_the_native_loss(checkpointing):
     assert_close(model(input_ids=IDS, labels=LABELS, skip_logits=True).loss, loss)
 
 
-def test_a_perplexity_of_a_part_of_a_batch_names_the_way_out():
+@pytest.mark.parametrize("items", [10, torch.tensor(10)])
+def test_a_perplexity_of_a_part_of_a_batch_names_the_way_out(items):
     model = patch(llama(), "perplexity")
     with pytest.raises(RuntimeError, match="PerplexityTrainerMixin"):
-        step(model, num_items_in_batch=10)
+        step(model, num_items_in_batch=items)
 
 
 def test_options_of_the_loss_reach_it():
@@ -152,7 +153,9 @@ def test_without_labels_in_evaluation_and_in_generate_nothing_changes():
 def test_positions_and_tuples():
     model = patch(llama())
     want = model(input_ids=IDS, labels=LABELS).loss
-    assert_close(model(IDS, None, None, None, None, LABELS).loss, want)
+    out = model(IDS, None, None, None, None, LABELS)
+    assert_close(out.loss, want)
+    assert out.logits is None
     loss, logits, *_ = model(IDS, labels=LABELS, return_dict=False)
     assert_close(loss, want)
     assert logits is None

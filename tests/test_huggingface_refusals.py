@@ -55,6 +55,14 @@ class Reweighted(transformers.LlamaForCausalLM):
         return out
 
 
+class Steeper(transformers.LlamaForCausalLM):
+    def forward(self, input_ids=None, labels=None, **kwargs):
+        logits = self.lm_head(self.model(input_ids).last_hidden_state)
+        logits = 2 * logits - logits.detach()  # the same numbers, twice the gradient
+        loss = None if labels is None else self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
+        return transformers.modeling_outputs.CausalLMOutput(loss=loss, logits=logits)
+
+
 class Bypassed(transformers.LlamaForCausalLM):
     def forward(self, input_ids=None, labels=None, **kwargs):
         hidden = self.model(input_ids).last_hidden_state
@@ -73,6 +81,7 @@ class MyLinear(torch.nn.Linear):
         (Learned, "has parameters to be trained"),
         (Twice, "it calls its head 2 times"),
         (Reweighted, "on one batch its native loss is"),
+        (Steeper, "the gradient of its hidden states is 5.0e-01 from the native one"),
         (Bypassed, "it calls its head 0 times"),
         (transformers.LlamaForSequenceClassification, "it has no output head"),
         (transformers.LlamaModel, "it has no output head"),
