@@ -105,7 +105,7 @@ def try_model(model_type: str) -> Row:
     try:
         patch(model)
     except ValueError as error:
-        return Row(model_type, "refused", note=short(error).removeprefix("ValueError: ").split(": ", 1)[-1])
+        return Row(model_type, "refused", note=reason(error))
     got, fused, (train_logits, fused_logits) = measure(model, batch)
     row = Row(model_type, "equal", max(abs(a - b) for a, b in zip(losses, got, strict=True)))
     largest = max(g.norm().item() for g in gradients.values())
@@ -128,6 +128,11 @@ def try_model(model_type: str) -> Row:
     unpatch(model)
     row.note = row.note or ", ".join(f for f in found if f)
     return row
+
+
+def reason(error: ValueError) -> str:
+    """The reason alone, of what `patch` says."""
+    return str(error).split("cannot be patched: ", 1)[-1].removesuffix(" It was left as it was.").replace("|", "/")
 
 
 def short(error: Exception) -> str:

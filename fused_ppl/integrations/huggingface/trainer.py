@@ -67,6 +67,8 @@ class PerplexityTrainerMixin:
                 "PerplexityTrainerMixin needs the number of tokens of all ranks: pass "
                 "TrainingArguments(average_tokens_across_devices=True)."
             )
+        if args.n_gpu > 1:
+            raise ValueError("PerplexityTrainerMixin takes one GPU for each process: start it with torchrun.")
         if self.is_deepspeed_enabled:  # type: ignore[attr-defined]
             raise ValueError("PerplexityTrainerMixin scales .grad, which DeepSpeed does not fill. Use FSDP or DDP.")
         if self._perplexity_due:
@@ -119,9 +121,9 @@ class PerplexityTrainerMixin:
         return super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[misc]
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        for name in [n for n in logs if n == "loss" or n.endswith("_loss")]:
+        for name in [n for n in logs if n == "loss" or (n.endswith("_loss") and n != "train_loss")]:
             metric = self._perplexity_logged.pop("train" if name == "loss" else "eval", None)
-            if metric is not None and name != "train_loss":
+            if metric is not None:
                 metric = metric if name == "loss" else self._perplexity_reduced(metric)
                 logs[name.removesuffix("loss") + "perplexity"] = metric.compute().item()
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
