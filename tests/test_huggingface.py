@@ -212,6 +212,18 @@ def test_two_patches_are_one():
     assert step(model)[0] < 10
 
 
+def test_a_class_put_over_ours_stays():
+    """fully_shard gives a module a subclass of the class that it finds."""
+    model = patch(llama())
+    native = step(unpatch(llama()))
+    for module in (model, model.lm_head):
+        module.__class__ = type("Over", (type(module),), {})
+    assert runs_fused(model)
+    assert not runs_fused(unpatch(model)) and type(model).__name__ == "Over"
+    assert runs_fused(patch(model))
+    assert_same(step(model), native)
+
+
 def test_a_forward_that_accelerate_hooks_into_is_reached():
     hooks = pytest.importorskip("accelerate.hooks")
     model = llama()

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fused_ppl import next_token_targets
 from fused_ppl.integrations.huggingface import tail
 from fused_ppl.integrations.huggingface.calls import Probe, Recipe, Watched, WatchedFused
 from fused_ppl.integrations.huggingface.swap import in_charge
@@ -30,12 +31,13 @@ def examine(model: Any, head: nn.Linear, batch: dict[str, Any] | None) -> Recipe
         raise CheckError("its forward takes no labels")
     with _at_rest(model):
         batch = dict(batch) if batch is not None else {"input_ids": small_batch(model, head)}
-        labels = batch.pop("labels", batch.get("input_ids"))
-        labels = labels.clone()
-        labels[..., LENGTH // 2] = -100
+        labels = batch.pop("labels", None)
+        if labels is None:
+            labels = batch["input_ids"].clone()
+            labels[:, LENGTH // 2 :: 3] = -100
         scale, softcap = _probe(model, head, batch)
         batch["labels"] = labels
-        keywords, watched, native = _native(model, head, batch, labels, parameters)
+        keywords, watched, native = _native(model, head, batch, parameters)
         received = watched.received or {}
         recipe = Recipe(
             logit_scale=scale,
@@ -89,11 +91,11 @@ def _probe(model: Any, head: nn.Linear, batch: dict[str, Any]) -> tuple[float, f
 
 
 def _native(
-    model: Any, head: nn.Linear, batch: dict[str, Any], labels: Tensor, parameters: Any
+    model: Any, head: nn.Linear, batch: dict[str, Any], parameters: Any
 ) -> tuple[dict[str, Any], Watched, Tensor]:
     """The native loss, given all of the keywords that forward takes."""
-    shifted = torch.nn.functional.pad(labels, (0, 1), value=-100)[..., 1:].contiguous()
-    offered = {"num_items_in_batch": torch.tensor(11.0, device=labels.device), "shift_labels": shifted}
+    shifted = next_token_targets(batch["labels"])
+    offered = {"num_items_in_batch": torch.tensor(11.0, device=shifted.device), "shift_labels": shifted}
     takes_all = any(p.kind == p.VAR_KEYWORD for p in parameters.values())
     keywords = {k: v for k, v in offered.items() if takes_all or k in parameters}
     watched = Watched()

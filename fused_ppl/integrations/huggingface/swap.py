@@ -140,8 +140,9 @@ def subclass(mixin: type, cls: Any) -> type:
 def swap(module: Any, mixin: type) -> None:
     """Give a module the subclass. A forward that was replaced on the instance goes through it as well."""
     cls: Any = type(module)
-    module.__class__ = subclass(mixin, cls)
-    _rebind(module)
+    if not isinstance(module, mixin):  # it is one where a wrapper like FSDP put its class over ours
+        module.__class__ = subclass(mixin, cls)
+        _rebind(module)
     instance_forward = module.__dict__.get("forward")
     if mixin is FusedHead and instance_forward is not None and "_old_forward" not in module.__dict__:
         # transformers' tensor parallelism
