@@ -102,7 +102,7 @@ def language_model(model: Any) -> Any:
 def _cannot(model: Any, head: Any) -> str | None:
     if head is None:
         return "it has no output head"
-    if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
+    if not isinstance(head, FusedHead) and getattr(type(head), "forward", None) is not nn.Linear.forward:
         kind = f"{type(head).__module__}.{type(head).__qualname__}"
         return f"its head is a {kind}, not a plain torch.nn.Linear: what that computes would be left out"
     if any(t.device.type == "meta" for t in (*model.parameters(), *model.buffers())):
