@@ -129,7 +129,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--runs", nargs="+", choices=RUNS, default=["native", "patched"])
     add("--steps", type=int, default=4)
-    add("--batch-size", type=int, default=2)
+    add("--batch-size", type=int, default=8)
     add("--length", type=int, default=256, help="tokens of a sequence")
     add("--accumulation", type=int, default=1, help="micro-batches of a step")
     add("--learning-rate", type=float, default=1e-5)

@@ -19,7 +19,7 @@ EXAMPLE = Path(__file__).parents[1] / "examples" / "finetune_hf.py"
 
 def test_native_and_patched_losses_are_the_same_step_by_step(tmp_path):
     record = tmp_path / "record.json"
-    command = [sys.executable, str(EXAMPLE), "--tiny", "--steps=3", "--length=32", "--accumulation=2"]
+    command = [sys.executable, str(EXAMPLE), "--tiny", "--steps=3", "--length=32", "--accumulation=2", "--batch-size=2"]
     command += ["--learning-rate=1e-3", "--runs", "native", "patched", "perplexity", "--json", str(record)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
