@@ -143,7 +143,7 @@ def test_inductor_gives_the_numbers_of_eager(llama):
     compiled, counter = counted(patch(llama), "inductor", dynamic=True)
     for length in LENGTHS:
         assert_same(lambda f, n=length: f(input_ids=tokens(n), labels=tokens(n)).loss, llama, compiled, 1e-4)
-    assert counter.frame_count == 1
+    assert counter.frame_count <= 2  # as many as the native model
 
 
 @pytest.mark.parametrize("loss", LOSSES)
