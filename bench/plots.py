@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The plots of a record: time, memory, share of the roofline, and error against time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from record import Record
+from report import Line, tables
+
+Tables = dict[tuple[str, str, str], list[Line]]
+TITLES = {"logits": "from logits", "linear": "through the LM head"}
+
+# colours that stay apart for colour-blind readers; ours are blue, the reference grey
+COLOURS = {
+    "fused_ppl": "#0072B2",
+    "fused_ppl, in place": "#56B4E9",
+    "fused_ppl, 32 MiB": "#56B4E9",
+    "fused_ppl, backend torch": "#56B4E9",
+    "eager": "#999999",
+    "eager, fp32 logits": "#555555",
+    "torch.compile": "#E69F00",
+    "torch.compile, fp32 logits": "#D55E00",
+    "F.linear_cross_entropy, chunked": "#CC79A7",
+    "cut-cross-entropy": "#009E73",
+    "cut-cross-entropy, torch_compile": "#009E73",
+    "Liger": "#F0E442",
+    "quack": "#000000",
+}
+MARKERS = {"bf16": "o", "fp32": "s", "fp16": "^"}
+
+
+def write(record: Record, folder: Path, name: str) -> list[Path]:
+    found = tables(record.rows)
+    made = []
+    for what, draw in (("time", time), ("memory", memory), ("roofline", roofline), ("error", error)):
+        figure = draw(record, found)
+        if figure is not None:
+            made.append(folder / f"{name}_{what}.png")
+            figure.savefig(made[-1], dpi=110)
+    return made
+
+
+def time(record: Record, found: Tables) -> Figure | None:
+    def value(line: Line) -> float | None:
+        return line.timed[0].median * 1e3 if line.timed and line.timed[0].median else None
+
+    return _bars(record, found, value, "forward + backward, ms", lambda ms: f"{ms:,.3g}" if ms < 1000 else f"{ms:,.0f}")
+
+
+def memory(record: Record, found: Tables) -> Figure | None:
+    def value(line: Line) -> float | None:
+        return None if line.peak is None or line.provider == "bare" else line.peak / 2**20
+
+    return _bars(
+        record, found, value, "peak memory above inputs and gradients, MiB", lambda mib: f"{mib:,.0f}", signed=True
+    )
+
+
+def roofline(record: Record, found: Tables) -> Figure | None:
+    def value(line: Line) -> float | None:
+        over = line.timed[0].over_bare if line.timed and line.provider != "bare" else None
+        return 100 / over if over else None
+
+    return _bars(
+        record, found, value, "share of the roofline, %: bare products or bytes that must move, over the time",
+        lambda share: f"{share:.0f}", least_first=False,
+    )  # fmt: skip
+
+
+def _bars(
+    record: Record,
+    found: Tables,
+    value: Callable[[Line], float | None],
+    label: str,
+    form: Callable[[float], str],
+    *,
+    signed: bool = False,
+    least_first: bool = True,
+) -> Figure | None:
+    """A panel for each op, case and dtype, the best on top, each bar with its number."""
+    panels = {}
+    for key, lines in found.items():
+        pairs = [(line.provider, v) for line in lines if (v := value(line)) is not None and line.provider != "bare"]
+        if pairs:
+            panels[key] = sorted(pairs, key=lambda pair: pair[1] if least_first else -pair[1])
+    if not panels:
+        return None
+    columns = list(dict.fromkeys((op, dtype) for op, _, dtype in panels))
+    cases = list(dict.fromkeys(case for _, case, _ in panels))
+    heights = [max(len(panels.get((op, case, dtype), ())) for op, dtype in columns) for case in cases]
+    size = (4.6 * len(columns), 0.9 + sum(0.24 * h + 0.55 for h in heights))
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(len(cases), len(columns), squeeze=False, height_ratios=[h + 1 for h in heights])
+    for i, case in enumerate(cases):
+        for j, (op, dtype) in enumerate(columns):
+            axis, pairs = axes[i][j], panels.get((op, case, dtype))
+            if pairs is None:
+                axis.set_visible(False)
+                continue
+            _panel(axis, pairs, form, signed)
+            axis.set_title(f"{TITLES[op]}, {case}, {dtype}", fontsize=9, loc="left", weight="bold")
+    figure.suptitle(f"{label}\n{subtitle(record)}", fontsize=10, x=0.01, ha="left")
+    return figure
+
+
+def _panel(axis: Axes, pairs: list[tuple[str, float]], form: Callable[[float], str], signed: bool) -> None:
+    names, values = [name for name, _ in pairs], [v for _, v in pairs]
+    bars = axis.barh(range(len(pairs)), values, color=[COLOURS.get(name, "#777777") for name in names], height=0.75)
+    axis.bar_label(bars, [form(v) for v in values], fontsize=8, padding=2)
+    axis.set_yticks(range(len(pairs)), names, fontsize=8)
+    for text in axis.get_yticklabels():
+        text.set_fontweight("bold" if text.get_text().startswith("fused_ppl") else "normal")
+    axis.invert_yaxis()
+    axis.margins(x=0.18)
+    if signed:
+        axis.axvline(0, color="0.3", linewidth=0.8)
+    axis.spines[["top", "right", "bottom"]].set_visible(False)
+    axis.set_xticks([])
+
+
+def error(record: Record, found: Tables) -> Figure | None:
+    """Error of the gradient against time: down and to the left is better."""
+    ops = list(dict.fromkeys(op for op, _, _ in found))
+    points = [
+        (op, dtype, line)
+        for (op, _, dtype), lines in found.items()
+        for line in lines
+        if line.errors() and line.timed and line.timed[0].over_ours
+    ]
+    if not points:
+        return None
+    figure = Figure(figsize=(6.2 * len(ops), 4.6), layout="constrained")
+    for axis, op in zip(figure.subplots(1, len(ops), squeeze=False)[0], ops, strict=True):
+        labelled: set[str] = set()
+        for which, dtype, line in points:
+            if which == op:
+                _point(axis, line, dtype, labelled)
+        axis.set(xscale="log", yscale="log", xlabel="time over fused_ppl's", ylabel="error of the gradient, relative")
+        axis.axvline(1, color="0.8", zorder=0)
+        axis.set_title(TITLES[op], fontsize=10, loc="left", weight="bold")
+        axis.xaxis.set_major_formatter(lambda v, _: f"{v:g}")
+        axis.xaxis.set_minor_formatter(lambda v, _: f"{v:g}" if str(f"{v:.0e}")[0] in "25" else "")
+        axis.grid(True, which="major", color="0.92")
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(fontsize=7, frameon=False, loc="best")
+    shapes = ", ".join(
+        f"{mark}: {dtype}" for dtype, mark in (("bf16", "circle"), ("fp32", "square"), ("fp16", "triangle"))
+    )
+    figure.suptitle(
+        f"error against time; left and down is better ({shapes})\n{subtitle(record)}", fontsize=10, x=0.01, ha="left"
+    )
+    return figure
+
+
+def _point(axis: Axes, line: Line, dtype: str, labelled: set[str]) -> None:
+    over, errors = line.timed[0].over_ours, line.errors()
+    assert over is not None and errors is not None
+    label: Any = None if line.provider in labelled else line.provider
+    labelled.add(line.provider)
+    axis.plot(
+        over[1], errors[1], MARKERS[dtype], color=COLOURS.get(line.provider, "#777777"), label=label,
+        markersize=9 if line.ours else 7, markeredgecolor="white", alpha=0.9,
+    )  # fmt: skip
+
+
+def subtitle(record: Record) -> str:
+    m = record.machine
+    device = m.get("gpu") or f"{m['processor']}, {m['threads']} threads"
+    return f"{device}, torch {m['torch']}, {m['date']}"
