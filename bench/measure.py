@@ -86,7 +86,7 @@ def rotation(inputs: Inputs, copies: int) -> Iterator[Inputs]:
     return itertools.cycle([inputs, *(inputs.copy() for _ in range(copies - 1))])
 
 
-def steps(mode: str, loss: Loss, turns: Iterator[Inputs], in_place: bool = False) -> Callable[[], Run]:
+def steps(mode: str, loss: Loss, turns: Iterator[Inputs]) -> Callable[[], Run]:
     """Makes the calls that are timed: the loss alone without gradients, its gradient alone, or both."""
 
     def prepare() -> Run:

@@ -172,3 +172,48 @@ def subtitle(record: Record) -> str:
     m = record.machine
     device = m.get("gpu") or f"{m['processor']}, {m['threads']} threads"
     return f"{device}, torch {m['torch']}, {m['date']}"
+
+
+def scaling(points: list[Any], subtitle: str, path: Path) -> Path:
+    """Time above memory, against N, V and D; what the plan predicts is dashed."""
+    axes_of = list(dict.fromkeys(p.axis for p in points))
+    names = list(dict.fromkeys(p.provider for p in points))
+    colours = dict(zip(names, ("#0072B2", "#56B4E9", "#999999"), strict=False))
+    figure = Figure(figsize=(4.2 * len(axes_of), 6.4), layout="constrained")
+    grid = figure.subplots(2, len(axes_of), squeeze=False, sharex="col", sharey="row")
+    for column, axis in enumerate(axes_of):
+        for name in names:
+            mine = sorted((p for p in points if (p.axis, p.provider) == (axis, name)), key=lambda p: p.size)
+            sizes = [p.size for p in mine]
+            label = {"fused_ppl": "fused_ppl, rows (default)"}.get(name, name)
+            for row, (measured, predicted) in enumerate(
+                (
+                    (
+                        [p.seconds * 1e3 for p in mine],
+                        [p.predicted_seconds and p.predicted_seconds * 1e3 for p in mine],
+                    ),
+                    ([p.peak / 2**20 for p in mine], [p.predicted_peak and p.predicted_peak / 2**20 for p in mine]),
+                )
+            ):
+                grid[row][column].plot(sizes, measured, "o-", color=colours[name], label=label, markersize=4)
+                if all(v is not None for v in predicted):
+                    grid[row][column].plot(sizes, predicted, "--", color=colours[name], linewidth=1)
+    for row, label in enumerate(("forward + backward, ms", "peak memory above inputs and gradients, MiB")):
+        grid[row][0].set_ylabel(label, fontsize=9)
+        for column, axis in enumerate(axes_of):
+            panel = grid[row][column]
+            panel.set(xscale="log", yscale="log")
+            panel.xaxis.set_major_formatter(lambda v, _: f"{v:g}" if v < 1024 else f"{v / 1024:g}k")
+            panel.set_xticks(sorted({p.size for p in points if p.axis == axis}))
+            panel.minorticks_off()
+            panel.yaxis.set_major_formatter(lambda v, _: f"{v:g}")
+            panel.grid(True, which="major", color="0.92")
+            panel.spines[["top", "right"]].set_visible(False)
+            if row:
+                panel.set_xlabel(axis)
+    grid[0][0].legend(fontsize=8, frameon=False)
+    figure.suptitle(
+        f"the fused head against N, V and D; dashed: the plan's prediction\n{subtitle}", fontsize=10, x=0.01, ha="left"
+    )
+    figure.savefig(path, dpi=110)
+    return path

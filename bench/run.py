@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every way to compute this loss, on this machine: time, memory and error side by side.
 
-    python bench/run.py                                     what a few minutes on two cores show: table and plots
+    python bench/run.py                                     what five minutes on two cores show: table and plots
     python bench/run.py --case all                          every case that suits the device
     python bench/run.py --op linear --case llama3-8b --provider fused_ppl torch.compile --dtype bf16 --device cuda
+    python bench/run.py --op linear --shape 4096 128256 512 --mode memory
     python bench/run.py --record                            the committed results: bench/results/, README.md and docs/
 
 A provider is first compared with float64, value and every gradient, and a wrong one gets no time. Times are of
@@ -20,15 +21,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import report
+import scaling
 import torch
-from cases import CASES, CPU_CASES, DTYPES, GPU_CASES, KINDS, OBJECTIVES, OPS, Setting
+from cases import CASES, CPU_CASES, DTYPES, GPU_CASES, KINDS, OBJECTIVES, OPS, Case, Setting
 from compare import Comparison, How
 from measure import MODES
 from providers import Provider, all_providers
 from record import Record, machine
 
 RESULTS = Path(__file__).parent / "results"
-QUICK = ("smoke", "gpt2-cpu")
+QUICK = ("gpt2-cpu",)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -37,12 +39,14 @@ def parser() -> argparse.ArgumentParser:
     add("--op", choices=OPS, nargs="+", default=list(OPS), help="from logits, through an LM head, or both (default)")
     add("--mode", choices=[*MODES, "memory"], nargs="+", default=["both", "memory"], help="default: both memory")
     add("--case", nargs="+", metavar="NAME", help=f"all, or of {', '.join(CASES)}")
+    add("--shape", type=int, nargs=3, metavar=("N", "V", "D"), help="a case of your own, in the place of --case")
+    add("--softcap", type=float, help="of --shape")
     add("--provider", nargs="+", metavar="WORD", help="only those whose name has one of these words; fused_ppl stays")
     add("--objective", choices=OBJECTIVES, default="perplexity")
     add("--dtype", choices=DTYPES, nargs="+", help="default: bf16 fp32")
     add("--inputs", choices=KINDS, nargs="+", default=list(KINDS), help="default: random peaked")
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--seconds", type=float, default=4.0, help="of each timing (%(default)s)")
+    add("--seconds", type=float, default=2.0, help="of each timing (%(default)s)")
     add("--rounds", type=int, help="in the place of --seconds")
     add(
         "--patience",
@@ -50,6 +54,7 @@ def parser() -> argparse.ArgumentParser:
         default=3.0,
         help="seconds of a call beyond which a provider is left out (%(default)s)",
     )
+    add("--points", type=int, help="of the sweeps over N, V and D (default: 3, and none for chosen cases)")
     add("--threads", type=int, help="of the CPU; default: what torch takes")
     add("--out", type=Path, default=Path("runs/bench"), help="folder of the results (%(default)s)")
     add("--name", default="bench", help="of the files there (%(default)s)")
@@ -64,11 +69,14 @@ def settings_of(args: argparse.Namespace) -> list[Setting]:
         names = CPU_CASES if args.device == "cpu" else GPU_CASES
     if unknown := [name for name in names if name not in CASES]:
         raise SystemExit(f"No case is called {', '.join(unknown)}. There are: all, {', '.join(CASES)}.")
+    cases = [CASES[name] for name in names]
+    if args.shape:
+        cases = [Case("own shape", *args.shape, args.softcap)]
     dtypes = args.dtype or ["bf16", "fp32"]
     return [
-        Setting(op, CASES[name], dtype, objective=args.objective, device=args.device)
+        Setting(op, case, dtype, objective=args.objective, device=args.device)
         for op in args.op
-        for name in names
+        for case in cases
         for dtype in dtypes
     ]
 
@@ -118,6 +126,9 @@ def main() -> int:
         torch.set_num_threads(args.threads)
     if args.record:
         args.case, args.out, args.name = args.case or ["all"], RESULTS, "cpu" if args.device == "cpu" else "gpu"
+        args.points = 7
+    elif args.points is None:
+        args.points = 0 if args.case or args.shape or args.op != list(OPS) else 3
     command = " ".join(["python bench/run.py", *sys.argv[1:]])
     how = {"objective": args.objective, "seconds": args.seconds, "rounds": args.rounds, "inputs": args.inputs}
     record = Record(command, machine(args.device), how)
@@ -132,7 +143,13 @@ def main() -> int:
     except KeyboardInterrupt:
         print("stopped; what was measured is kept", file=sys.stderr)
     report.show(record)
-    for path in report.write(record, args.out, args.name):
+    made = report.write(record, args.out, args.name)
+    if args.points:
+        name = f"{args.name}_scaling"
+        made += scaling.run(
+            args.out, name, command, (args.dtype or ["fp32"])[0], args.device, args.points, args.seconds / 2
+        )
+    for path in made:
         print(f"wrote {path}")
     if args.record:
         report.write_docs(record)
