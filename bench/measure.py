@@ -28,6 +28,7 @@ ROTATED_BYTES = 2**30
 MOST_COPIES = 64
 FEWEST_ROUNDS = 5
 MOST_ROUNDS = 200
+DISTURBED = 0.1  # of the processors; a busier neighbour makes a time worthless
 PASSES = {"forward": 1, "backward": 2, "both": 3}  # over N x V that a loss from logits must make
 
 
@@ -55,7 +56,6 @@ def interleaved(
     device: str = "cpu",
     rounds: int | None = None,
     budget: float = 5.0,
-    tick: Callable[[float], None] = lambda share: None,
 ) -> dict[str, list[float]]:
     """Seconds of each in each round; every round runs all of them, so that a drift of the machine hits all.
 
@@ -73,7 +73,6 @@ def interleaved(
         generator.shuffle(order)
         for name in order:
             seconds[name].append(seconds_of(prepare[name](), device))
-        tick(1 / rounds)
     return seconds
 
 

@@ -9,8 +9,9 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from record import Record
-from report import Line, tables
+from report import Line, as_accurate, tables
 
 Tables = dict[tuple[str, str, str], list[Line]]
 TITLES = {"logits": "from logits", "linear": "through the LM head"}
@@ -37,12 +38,70 @@ MARKERS = {"bf16": "o", "fp32": "s", "fp16": "^"}
 def write(record: Record, folder: Path, name: str) -> list[Path]:
     found = tables(record.rows)
     made = []
-    for what, draw in (("time", time), ("memory", memory), ("roofline", roofline), ("error", error)):
+    for what, draw in (
+        ("summary", summary),
+        ("time", time),
+        ("memory", memory),
+        ("roofline", roofline),
+        ("error", error),
+    ):
         figure = draw(record, found)
         if figure is not None:
             made.append(folder / f"{name}_{what}.png")
             figure.savefig(made[-1], dpi=110)
     return made
+
+
+def summary(record: Record, found: Tables) -> Figure | None:
+    """A row for each comparison, a dot for each provider: time over ours, and memory. Hollow: less accurate."""
+    keys = [key for key, lines in found.items() if any(line.provider == "fused_ppl" and line.timed for line in lines)]
+    if not keys:
+        return None
+    figure = Figure(figsize=(11, 1.7 + 0.27 * len(keys)), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    shown: dict[str, Any] = {}
+    for y, key in enumerate(keys):
+        ours = next(line for line in found[key] if line.provider == "fused_ppl")
+        for line in found[key]:
+            if line.provider == "bare" or not line.timed or not line.timed[0].over_ours:
+                continue
+            colour = COLOURS.get(line.provider, "#777777")
+            fill = colour if line.ours or as_accurate(line, ours) else "white"
+            how = {"marker": "D" if line.ours else "o", "color": colour, "markerfacecolor": fill, "linestyle": "none"}
+            how |= {"markersize": 7, "zorder": 4 if line.provider == "fused_ppl" else 3}
+            (shown[line.provider],) = left.plot(line.timed[0].over_ours[1], y, **how)
+            if line.peak is not None:
+                right.plot(line.peak / 2**20, y, **how)
+    left.set_yticks(
+        range(len(keys)), [f"{'logits' if op == 'logits' else 'head'}, {case}, {dtype}" for op, case, dtype in keys]
+    )
+    left.invert_yaxis()
+    left.set(xscale="log", xlabel="forward + backward, time over fused_ppl's")
+    left.axvline(1, color="#0072B2", linewidth=1, zorder=1)
+    left.xaxis.set_major_formatter(lambda v, _: f"{v:g}")
+    left.xaxis.set_minor_formatter(lambda v, _: f"{v:g}" if f"{v:.0e}"[0] in "25" else "")
+    right.set(xscale="symlog", xlabel="peak memory above inputs and gradients, MiB")
+    right.set_xscale("symlog", linthresh=10)
+    right.set_xticks([-1000, -100, -10, 0, 10, 100, 1000], ["-1000", "-100", "-10", "0", "10", "100", "1000"])
+    for axis in (left, right):
+        axis.grid(True, axis="both", color="0.92")
+        axis.tick_params(labelsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+    names = sorted(shown, key=lambda name: (not name.startswith("fused_ppl"), name))
+    figure.legend(
+        [_key(shown[n]) for n in names], names, loc="outside lower center", ncols=4, fontsize=8, frameon=False
+    )
+    figure.suptitle(
+        f"left of the line is faster than fused_ppl; hollow: less accurate\n{subtitle(record)}",
+        fontsize=10,
+        x=0.01,
+        ha="left",
+    )
+    return figure
+
+
+def _key(handle: Any) -> Any:
+    return Line2D([], [], color=handle.get_color(), marker=handle.get_marker(), linestyle="none")
 
 
 def time(record: Record, found: Tables) -> Figure | None:

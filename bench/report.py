@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cases import Setting
+from measure import DISTURBED
 from record import Record, Row, load
 
 ROOT = Path(__file__).parents[1]
@@ -81,30 +82,30 @@ def as_accurate(peer: Line, ours: Line) -> bool:
 
 
 def mark(line: Line, lines: list[Line]) -> str:
-    """In which way fused_ppl loses to this provider; peers that are less accurate win nothing, and are marked so."""
+    """In what fused_ppl loses to this provider, and whether that one pays with its errors."""
     ours = next((each for each in lines if each.provider == "fused_ppl"), None)
     if ours is None or line.ours or line.provider == "bare" or line.note or not line.timed:
         return ""
-    lost = []
+    found = []
     if any(row.over_ours and row.over_ours[2] < 1.0 for row in line.timed):
-        lost.append("time")
+        found.append("time")
     if line.peak is not None and ours.peak is not None and line.peak + MEMORY_NOISE < ours.peak:
-        lost.append("memory")
-    if as_accurate(line, ours):
-        if not as_accurate(ours, line):
-            lost.append("error")
-        return f"LOST {', '.join(lost)}" if lost else ""
-    return "less accurate" + (f" ({', '.join(lost)} better)" if lost else "")
+        found.append("memory")
+    careful = as_accurate(line, ours)
+    if careful and not as_accurate(ours, line):
+        found.append("error")
+    return ", ".join([*(["LOST " + ", ".join(found)] if found else []), *([] if careful else ["less accurate"])])
 
 
 def lost(record: Record) -> list[str]:
-    """Every comparison that fused_ppl loses to a peer as accurate, in words."""
-    return [
-        f"{' '.join(key)}: {mark(line, lines)} to {line.provider}"
+    """Every comparison that fused_ppl loses, in words: first to those that are as accurate."""
+    found = [
+        f"{' '.join(key)}: {said} to {line.provider}"
         for key, lines in tables(record.rows).items()
         for line in lines
-        if mark(line, lines).startswith("LOST")
+        if (said := mark(line, lines)).startswith("LOST")
     ]
+    return sorted(found, key=lambda words: "less accurate" in words)
 
 
 def cells(line: Line) -> list[str]:
@@ -168,9 +169,15 @@ def show(record: Record) -> None:
                 last = f"[red]{said}[/red]" if said.startswith("LOST") else said or line.note
                 table.add_row(*cells(line), last, style=style)
         console.print(table)
-    for words in absent(record):
+    for words in (*absent(record), *disturbed(record)):
         console.print(words, highlight=False)
     console.print(verdict(record), highlight=False)
+
+
+def disturbed(record: Record) -> list[str]:
+    """Where other programs were at work; once for each timing."""
+    found = {(r.op, r.case, r.dtype, r.kind): r.others for r in record.rows if (r.others or 0.0) > DISTURBED}
+    return [f"disturbed, other programs took {share:.0%}: {' '.join(key)}" for key, share in found.items()]
 
 
 def absent(record: Record) -> list[str]:
@@ -185,7 +192,7 @@ def verdict(record: Record) -> str:
         return (
             f"fused_ppl is the fastest and the smallest of all that are as accurate, in all of {compared} comparisons."
         )
-    return "\n".join([f"fused_ppl loses in {len(found)} ways:", *(f"  {words}" for words in found)])
+    return "\n".join([f"fused_ppl loses to a provider {len(found)} times:", *(f"  {words}" for words in found)])
 
 
 def markdown(record: Record) -> str:
@@ -193,7 +200,11 @@ def markdown(record: Record) -> str:
     parts = [head_line(record), "", legend(), ""]
     for key, lines in tables(record.rows).items():
         parts += [f"### {title(record.rows, key)}", "", *rows_of(lines), ""]
-    parts += [*(f"- {words}" for words in absent(record)), "", verdict(record).replace("\n  ", "\n- ")]
+    parts += [
+        *(f"- {words}" for words in (*absent(record), *disturbed(record))),
+        "",
+        verdict(record).replace("\n  ", "\n- "),
+    ]
     return "\n".join(parts) + "\n"
 
 
@@ -232,8 +243,6 @@ def write(record: Record, folder: Path, name: str) -> list[Path]:
 
 # --- what README.md and docs/ show -----------------------------------------------------------------------------------
 
-SHOWN = ("linear", "gpt2-cpu", "bf16")  # in the README
-
 
 def write_docs(record: Record, root: Path = ROOT) -> None:
     """Put the tables between their markers."""
@@ -251,12 +260,56 @@ def replaced(text: str, name: str, block: str) -> str:
 
 
 def readme(record: Record) -> dict[str, str]:
-    lines = tables(record.rows)[SHOWN]
-    return {"BENCH": "\n".join([f"{title(record.rows, SHOWN)}; {head_line(record)}", "", *rows_of(lines)])}
+    """One dtype, and the picture."""
+    picture = "![time and memory of every provider over fused_ppl's](bench/results/cpu_summary.png)"
+    return {"BENCH": "\n".join([head_line(record), "", *overview(record, ("bf16",)), "", picture])}
 
 
 def measured(record: Record) -> dict[str, str]:
-    return {"BENCH": markdown(record).strip()}
+    words = [*absent(record), *disturbed(record)]
+    said = [verdict(record).replace("\n  ", "\n- ").replace(":\n-", ":\n\n-"), "", *(f"- {w}" for w in words)]
+    return {"BENCH": "\n".join([head_line(record), "", *overview(record, ("bf16", "fp32")), "", *said])}
+
+
+def overview(record: Record, dtypes: tuple[str, ...]) -> list[str]:
+    """A row for each comparison: ours, eager (from fp32 logits), and the best of the others that passed the gate."""
+    out = [
+        "| forward + backward | fused_ppl | eager | fastest other | memory | eager | smallest other |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for key, lines in tables(record.rows).items():
+        of = {line.provider: line for line in lines}
+        eager = of.get("eager, fp32 logits") or of.get("eager")
+        if key[2] not in dtypes or "fused_ppl" not in of or eager is None or not of["fused_ppl"].timed:
+            continue
+        ours = of["fused_ppl"]
+        others = [o for o in lines if not o.ours and o is not eager and o.timed and o.timed[0].over_ours]
+        fastest = min(others, key=_over_ours, default=None)
+        smallest = min((o for o in others if o.peak is not None), key=lambda o: o.peak or 0, default=None)
+        cells = [
+            f"{'logits' if key[0] == 'logits' else 'head'}, {key[1]}, {key[2]}",
+            f"{milliseconds(ours.timed[0].median)} ms",
+            f"{_over_ours(eager):.2f} x" if eager.timed else "",
+            f"{_over_ours(fastest):.2f} x, {_named(fastest, ours)}" if fastest else "none",
+            _mib(ours.peak),
+            _mib(eager.peak),
+            f"{_mib(smallest.peak)}, {_named(smallest, ours)}" if smallest else "none",
+        ]
+        out.append("| " + " | ".join(cells) + " |")
+    return out
+
+
+def _named(line: Line, ours: Line) -> str:
+    return line.provider + ("" if as_accurate(line, ours) else " (less accurate)")
+
+
+def _over_ours(line: Line) -> float:
+    over = line.timed[0].over_ours
+    return over[1] if over else float("nan")
+
+
+def _mib(peak: int | None) -> str:
+    return "" if peak is None else f"{peak / 2**20:+.0f} MiB"
 
 
 def main() -> None:

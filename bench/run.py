@@ -130,8 +130,8 @@ def main() -> int:
     elif args.points is None:
         args.points = 0 if args.case or args.shape or args.op != list(OPS) else 3
     command = " ".join(["python bench/run.py", *sys.argv[1:]])
-    how = {"objective": args.objective, "seconds": args.seconds, "rounds": args.rounds, "inputs": args.inputs}
-    record = Record(command, machine(args.device), how)
+    settings = {"objective": args.objective, "seconds": args.seconds, "rounds": args.rounds, "inputs": args.inputs}
+    record = Record(command, machine(args.device), settings)
     begin = time.perf_counter()
 
     def keep() -> None:
@@ -145,10 +145,9 @@ def main() -> int:
     report.show(record)
     made = report.write(record, args.out, args.name)
     if args.points:
-        name = f"{args.name}_scaling"
-        made += scaling.run(
-            args.out, name, command, (args.dtype or ["fp32"])[0], args.device, args.points, args.seconds / 2
-        )
+        axes = tuple(scaling.CENTRE) if args.record else ("N", "V")
+        how = scaling.Sweep((args.dtype or ["fp32"])[0], args.device, axes, args.points, args.seconds / 4)
+        made += scaling.run(args.out, f"{args.name}_scaling", command, how)
     for path in made:
         print(f"wrote {path}")
     if args.record:

@@ -15,22 +15,22 @@ import functools
 import itertools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from cases import DTYPES, Case, Setting
 from compare import Comparison, How
+from measure import DISTURBED
 from providers import Loss, Provider, eager
 from record import Record, Row, machine
 
 import fused_ppl
 from fused_ppl import Options, plan
 
-CENTRE = {"N": 1024, "V": 32768, "D": 256}
+CENTRE = {"N": 512, "V": 16384, "D": 256}
 FIELDS = {"N": "num_tokens", "V": "num_classes", "D": "hidden_size"}
 PLANS = ("rows", "vocab")
-NOTHING = Callable[[], None]
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,16 @@ class Point:
     predicted_seconds: float | None = None
     predicted_peak: int | None = None
     over_rows: float | None = None
+    disturbed: bool = False
+
+
+@dataclass(frozen=True)
+class Sweep:
+    dtype: str = "fp32"
+    device: str = "cpu"
+    axes: tuple[str, ...] = tuple(CENTRE)
+    points: int = 7
+    seconds: float = 1.0  # of each timing
 
 
 def linear_case(setting: Setting, budget: int | None = None) -> plan.LinearCase:
@@ -83,17 +93,18 @@ def providers() -> list[Provider]:
 
 def sizes_of(axis: str, points: int) -> list[int]:
     """Powers of two around the centre."""
-    return [CENTRE[axis] << step for step in range(1 - points + points // 2 - 1, points // 2)]
+    above = points // 3
+    return [int(CENTRE[axis] * 2.0**step) for step in range(above + 1 - points, above + 1)]
 
 
-def sweep(dtype: str, device: str, axes: tuple[str, ...], points: int, seconds: float, tick: NOTHING) -> list[Row]:
+def sweep(how: Sweep, tick: Callable[[], None]) -> list[Row]:
     rows = []
-    for axis in axes:
-        for size in sizes_of(axis, points):
+    for axis in how.axes:
+        for size in sizes_of(axis, how.points):
             sizes = {FIELDS[name]: size if name == axis else at for name, at in CENTRE.items()}
-            setting = Setting("linear", Case(f"{axis}={size}", **sizes), dtype, device=device)
-            how = How(kinds=("random",), seconds=seconds)
-            rows += Comparison(setting, providers(), how, lambda share: None).rows()
+            setting = Setting("linear", Case(f"{axis}={size}", **sizes), how.dtype, device=how.device)
+            once = How(kinds=("random",), seconds=how.seconds)
+            rows += Comparison(setting, providers(), once, lambda share: None).rows()
             tick()
     return rows
 
@@ -112,6 +123,7 @@ def points_of(rows: list[Row], dtype: str, device: str) -> list[Point]:
                 continue
             over = mine["both"].over_ours
             point = Point(axis, int(size), name, time, peak, over_rows=over[1] if over else None)
+            point = replace(point, disturbed=(bare.others or 0.0) > DISTURBED)
             if name != "eager":
                 made = made_plan("rows" if name == "fused_ppl" else "vocab", setting)
                 point = replace(
@@ -152,6 +164,7 @@ def table(points: list[Point]) -> str:
         if p.predicted_seconds is None or p.predicted_peak is None:
             cells += [time, "", "", peak, "", ""]
         else:
+            time += " (disturbed)" if p.disturbed else ""
             cells += [time, f"{p.predicted_seconds * 1e3:.3g} ms", f"{p.seconds / p.predicted_seconds - 1:+.0%}"]
             cells += [peak, f"{p.predicted_peak / 2**20:.0f} MiB", f"{p.peak / p.predicted_peak - 1:+.0%}"]
         lines.append("| " + " | ".join(cells) + " |")
@@ -160,7 +173,11 @@ def table(points: list[Point]) -> str:
 
 def summary(points: list[Point]) -> list[str]:
     """How each grows, how far the predictions are off, and where the plans cross."""
-    words = []
+    whole, points = points, [p for p in points if not p.disturbed]
+    words = [
+        f"{len(whole) - len(points)} of {len(whole)} times were disturbed by other programs, and are left out below."
+    ]
+    words = words if len(whole) > len(points) else []
     for axis in dict.fromkeys(p.axis for p in points):
         for name in dict.fromkeys(p.provider for p in points):
             mine = [p for p in points if (p.axis, p.provider) == (axis, name)]
@@ -197,15 +214,14 @@ def write(record: Record, points: list[Point], folder: Path, name: str) -> list[
     return [path, plots.scaling(points, head, folder / f"{name}.png")]
 
 
-def run(folder: Path, name: str, command: str, dtype: str, device: str, points: int, seconds: float) -> list[Path]:
+def run(folder: Path, name: str, command: str, how: Sweep) -> list[Path]:
     from rich.progress import Progress
 
-    axes = tuple(CENTRE)
-    record = Record(command, machine(device), {"dtype": dtype, "seconds": seconds, **CENTRE})
+    record = Record(command, machine(how.device), {**asdict(how), **CENTRE})
     with Progress() as progress:
-        bar = progress.add_task("scaling", total=len(axes) * points)
-        record.rows += sweep(dtype, device, axes, points, seconds, lambda: progress.advance(bar))
-    found = points_of(record.rows, dtype, device)
+        bar = progress.add_task("scaling", total=len(how.axes) * how.points)
+        record.rows += sweep(how, lambda: progress.advance(bar))
+    found = points_of(record.rows, how.dtype, how.device)
     print("\n".join(summary(found)))
     return write(record, found, folder, name)
 
@@ -219,7 +235,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder of the results (%(default)s)")
     args = parser.parse_args()
     command = f"python bench/scaling.py --dtype {args.dtype} --points {args.points}"
-    for path in run(args.out, "scaling", command, args.dtype, args.device, args.points, args.seconds):
+    how = Sweep(args.dtype, args.device, tuple(CENTRE), args.points, args.seconds)
+    for path in run(args.out, "scaling", command, how):
         print(f"wrote {path}")
 
 
