@@ -14,9 +14,9 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-import measure
 import torch
 import torch.nn.functional as F
+from record import machine
 from torch import Tensor
 
 import fused_ppl
@@ -61,7 +61,7 @@ def main() -> None:
         print(f"| {r['dtype']} | {r['logits']} | {r['provider']} | {r['perplexity']:.1e} | {r['gradient']:.1e} |")
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        record = {"command": "python bench/errors.py", "N": n, "V": v, **measure.machine(), "rows": rows}
+        record = {"command": "python bench/errors.py", "N": n, "V": v, **machine(), "rows": rows}
         args.out.write_text(json.dumps(record, indent=1) + "\n")
 
 
