@@ -51,7 +51,7 @@ def _chunk_stats(walk: Walk, rows: Rows, w: Tensor | None, token_weight: Tensor 
     # one chunk leaves its memory to the allocator; many share theirs
     logp = torch.log_softmax(z, 1) if rows.whole else torch.log_softmax(z, 1, out=walk.work(rows))
     lse = None if top_logit is None else (top_logit.to(walk.wide) - logp.gather(1, top)).squeeze(1)
-    nll = torch.nn.functional.nll_loss(logp, rows.label, reduction="none")
+    nll = logp.gather(1, y).squeeze(1).neg_()
     smooth = None
     if spec.label_smoothing:
         smooth = -(logp.sum(1) if w is None else logp @ w)
