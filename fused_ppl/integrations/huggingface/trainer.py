@@ -138,13 +138,23 @@ class PerplexityTrainerMixin:
 def _cross_entropy(model: Any) -> Iterator[None]:
     """A model patched with loss="perplexity" gives its cross-entropy: the gradient is scaled afterwards."""
     patched = _patched(model)
+    watch = model.register_forward_hook(lambda module, args, out: check_no_other_loss(module, out))
     for module in patched:
         module._fused_ppl_window = True
     try:
         yield
     finally:
+        watch.remove()
         for module in patched:
             module._fused_ppl_window = False
+
+
+def check_no_other_loss(model: Any, out: Any) -> None:
+    if model.training and getattr(out, "aux_loss", None) is not None:
+        raise ValueError(
+            f"{type(model).__name__} adds an auxiliary loss of its experts, which PerplexityTrainerMixin would "
+            "multiply by the perplexity. Train on cross-entropy, or set output_router_logits=False in the config."
+        )
 
 
 def _patched(model: Any) -> list[FusedModel]:
