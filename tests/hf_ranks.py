@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from transformers.distributed import DistributedConfig
 
 from fused_ppl.integrations.huggingface import PerplexityTrainerMixin, patch
 
@@ -78,6 +79,17 @@ def sharded(shard: Callable[[Any, Any], None], mesh: Any, patch_first: bool) -> 
     return model if patch_first else patch(model)
 
 
+def tensor_parallel(folder: Path, rank: int) -> Any:
+    """The head's weight is a shard of the vocabulary, and its forward is replaced on the instance."""
+    if rank == 0:
+        llama().save_pretrained(folder / "saved")
+    dist.barrier()
+    config = DistributedConfig(tp_size=dist.get_world_size())
+    model = transformers.LlamaForCausalLM.from_pretrained(folder / "saved", distributed_config=config).train()
+    assert "forward" in vars(model.lm_head) and hasattr(model.lm_head.weight, "placements")
+    return patch(model)
+
+
 class InOrder(PerplexityTrainerMixin, transformers.Trainer):
     def _get_train_sampler(self, *args: Any) -> Any:
         return torch.utils.data.SequentialSampler(self.train_dataset)
@@ -129,6 +141,10 @@ def main(rank: int, world: int, folder: Path) -> dict[str, float]:
             assert model(input_ids=IDS[rows], labels=LABELS[rows]).logits is None
             model.zero_grad()
             results[name] = compare(name, gradients(model, rows, world)[1], want)
+    model = tensor_parallel(folder, rank)
+    assert model(input_ids=IDS, labels=LABELS).logits is None
+    model.zero_grad()
+    results["tensor parallel"] = compare("tensor parallel", gradients(model, slice(None))[1], want)
     weights, perplexities = trained(str(folder))
     want_weights, want_perplexities = by_hand()
     results["Trainer: weights"] = float((weights - want_weights).abs().max())

@@ -23,9 +23,10 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-W", "ignore", str(Path(__file__).parent / "hf_ranks.py")]
+    folder = tmp_path_factory.mktemp("ranks")
     ranks = [
         subprocess.Popen(
-            [*command, str(rank), str(WORLD), str(port), str(tmp_path_factory.mktemp(f"rank{rank}"))],
+            [*command, str(rank), str(WORLD), str(port), str(folder)],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
         for rank in range(WORLD)
@@ -41,7 +42,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
 
 @pytest.mark.parametrize(
     "name",
-    ["ddp", "sum of the losses", "Trainer: weights", "Trainer: perplexity"]
+    ["ddp", "sum of the losses", "tensor parallel", "Trainer: weights", "Trainer: perplexity"]
     + [
         f"shard_{layout}, patched {when}"
         for layout in ("root", "head_alone", "norm_and_head")

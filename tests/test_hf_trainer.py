@@ -130,6 +130,16 @@ def test_perplexity_gives_the_weights_of_a_loop_by_hand(model, data, tmp_path, a
     assert_close([math.log(p) for p in perplexities], logged(trainer, "loss"), rtol=1e-5, atol=0)
 
 
+def test_max_nll_bounds_the_factor(model, data, tmp_path):
+    more = {"max_grad_norm": 0.0, "learning_rate": RATE / V, "max_steps": 1}
+    plain = train(InOrderPerplexity, patch(copy.deepcopy(model), "perplexity"), data, tmp_path, 4, **more)
+    bounded = patch(copy.deepcopy(model), "perplexity", max_nll=2.0)
+    bounded = train(InOrderPerplexity, bounded, data, tmp_path, 4, **more)
+    (norm,), (bounded_norm,) = logged(plain, "grad_norm"), logged(bounded, "grad_norm")
+    (perplexity,) = logged(plain, "perplexity")
+    assert bounded_norm == pytest.approx(norm * math.exp(2) / perplexity, rel=1e-4)
+
+
 def test_evaluation_stays_cross_entropy_and_has_its_perplexity_beside(model, data, tmp_path):
     trainer = train(InOrderPerplexity, patch(copy.deepcopy(model), "perplexity"), data, tmp_path, 2)
     metrics = trainer.evaluate()
@@ -181,8 +191,9 @@ def test_what_the_mixin_cannot_scale_raises(model, data, tmp_path):
         vocab_size=V, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=1, num_local_experts=2, output_router_logits=True,
     )  # fmt: skip
-    with pytest.raises(ValueError, match="auxiliary loss of its experts"):
-        train(InOrderPerplexity, patch(transformers.MixtralForCausalLM(config)), data, tmp_path, 2)
+    for experts in (transformers.MixtralForCausalLM(config), patch(transformers.MixtralForCausalLM(config))):
+        with pytest.raises(ValueError, match="auxiliary loss of its experts"):
+            train(InOrderPerplexity, experts, data, tmp_path, 2)
 
 
 # TRL

@@ -240,8 +240,11 @@ def test_a_forward_that_accelerate_hooks_into_is_reached():
     assert_same(step(model), native)
 
 
-def test_a_model_that_accelerate_wraps_and_unwraps_stays_patched():
+def test_a_model_that_accelerate_wraps_and_unwraps_stays_patched(request):
     accelerate = pytest.importorskip("accelerate")
+    state = accelerate.state.AcceleratorState
+    state._reset_state(reset_partial_state=True)  # one for each process: a Trainer of another test may have made it
+    request.addfinalizer(lambda: state._reset_state(reset_partial_state=True))
     accelerator = accelerate.Accelerator(mixed_precision="bf16", cpu=True)
     model = accelerator.prepare(patch(llama()))
     assert runs_fused(model)

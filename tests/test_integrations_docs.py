@@ -47,4 +47,4 @@ def test_a_recipe_runs(index, namespace, tmp_path, monkeypatch):
 
 
 def test_the_blocks_are_found():
-    assert len(BLOCKS) == 6 and {needs for needs, _ in BLOCKS} >= {"", "transformers", "lightning"}
+    assert len(BLOCKS) == 7 and {needs for needs, _ in BLOCKS} >= {"", "transformers", "lightning"}

@@ -65,11 +65,6 @@ class FusedModel:
         finally:
             if call.native:
                 self._fused_ppl_warn("the labels and the positions of its head do not match")
-        if self._fused_ppl_window and getattr(out, "aux_loss", None) is not None:
-            raise ValueError(
-                f"{type(self).__name__} adds an auxiliary loss of its experts, which PerplexityTrainerMixin would "
-                "multiply by the perplexity. Train on loss='cross_entropy', or set output_router_logits=False."
-            )
         return call.without_logits(out)
 
     def _fused_ppl_warn(self, reason: str, runs: str = "runs") -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_ppl import Perplexity
+from fused_ppl import LossOutput, Perplexity, PerplexityAccumulator
 from fused_ppl.integrations.huggingface.swap import FusedModel
 
 
@@ -31,6 +31,7 @@ class PerplexityTrainerMixin:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._perplexity_window = Perplexity()  # since the last optimizer step
         self._perplexity_logged: dict[str, Perplexity] = {}
+        self._perplexity_items = torch.zeros(())  # in the window, on all ranks
         self._perplexity_open = False  # the window has micro-batches, and its gradient is not scaled yet
         self._perplexity_due = False  # and an optimizer step comes next
         super().__init__(*args, **kwargs)
@@ -79,11 +80,11 @@ class PerplexityTrainerMixin:
 
     def _perplexity_add(self, loss: Tensor, num_items: Any, training: bool) -> None:
         """A micro-batch's part of S and of N; N belongs to the window, and is divided among its parts."""
-        ranks = self.accelerator.num_processes // self.get_tp_size() if self.args.average_tokens_across_devices else 1  # type: ignore[attr-defined]
+        ranks = self._perplexity_ranks() if self.args.average_tokens_across_devices else 1  # type: ignore[attr-defined]
         items = torch.as_tensor(num_items, device=loss.device).double()
         nll = loss.double() / ranks * items
         if training:
-            self._perplexity_open = True
+            self._perplexity_open, self._perplexity_items = True, items
             steps = self.current_gradient_accumulation_steps  # type: ignore[attr-defined]
             self._perplexity_window.update_nll(nll, items / (steps * ranks))
         else:
@@ -94,23 +95,26 @@ class PerplexityTrainerMixin:
         if not self._perplexity_open:
             return
         self._perplexity_open = self._perplexity_due = False
-        total = self._perplexity_reduced(self._perplexity_window)
-        self._perplexity_logged.setdefault("train", Perplexity()).merge(total)
-        self._perplexity_window.reset()
-        factor = total.compute()
-        for parameter in model.parameters():
-            if parameter.grad is not None:
-                gradient = parameter.grad
-                gradient = gradient.to_local() if hasattr(gradient, "to_local") else gradient
-                gradient.mul_(factor.to(gradient.device))
+        window, ranks = self._perplexity_window, self._perplexity_ranks()
+        # the loss of each micro-batch was divided by the tokens of the window, and wrappers average over the ranks
+        accumulator = PerplexityAccumulator(
+            [p for p in model.parameters() if p.requires_grad],
+            group=torch.distributed.group.WORLD if ranks > 1 else None,
+            expected_items=self._perplexity_items.item() / ranks,
+            max_nll=next((m._fused_ppl.max_nll for m in _patched(model) if m._fused_ppl), None),
+        )
+        s, m = window.nll_sum, window.total_weight
+        accumulator.add(LossOutput(s, s, s, s, s, s, m))
+        accumulator.finish()
+        self._perplexity_logged.setdefault("train", Perplexity()).merge(window)
+        window.reset()
 
-    def _perplexity_reduced(self, metric: Perplexity) -> Perplexity:
-        """The same metric over all ranks."""
-        both = torch.stack([metric.nll_sum, metric.total_weight])
-        both = self.accelerator.reduce(both, "sum") / self.get_tp_size()  # type: ignore[attr-defined]
-        total = Perplexity()
-        total.update_nll(both[0], both[1])
-        return total
+    def _perplexity_ranks(self) -> int:
+        """Those that hold different tokens; tensor-parallel ones hold the same."""
+        processes, tensor_parallel = self.accelerator.num_processes, self.get_tp_size()  # type: ignore[attr-defined]
+        if tensor_parallel not in (1, processes):
+            raise ValueError("PerplexityTrainerMixin takes data parallelism or tensor parallelism, not both at once.")
+        return int(processes // tensor_parallel)
 
     def _clip_grad_norm(self, model: Any) -> Any:
         self._perplexity_scale(model)
@@ -124,7 +128,8 @@ class PerplexityTrainerMixin:
         for name in [n for n in logs if n == "loss" or (n.endswith("_loss") and n != "train_loss")]:
             metric = self._perplexity_logged.pop("train" if name == "loss" else "eval", None)
             if metric is not None:
-                metric = metric if name == "loss" else self._perplexity_reduced(metric)
+                if self._perplexity_ranks() > 1:
+                    metric.sync(torch.distributed.group.WORLD)
                 logs[name.removesuffix("loss") + "perplexity"] = metric.compute().item()
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
@@ -132,11 +137,25 @@ class PerplexityTrainerMixin:
 @contextlib.contextmanager
 def _cross_entropy(model: Any) -> Iterator[None]:
     """A model patched with loss="perplexity" gives its cross-entropy: the gradient is scaled afterwards."""
-    patched = [m for m in model.modules() if isinstance(m, FusedModel)]
+    patched = _patched(model)
+    watch = model.register_forward_hook(lambda module, args, out: check_no_other_loss(module, out))
     for module in patched:
         module._fused_ppl_window = True
     try:
         yield
     finally:
+        watch.remove()
         for module in patched:
             module._fused_ppl_window = False
+
+
+def check_no_other_loss(model: Any, out: Any) -> None:
+    if model.training and getattr(out, "aux_loss", None) is not None:
+        raise ValueError(
+            f"{type(model).__name__} adds an auxiliary loss of its experts, which PerplexityTrainerMixin would "
+            "multiply by the perplexity. Train on cross-entropy, or set output_router_logits=False in the config."
+        )
+
+
+def _patched(model: Any) -> list[FusedModel]:
+    return [m for m in model.modules() if isinstance(m, FusedModel)]
