@@ -83,12 +83,13 @@ def test_ops_of_shards_keep_the_rules_of_torch_library(name, backend):
     shard_calls(x[..., 4:], head, y, weight, token_weight, spec, (backend, None), torch.float32, checked)
 
 
-@pytest.mark.parametrize("name", vocab_cases.NAMES)
-def test_shards_on_either_backend_give_the_numbers_of_one_process(pool: Pool, backend, name):
-    for dtype in (torch.float32, torch.bfloat16):
-        arguments = ("sizes", name, "all", "mean", dtype, backend)
-        pool.run(2, vocab_cases.head, *arguments)
-        pool.run(3, vocab_cases.logits, *arguments)
+@pytest.mark.parametrize(
+    ("name", "dtype"), zip(vocab_cases.NAMES, (torch.float32, torch.bfloat16, torch.float32), strict=True)
+)
+def test_shards_on_either_backend_give_the_numbers_of_one_process(pool: Pool, backend, name, dtype):
+    arguments = ("sizes", name, "all", "mean", dtype, backend)
+    pool.run(2, vocab_cases.head, *arguments)
+    pool.run(3, vocab_cases.logits, *arguments)
 
 
 @pytest.mark.parametrize("name", SPECS)
