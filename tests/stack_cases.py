@@ -236,3 +236,18 @@ def copied(group: dist.ProcessGroup) -> None:
         with torch.no_grad():
             x = x if "group" in keywords else torch.ones(3, D)
             torch.testing.assert_close(twin(x, y), module(x, y), rtol=0, atol=0)
+
+
+def accumulated_over_shards(group: dist.ProcessGroup) -> None:
+    """Micro-batches, two data ranks and two shards of the vocabulary at once: every rank scales its own shard."""
+    mesh = DeviceMesh("cpu", torch.arange(4).view(2, 2), mesh_dim_names=("dp", "tp"))
+    tokens, target = (parts[mesh.get_local_rank("dp")] for parts in batch("unequal", 2))
+    want, gradients = truth("unequal", 2, "perplexity")
+    model = Model()
+    parallelize_module(model, mesh["tp"], {"head": ColwiseParallel()})
+    fully_shard(model, mesh=mesh["dp"])
+    acc = fused_ppl.PerplexityAccumulator(model.parameters(), group=mesh["dp"])
+    for part in zip(tokens.tensor_split(3), target.tensor_split(3), strict=True):
+        acc.add(model(*part, fused_ppl.linear_cross_entropy_with_stats, True, reduction="sum")).backward()
+    assert_close_to(acc.finish(), want, "perplexity")
+    assert_gradients(model, gradients)

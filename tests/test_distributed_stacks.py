@@ -48,3 +48,7 @@ def test_one_graph_with_shards_of_the_vocabulary(pool: Pool, how: str) -> None:
 
 def test_a_copy_of_a_module_trains_in_the_same_group(pool: Pool) -> None:
     pool.run(2, cases.copied)
+
+
+def test_micro_batches_over_data_ranks_and_shards(pool: Pool) -> None:
+    pool.run(4, cases.accumulated_over_shards)
