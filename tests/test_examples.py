@@ -33,7 +33,7 @@ def command(*arguments: object) -> list[str]:
     return [sys.executable, str(EXAMPLES / "train_lm.py"), *map(str, arguments)]
 
 
-def train_lm(*arguments: object, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+def train_lm(*arguments: object, timeout: float = 300) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=timeout, check=False)
 
 
@@ -73,11 +73,11 @@ def interrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, dict[str
     out = tmp_path_factory.mktemp("interrupted")
     arguments = ("--loss", "torch", "--steps", 1_000_000, "--eval-every", 3, "--text", *TEXT, "--out", out, *TINY)
     with subprocess.Popen(command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 240
         while not (out / "run.json").exists() and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=300)
     return process.returncode, read(out), errors, out
 
 
