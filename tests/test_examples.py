@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import math
@@ -72,7 +73,10 @@ def interrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, dict[str
     """A run of --loss torch that gets Ctrl-C after its first validation: exit code, record, errors, folder."""
     out = tmp_path_factory.mktemp("interrupted")
     arguments = ("--loss", "torch", "--steps", 1_000_000, "--eval-every", 3, "--text", *TEXT, "--out", out, *TINY)
-    with subprocess.Popen(command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    # a shell's background job ignores Ctrl-C, and so would what it starts
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command(*arguments), preexec_fn=heed, **pipes) as process:
         deadline = time.monotonic() + 240
         while not (out / "run.json").exists() and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.05)
