@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import fused_ppl
-from fused_ppl import plan
+from fused_ppl import Options, plan, rank_checks
 from fused_ppl.spec import LossSpec
 
 N, V, D = 37, 210, 12
@@ -106,3 +106,26 @@ def dense(
     approx[keep] = made
     approx = approx - pull.unsqueeze(1) * w
     return [approx @ wide[1], approx.T @ wide[0], full.sum(0)], residual
+
+
+# rows of the table of tests/test_errors.py
+ERRORS = [
+    ("check_compact", lambda: Options(gradient_columns=2.5), ValueError, "whole number", "2.5", "an eighth"),
+    (
+        "check_compact",
+        lambda: Options(gradient_columns=8, gradient_tolerance=0.1),
+        ValueError,
+        "chooses the number",
+        "got both",
+        "Leave out one",
+    ),
+    ("check_compact", lambda: Options(screen="int8"), ValueError, "nothing asks", "'int8'", "gradient_tolerance"),
+    (
+        "check_whole_vocabulary",
+        lambda: rank_checks.check_whole_vocabulary(9),
+        NotImplementedError,
+        "all",
+        "9",
+        "gather",
+    ),
+]

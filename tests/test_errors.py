@@ -7,6 +7,7 @@ import ast
 import inspect
 from collections import Counter
 
+import compact_cases
 import pytest
 import torch
 
@@ -160,17 +161,6 @@ ROWS = [
         "inplace_backward=True",
         "memory_budget",
     ),
-    ("check_compact", lambda: Options(gradient_columns=2.5), ValueError, "whole number", "2.5", "an eighth"),
-    (
-        "check_compact",
-        lambda: Options(gradient_columns=8, gradient_tolerance=0.1),
-        ValueError,
-        "chooses the number",
-        "got both",
-        "Leave out one",
-    ),
-    ("check_compact", lambda: Options(screen="int8"), ValueError, "nothing asks", "'int8'", "gradient_tolerance"),
-    ("check_whole_vocabulary", lambda: ranks.check_whole_vocabulary(9), NotImplementedError, "all", "9", "gather"),
     ("check_classes", lambda: perplexity(X[:, :0], Y), ValueError, "at least one class", "size 0", ""),
     ("check_inplace_backward", lambda: perplexity(LEAF, Y, options=INPLACE), ValueError, "is a leaf", "", "=False"),
     (
@@ -330,6 +320,7 @@ ROWS = [
             (lambda: with_stats(LEAF, Y, reduction="sum", z_loss=0.1), ValueError, "S alone", "0.1"),
         )
     ),
+    *compact_cases.ERRORS,
 ]
 
 
