@@ -20,6 +20,8 @@ STYLES = {
     "perplexity": ("#0072B2", "-"),
     "cross_entropy": ("#D55E00", (0, (6, 3))),
     "torch": ("#009E73", (0, (1.5, 2))),
+    "compact": ("#CC79A7", (0, (4, 2))),
+    "screened": ("#E69F00", (0, (2, 2))),
 }
 COLUMNS = ("loss", "perplexity", "bits/\ntoken", "bits/\nbyte", "tokens\nper s", "peak\nMB", "train\ns")
 

@@ -50,6 +50,13 @@ LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "cross_entropy": fused_ppl.linear_cross_entropy,
     "torch": torch_cross_entropy,
 }
+COMPARED = tuple(LOSSES)
+# approximate gradients, see docs/compact.md
+_COMPACT, _SCREENED = (fused_ppl.Options(gradient_tolerance=2e-3, screen=screen) for screen in (None, "bf16"))
+LOSSES |= {
+    "compact": partial(fused_ppl.linear_cross_entropy, options=_COMPACT),
+    "screened": partial(fused_ppl.linear_cross_entropy, options=_SCREENED),
+}
 
 
 def train(model: nn.Module, corpus: Corpus, args: argparse.Namespace, *, run: Run, report: Report) -> None:
@@ -146,7 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console.print(f"unigram perplexity of the held-out text: {report.unigram:,.1f}", highlight=False)
     code = 0
     try:
-        for loss in LOSSES if args.compare else [args.loss]:
+        for loss in COMPARED if args.compare else [args.loss]:
             run_one(loss, corpus, report, args)
     except KeyboardInterrupt:
         code = 130
@@ -172,7 +179,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     loss = parser.add_mutually_exclusive_group()
     loss.add_argument("--loss", choices=LOSSES, default="perplexity", help="torch is eager F.cross_entropy in fp32")
-    loss.add_argument("--compare", action="store_true", help="run every loss from the same seed and print one table")
+    loss.add_argument(
+        "--compare", action="store_true", help="run the exact losses from the same seed and print one table"
+    )
     add("--text", type=Path, nargs="+", metavar="FILE", help="train on these files (default: Python's own library)")
     add("--out", type=Path, default=Path("runs/train_lm"), help="folder for run.json and curves.png (%(default)s)")
     add("--vocab-size", type=positive, default=32768, metavar="V", help="tokens in the BPE vocabulary (%(default)s)")

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import fused_ppl.engines.linear_compact
 import fused_ppl.engines.linear_vocab
 import fused_ppl.engines.totals
 import fused_ppl.engines.vocab_parallel  # noqa: F401  (they register their ops)
@@ -122,14 +123,17 @@ def _logits_gradient(inplace: bool, groups: parallel.Groups | None, args: tuple[
 class LinearLoss(torch.autograd.Function):
     """The nine results of `LogitsLoss`, then the unscaled gradients, from hidden states and the weight of the head.
 
-    Plan "rows" saves unscaled gradients and multiplies them in backward; "vocab" saves lse and computes them there.
+    Plans "rows" and "compact" save unscaled gradients and multiply them in backward; "vocab" saves lse and computes
+    them there. "compact" has two results more, `residual` and `loss_error` of `LossOutput`.
     """
 
     # (hidden, linear_weight, linear_bias, target, weight, token_weight, num_items, spec, kind, grads, dtype, backend,
-    # memory_budget, groups)
+    # memory_budget, groups, (gradient_tolerance, gradient_columns, screen))
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
-        *tensors, spec, kind, grads, dtype, backend, memory_budget, groups = args
+        *tensors, spec, kind, grads, dtype, backend, memory_budget, groups, compact = args
+        if kind == "compact":
+            return parallel.compact_forward(tensors, spec, (backend, dtype, grads, memory_budget, *compact), groups)
         made = grads if kind == "rows" else (False,) * 3
         if groups is not None:
             return parallel.hidden_forward(tensors, spec, backend, dtype, made, memory_budget, groups)
@@ -137,20 +141,20 @@ class LinearLoss(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        *tensors, ctx.spec, ctx.kind, ctx.grads, ctx.dtype, ctx.backend, ctx.memory_budget, ctx.groups = inputs
+        *tensors, ctx.spec, ctx.kind, ctx.grads, ctx.dtype, ctx.backend, ctx.memory_budget, ctx.groups, _ = inputs
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*output[2:])
-        ctx.save_for_backward(*tensors[:6], *output[3:7], *output[9:])
+        ctx.save_for_backward(*tensors[:6], *output[3:7], *output[9:12])
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         grad_loss, grad_perplexity = upstream[:2]
         if grad_loss is None and grad_perplexity is None:
-            return (None,) * 14
+            return (None,) * 15
         *inputs, loss_factor, perplexity_factor, nll, lse, dhidden, dweight, dbias = ctx.saved_tensors
         scalars = (loss_factor, perplexity_factor, grad_loss, grad_perplexity)
         with torch.no_grad():
-            if ctx.kind == "rows":
+            if ctx.kind in ("rows", "compact"):
                 args = (*inputs[:3], dhidden, dweight, dbias, *scalars, ctx.grads)
                 if _untraced(inputs[0]) and not torch.is_grad_enabled() and not _kept():
                     results = linear_rows.scale(*args, last=True)  # type: ignore[no-untyped-call]
@@ -169,7 +173,7 @@ class LinearLoss(torch.autograd.Function):
         if torch.is_grad_enabled():
             parents = (grad_loss, grad_perplexity, *inputs[:3])
             gradients = [None if g is None else _FirstOrderOnly.apply(g, *parents) for g in gradients]  # type: ignore[no-untyped-call]
-        return (*gradients, *(None,) * 11)
+        return (*gradients, *(None,) * 12)
 
 
 class _FirstOrderOnly(torch.autograd.Function):

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 
 import torch
@@ -120,7 +121,13 @@ def from_hidden(
     # a shard of the vocabulary knows its gradients only when the others have been heard
     per_token = spec.reduction in ("none", "sequence") or (spec.stats and spec.z_loss > 0) or num_classes > 0
     shape = (target.numel(), *linear_weight.shape, dtype.itemsize, device, grads, options.memory_budget)
-    kind = plan.linear_kind(plan.LinearCase(*shape), per_token)
+    asked, case = (options.gradient_tolerance, options.gradient_columns, options.screen), plan.LinearCase(*shape)
+    if any(asked):
+        rank_checks.check_whole_vocabulary(num_classes)
+        # under a cap the smoothing's part of the gradient is no product: there nothing is left out
+        if not (spec.softcap and spec.label_smoothing):
+            case = dataclasses.replace(case, compact=plan.Compact(*asked))
+    kind = plan.linear_kind(case, per_token)
     if groups is not None and checks.debug():
         given = {"class weights": weight, "num_items": num_items, "bias": linear_bias}
         _compare(groups, spec, num_classes or linear_weight.shape[0], target, dtype, given)
@@ -138,11 +145,12 @@ def from_hidden(
         backend,
         options.memory_budget,
         groups,
+        asked,
     )
     loss, perplexity_, total_weight, _, _, nll, lse, entropy, predicted = out[:9]
     if spec.stats:
         lse = lse.to(nll.dtype)
-    return LossOutput(loss, perplexity_, nll, lse, entropy, predicted, total_weight)
+    return LossOutput(loss, perplexity_, nll, lse, entropy, predicted, total_weight, *out[12:])
 
 
 def _compare(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+SCREENS = ("int8", "fp8", "bf16")
 INDEX_DTYPES = (torch.int64, torch.int32)
 
 
@@ -43,6 +44,29 @@ def check_ignore_index(value: object) -> None:
 def check_memory_budget(value: object) -> None:
     if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value <= 0):
         raise ValueError(f"memory_budget must be a number of bytes > 0, or None; got {value!r}. 2**29 is 512 MiB.")
+
+
+def check_compact(tolerance: object, columns: object, screen: object) -> None:
+    if tolerance is not None:
+        hint = "1e-3 is less than what bf16 rounds away."
+        check_number("gradient_tolerance", tolerance, "in (0, 1), or None", lambda a: 0 < a < 1, hint)
+    if columns is not None:
+        hint = "1/8 keeps an eighth of the vocabulary."
+        check_number("gradient_columns", columns, "a count >= 1 or a share below 1, or None", lambda a: a > 0, hint)
+        assert isinstance(columns, (int, float))
+        if columns >= 1 and columns != int(columns):
+            raise ValueError(f"gradient_columns must be a whole number of columns from 1 on; got {columns!r}. {hint}")
+    if tolerance is not None and columns is not None:
+        raise ValueError(
+            "gradient_tolerance chooses the number of columns, and gradient_columns sets it; got both. Leave out one."
+        )
+    if screen is not None:
+        check_choice("screen", screen, SCREENS, "None computes the logits in full.")
+        if tolerance is None and columns is None:
+            raise ValueError(
+                f"screen={screen!r} says how the compact plan finds its columns, and nothing asks for that plan. Set "
+                "gradient_tolerance or gradient_columns as well."
+            )
 
 
 def check_options(options: object, kind: type) -> None:

@@ -163,6 +163,18 @@ def hidden_forward(
     return _finish(results, num_items, spec, groups)
 
 
+def compact_forward(
+    tensors: Sequence[Any],  # hidden, linear_weight, linear_bias, target, weight, token_weight, num_items
+    spec: tuple[Any, ...],
+    how: tuple[Any, ...],
+    groups: Groups | None,
+) -> tuple[Tensor, ...]:
+    """The twelve results of `linear_forward`, of the batch of all ranks; then `residual` and `loss_error`, each rank's
+    own."""
+    *local, num_items = tensors
+    return _finish(_OPS.linear_compact(*local, *spec, *how), num_items, spec, groups)
+
+
 def _merge(
     parts: Sequence[Tensor], tokens: Sequence[Any], spec: tuple[Any, ...], dtype: torch.dtype, groups: Groups
 ) -> Sequence[Tensor]:
@@ -174,12 +186,13 @@ def _merge(
 
 
 def _finish(
-    results: Sequence[Tensor], num_items: Tensor | None, spec: tuple[Any, ...], groups: Groups
+    results: Sequence[Tensor], num_items: Tensor | None, spec: tuple[Any, ...], groups: Groups | None
 ) -> tuple[Tensor, ...]:
     sums, nll, *others = results
-    if groups.tokens:
+    if groups is not None and groups.tokens:
         sums = reduce(sums, "sum", groups.tokens)
-    return (*_OPS.finish(sums, num_items, *spec, nll.dtype, groups.ranks), nll, *others)
+    ranks = 1 if groups is None else groups.ranks
+    return (*_OPS.finish(sums, num_items, *spec, nll.dtype, ranks), nll, *others)
 
 
 def warn_without_group(

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -53,6 +54,26 @@ COLUMNS = 8192  # of a slice of the vocabulary
 LEAST_COLUMNS = 256
 
 
+# that share their kept columns: fewer need fewer columns, and read and write more of the weight
+GROUP_ROWS = {"cpu": 512, "gpu": 1024}
+MOST_COLUMNS = 4  # above a share of 1 / 4 kept columns save little
+
+
+@dataclass(frozen=True)
+class Compact:
+    """What is asked of the compact plan."""
+
+    tolerance: float | None  # of the gradient of the logits
+    columns: float | None  # kept in each group of rows: a count, or a share of V
+    screen: str | None
+
+    def count(self, num_classes: int) -> int:
+        """The columns that a group keeps at most."""
+        if self.columns is None:
+            return max(1, num_classes // MOST_COLUMNS)
+        return max(1, min(num_classes, int(self.columns if self.columns >= 1 else self.columns * num_classes)))
+
+
 @dataclass(frozen=True)
 class LinearCase:
     """What the walk of the fused LM head depends on."""
@@ -64,6 +85,7 @@ class LinearCase:
     device_type: str
     grads: tuple[bool, bool, bool]  # whether hidden states, weight and bias need a gradient
     memory_budget: int | None = None
+    compact: Compact | None = None
 
     @property
     def place(self) -> str:
@@ -80,22 +102,27 @@ class LinearCase:
 class LinearPlan:
     """How the fused LM head walks, with its bytes and FLOPs."""
 
-    kind: str  # "rows", "vocab" or "forward"
+    kind: str  # "rows", "compact", "vocab" or "forward"
     rows: int  # of a chunk of logits in forward
-    columns: int  # of a slice of the vocabulary in backward; 0 for none
+    columns: int  # of a slice of the vocabulary in backward, or kept by "compact"; 0 for none
     temporary_bytes: int  # the larger of what forward and backward hold for themselves
     saved_bytes: int  # kept from forward to backward
     flops: int
     reason: str
+    cheap_flops: int = 0  # of a screen, in its low precision
+    group: int = 0  # rows that share their kept columns
 
     def explain(self) -> str:
         """The choice in words and numbers."""
         walk = f"{self.rows} rows at a time"
-        if self.columns:
+        if self.group:
+            walk += f", at most {self.columns} columns kept for each {self.group} of them"
+        elif self.columns:
             walk += f", backward in slices of {self.columns} columns"
+        cheap = f" and {self.cheap_flops / 1e9:.1f} GFLOP of the screen" if self.cheap_flops else ""
         return (
             f"plan {self.kind}: {walk}; {self.reason}. {self.temporary_bytes / 2**20:.0f} MiB temporary, "
-            f"{self.saved_bytes / 2**20:.0f} MiB from forward to backward, {self.flops / 1e9:.1f} GFLOP."
+            f"{self.saved_bytes / 2**20:.0f} MiB from forward to backward, {self.flops / 1e9:.1f} GFLOP{cheap}."
         )
 
 
@@ -115,7 +142,9 @@ def linear_kind(case: LinearCase, per_token: bool) -> str:
     if per_token:
         return "vocab"
     least = case.accumulator_bytes + MIN_ROWS[case.place][case.itemsize] * case.num_classes * case.itemsize
-    return "rows" if case.memory_budget is None or least <= case.memory_budget else "vocab"
+    if case.memory_budget is not None and least > case.memory_budget:
+        return "vocab"
+    return "rows" if case.compact is None else "compact"
 
 
 def linear_plan(case: LinearCase, kind: str) -> LinearPlan:
@@ -128,10 +157,12 @@ def linear_plan(case: LinearCase, kind: str) -> LinearPlan:
         # larger than half of the fp32 gradient of the weight it would cost more memory than it saves time
         rows = min(rows, 2 * d // size)
     rows = min(max(rows, least), most)
-    saved = case.accumulator_bytes + wide * n * d * case.grads[0] if kind == "rows" else 2 * wide * n
+    made_in_forward = kind in ("rows", "compact")
+    saved = case.accumulator_bytes + wide * n * d * case.grads[0] if made_in_forward else 2 * wide * n
     reasons = {
         "forward": "nothing requires a gradient",
         "rows": "one upstream gradient for all tokens, so the gradients are made in forward",
+        "compact": "the gradient of the logits is its largest columns and a product of sums for the rest",
         "vocab": "backward recomputes the logits: per-token upstream gradients, or too little memory for the "
         "fp32 gradient of the weight",
     }
@@ -143,12 +174,39 @@ def linear_plan(case: LinearCase, kind: str) -> LinearPlan:
             columns = _within(columns, case.memory_budget - fixed, max(1, n * size), LEAST_COLUMNS)
         backward = fixed + columns * n * size
     if case.memory_budget is not None:
-        rows = _within(rows, case.memory_budget - (saved if kind == "rows" else 0), v * size, least)
+        rows = _within(rows, case.memory_budget - (saved if made_in_forward else 0), v * size, least)
     rows = max(1, min(rows, n))
     if case.place == "cpu" and n:
         rows = -(-n // -(-n // rows))  # the last chunk as large as the others
     temporary = max(rows * v * size, backward)
     if case.memory_budget is not None and temporary + saved > case.memory_budget:
         reason += f", over the budget of {case.memory_budget / 2**20:.0f} MiB: its fixed part alone does not fit"
+    if kind == "compact":
+        return _compact_plan(case, rows, saved, reason)
     products = {"forward": 1, "rows": 1, "vocab": 2}[kind] + case.grads[0] + case.grads[1]
     return LinearPlan(kind, rows, columns, temporary, saved, product * products, reason)
+
+
+def _compact_plan(case: LinearCase, rows: int, saved: int, reason: str) -> LinearPlan:
+    """That of "rows", in groups of about GROUP_ROWS and of equal size: 2NVD FLOPs and 2NKD for each gradient."""
+    assert case.compact is not None
+    n, v, d, size = case.num_tokens, case.num_classes, case.hidden_size, case.itemsize
+    count, gradients, screened = case.compact.count(v), case.grads[0] + case.grads[1], case.compact.screen is not None
+    group = math.ceil(rows / max(1, round(rows / GROUP_ROWS[case.place])))
+    if screened:
+        rows = group
+    # the chunk of logits, kept columns of the weight, of a group's logits and of what adds to dW; sums of columns
+    buffers = rows * v * (2 if screened else size) + count * (d + group * (1 + screened)) * size
+    buffers += max(4, size) * v * (math.ceil(n / group) + 4)
+    flops = 2 * n * count * d * (gradients + screened)
+    dense = 2 * n * v * d
+    if screened:
+        saved += v * d * (2 if case.compact.screen == "bf16" else 1)
+        return LinearPlan("compact", rows, count, buffers, saved, flops, reason, dense, group)
+    return LinearPlan("compact", rows, count, buffers, saved, dense + flops, reason, 0, group)
+
+
+def whole_chunks(group: int, num_classes: int, row_bytes: int, case: LinearCase, threads: int) -> int:
+    """A group of whole walks of the row formula: what a row gives does not depend on its group then."""
+    step = rows_per_chunk(num_classes, row_bytes, case.device_type, threads, case.memory_budget)
+    return math.ceil(group / step) * step

@@ -42,6 +42,14 @@ def check_no_group(group: object) -> None:
         )
 
 
+def check_whole_vocabulary(num_classes: int) -> None:
+    if num_classes:
+        raise NotImplementedError(
+            "gradient_tolerance and gradient_columns choose among all classes, and this rank holds a shard of "
+            f"{num_classes}. Leave them out, or gather the head."
+        )
+
+
 def check_placement(
     name: str, sharded: bool, placements: object, mesh_dims: int, dim: int, vocab_group: object
 ) -> None:

@@ -91,6 +91,13 @@ class Options:
         memory_budget: bytes that the loss may use for its temporary buffers. None lets the plan decide.
         inplace_backward: write the gradient over `input`. Saves one N x V buffer; the values of `input` are gone
             after backward, a second backward raises, and `input` must not be a leaf.
+        gradient_tolerance: of the fused head: the gradient of the logits may be replaced by an approximation that is
+            at most this wrong, ||G - G'|| <= tolerance * ||G|| in every group of rows, for about half of the FLOPs.
+            1e-3 is less than what bf16 rounds away. Loss and lse stay exact. docs/compact.md says when to use it.
+        gradient_columns: in the place of a tolerance, the number of columns that are kept exactly in each group of
+            rows, or their share of the vocabulary (below 1).
+        screen: with either of them: the logits are computed in "int8", "fp8" or "bf16", and again in full where they
+            matter. Then the loss is approximate too; `LossOutput.loss_error` says how far.
 
     Example:
         >>> import torch, fused_ppl
@@ -102,11 +109,15 @@ class Options:
     backend: str | None = None
     memory_budget: int | None = None
     inplace_backward: bool = False
+    gradient_tolerance: float | None = None
+    gradient_columns: float | None = None
+    screen: str | None = None
 
     def __post_init__(self) -> None:
         if self.backend is not None:
             checks.check_choice("backend", self.backend, BACKENDS, "None picks the best that can run.")
         checks.check_memory_budget(self.memory_budget)
+        checks.check_compact(self.gradient_tolerance, self.gradient_columns, self.screen)
 
 
 class LossOutput(NamedTuple):
@@ -123,6 +134,8 @@ class LossOutput(NamedTuple):
     entropy: Tensor  # (*target.shape): entropy of softmax(z); 0 where ignored
     predicted: Tensor  # (*target.shape), int64: argmax_v z[v], the lowest index on ties; -1 where ignored
     total_weight: Tensor  # M in float64, the shape of `loss`: sum of token_weight * weight[target] over counted tokens
+    residual: Tensor | None = None  # (): bound on ||G - G'|| / ||G|| of the compact plan; None where another plan ran
+    loss_error: Tensor | None = None  # (): estimate of the mean error of nll that a screen made; None as `residual`
 
 
 class RowStats(NamedTuple):
@@ -154,3 +167,23 @@ class Totals(NamedTuple):
     total_weight: Tensor  # (*groups,) float64: M
     loss_factor: Tensor  # (*groups,) float64: d loss / d S
     perplexity_factor: Tensor  # (*groups,) float64: d perplexity / d S
+
+
+class Columns(NamedTuple):
+    """Of the softmax part of a gradient, dz[i,v] + C[i] * w[v] * scale (C of the label smoothing), without the
+    targets' entries."""
+
+    size: Tensor  # (V,): sum over the rows of |entry|
+    square: Tensor  # (V,): sum of squares
+    total: Tensor  # (V,): sum, where it may differ from `size` and was asked for, else 0 elements
+
+
+class Factors(NamedTuple):
+    """Of each row of that gradient: dz[i,v] = (a * p[v] - (a - rest) * [v = y]) * dz/dx - pull * w[v]."""
+
+    a: Tensor  # (N,)
+    rest: Tensor  # (N,)
+    pull: Tensor  # (N,), or 0 elements without label smoothing
+    row_sum: Tensor  # (N,): sum over v, without the pull
+    at_target: Tensor  # (N,): the target's entry, without the pull
+    of_backend: tuple[Tensor, ...] = ()  # what its other functions want to know

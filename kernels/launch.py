@@ -119,7 +119,12 @@ class LaunchConfig:
     @property
     def compiler_options(self) -> dict[str, int]:
         """Told how many it may take, ptxas spills none to come down to 40 or 32. AMD's compiler is not asked."""
-        return {} if self.registers is None or torch.version.hip else {"maxnreg": self.registers}
+        return {} if self.registers is None else registers(self.registers)
+
+
+def registers(count: int) -> dict[str, int]:
+    """The compiler option that says how many registers a thread may take. AMD's compiler is not asked."""
+    return {} if torch.version.hip else {"maxnreg": count}
 
 
 def heaviness(numbers: Numbers, stats: bool) -> int:

@@ -37,10 +37,17 @@ def row_factors(of_s, of_z, class_weight, token_weight, weights, nll, lse, numbe
         of_s, of_z, class_weight, token_weight, weight_sum, lse.to(tl.float32), numbers, num_classes
     )
     at_target = primitives.gradient_at_target(nll, class_weight, A, spread, C)
-    # lse in base 2 as a sum of two fp32: the low part joins A, or |z| = 1e4 would cost 1e-3 of every p
+    low, high = low_part(lse)
+    return at_target, A * low, C, high
+
+
+@triton.jit
+def low_part(lse):
+    """lse in base 2 as a sum of two fp32: the factor that the low part is, and the high part. The former joins A, or
+    |z| = 1e4 would cost 1e-3 of every p."""
     lse2 = lse * primitives.LOG2E
     high = lse2.to(tl.float32)
-    return at_target, A * primitives.power((high.to(tl.float64) - lse2).to(tl.float32)), C, high
+    return primitives.power((high.to(tl.float64) - lse2).to(tl.float32)), high
 
 
 @triton.jit

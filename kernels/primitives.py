@@ -188,6 +188,12 @@ def gradient(a, slope, class_weight, multiplier, lse2, A, C, is_target, at_targe
 
 
 @triton.jit
+def others_mass(nll):
+    """1 - p[y], accurate relative to the result."""
+    return -expm1(-nll)
+
+
+@triton.jit
 def gradient_at_target(nll, class_weight, A, spread, C):
     """p * A - B - C * w with p - 1 = expm1(-nll): accurate relative to the result also where p is nearly 1."""
     g = tl.fma(A, expm1(-nll), spread)

@@ -127,7 +127,7 @@ def _poisoned_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
             buffer = allocate(*args, **keywords)
             caller = sys._getframe(1).f_globals.get("__name__", "")
             if caller.startswith("fused_ppl") and type(buffer) is Tensor and buffer.device.type != "meta":
-                buffer.fill_(float("nan") if buffer.dtype.is_floating_point else -(2**31) + 1)
+                buffer.fill_(float("nan") if buffer.dtype.is_floating_point else torch.iinfo(buffer.dtype).min // 2)
             return buffer
 
         return poisoned

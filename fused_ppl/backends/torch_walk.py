@@ -115,9 +115,10 @@ class Walk:
         return x
 
     def copy(self, rows: Rows) -> Tensor:
-        """The logits of the rows where they can be computed in: in place in a buffer of the right type."""
+        """The logits of the rows where they can be computed in: in place in a buffer of the right type that is to be
+        used up."""
         x = self.work(rows)
-        if not _is_matrix(rows.source, self.dtype):
+        if self.out is not self.logits or not _is_matrix(rows.source, self.dtype):
             x.view(rows.source.shape).copy_(rows.source)
         return x
 

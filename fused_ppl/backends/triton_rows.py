@@ -33,7 +33,7 @@ def nll_forward(
     stats = _check_and_allocate(logits, target, spec)
     if n == 0:
         return stats, None
-    config = _config(logits, heavy=launch.heaviness(_numbers(spec), spec.stats))
+    config = _config(logits, heavy=launch.heaviness(numbers(spec), spec.stats))
     totals = None
     if spec.reduction in ("mean", "sum"):
         dtypes = (torch.float32,) * 2 + (torch.float64,) * 3
@@ -41,11 +41,11 @@ def nll_forward(
     launch_nll_forward(
         logits,
         target.contiguous(),
-        _weights(weight, token_weight, spec),
+        weights(weight, token_weight, spec),
         launch.Rows(*stats),  # type: ignore[arg-type]
         None if totals is None else launch.Sums(*totals, num_items),
         _workspace(n, config, totals is not None, device),
-        _numbers(spec),
+        numbers(spec),
         config=config,
         ignore_index=spec.ignore_index,
         mean=spec.reduction == "mean",
@@ -80,9 +80,9 @@ def nll_backward(
         lse.to(torch.float64).contiguous(),
         nll.contiguous(),
         launch.Upstream(*(None if g is None else g.to(torch.float32).expand(target.shape) for g in (of_s, of_z))),  # type: ignore[arg-type]
-        _weights(weight, token_weight, spec),
+        weights(weight, token_weight, spec),
         out,
-        _numbers(spec) if of_z is not None else _numbers(spec)._replace(z_loss=None),
+        numbers(spec) if of_z is not None else numbers(spec)._replace(z_loss=None),
         config=_config(logits, heavy=spec.softcap is not None or (spec.label_smoothing > 0 and weight is not None)),
         ignore_index=spec.ignore_index,
         v0=first,
@@ -105,15 +105,15 @@ def nll_forward_backward(
     `upstream` None computes no gradient.
     """
     stats = _check_and_allocate(logits, target, spec)
-    size, numbers = launch.device_size(logits.device), _numbers(spec)
-    heavy = launch.heaviness(numbers, spec.stats)
+    size, scalars = launch.device_size(logits.device), numbers(spec)
+    heavy = launch.heaviness(scalars, spec.stats)
     launch_nll_forward_backward(
         logits,
         target_logit.contiguous(),
         target.contiguous(),
-        _weights(weight, token_weight, spec),
+        weights(weight, token_weight, spec),
         launch.Rows(*stats),  # type: ignore[arg-type]
-        numbers,
+        scalars,
         upstream=upstream,
         config=launch.choose_two_pass_config(logits.shape[1], logits.itemsize, *size, heavy=heavy),
         ignore_index=spec.ignore_index,
@@ -148,11 +148,11 @@ def _config(logits: Tensor, *, heavy: int) -> launch.LaunchConfig:
     return launch.choose_config(b * r, v, logits.itemsize, *launch.device_size(logits.device), heavy=heavy)
 
 
-def _numbers(spec: LossSpec) -> launch.Numbers:
+def numbers(spec: LossSpec) -> launch.Numbers:
     return launch.numbers(spec.logit_scale, spec.softcap, spec.label_smoothing, spec.z_loss, spec.max_nll)
 
 
-def _weights(weight: Tensor | None, token_weight: Tensor | None, spec: LossSpec) -> launch.Weights:
+def weights(weight: Tensor | None, token_weight: Tensor | None, spec: LossSpec) -> launch.Weights:
     total = weight.sum(dtype=torch.float32) if weight is not None and spec.label_smoothing else None
     weight, token_weight = (None if w is None else w.contiguous() for w in (weight, token_weight))
     return launch.Weights(weight, total, token_weight)
@@ -181,16 +181,16 @@ def nll_forward_shard(
     if device.type == "cpu" or checks.debug():
         checks.check_target_range(target, num_classes, spec.ignore_index)
     shards = torch.empty((n, launch.SHARD_FIELDS), dtype=torch.float64, device=device)
-    numbers = _numbers(spec)
-    config = _config(logits, heavy=launch.heaviness(numbers, True))
+    scalars = numbers(spec)
+    config = _config(logits, heavy=launch.heaviness(scalars, True))
     launch_nll_forward(
         logits,
         target.contiguous(),
-        _weights(weight, None, spec),
+        weights(weight, None, spec),
         launch.Rows(*(None,) * 6),  # type: ignore[arg-type]
         None,
         _workspace(n, config, False, device),
-        numbers,
+        scalars,
         config=config,
         ignore_index=spec.ignore_index,
         v0=first,

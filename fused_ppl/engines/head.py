@@ -126,7 +126,7 @@ class Head:
     def add_hidden_gradient(self, g: Tensor, out: Tensor, first: int = 0) -> None:
         """out += g W, for the columns of g."""
         for s in self.slices(g.shape[1], SLICE if self.converted else g.shape[1]):
-            self._add_product(out, g[:, s], self.weight[first + s.start : first + s.stop].to(self.dtype))
+            self.add_product(out, g[:, s], self.weight[first + s.start : first + s.stop].to(self.dtype))
 
     def add_weight_gradient(self, g: Tensor, h: Tensor, out: Tensor, fresh: bool) -> None:
         """out += g^T h; out = g^T h where `out` is fresh, and holds nothing yet.
@@ -135,9 +135,9 @@ class Head:
         """
         direct = g.dtype == out.dtype
         for s in self.slices(g.shape[1], g.shape[1] if direct else SLICE):
-            self._add_product(out[s], g[:, s].t(), h, fresh)
+            self.add_product(out[s], g[:, s].t(), h, fresh)
 
-    def _add_product(self, out: Tensor, a: Tensor, b: Tensor, fresh: bool = False) -> None:
+    def add_product(self, out: Tensor, a: Tensor, b: Tensor, fresh: bool = False) -> None:
         if a.dtype == out.dtype:
             torch.mm(a, b, out=out) if fresh else out.addmm_(a, b)
             return

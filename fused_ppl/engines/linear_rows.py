@@ -42,17 +42,17 @@ def _forward(*args):  # type: ignore[no-untyped-def]
     spec, rows, gradients = _walk(*tensors, *args[7:])  # type: ignore[no-untyped-call]
     shape = tensors[3].shape
     totals = reduction.finish(*reduction.sum_rows(rows, spec, shape), spec, num_items, rows.nll.dtype)
-    return *totals, *_tokens(rows, shape), *gradients
+    return *totals, *tokens_of(rows, shape), *gradients
 
 
 def _sums(*args):  # type: ignore[no-untyped-def]
     """The part of `_forward` that comes before the sums of other ranks are added."""
     spec, rows, gradients = _walk(*args)  # type: ignore[no-untyped-call]
     shape = args[3].shape
-    return reduction.stack_sums(rows, spec, shape), *_tokens(rows, shape), *gradients
+    return reduction.stack_sums(rows, spec, shape), *tokens_of(rows, shape), *gradients
 
 
-def _tokens(rows: RowStats, shape: torch.Size) -> tuple[Tensor | None, ...]:
+def tokens_of(rows: RowStats, shape: torch.Size) -> tuple[Tensor | None, ...]:
     tokens = [t if t is None else t.view(shape) for t in rows[2:]]
     return *tokens[:2], *reduction.or_empty(tokens[2], tokens[3], rows.nll)
 
@@ -65,7 +65,7 @@ def _walk(hidden, linear_weight, linear_bias, target, weight, token_weight, *res
     head = Head(flat, linear_weight, linear_bias, labels, spec, dtype)
     case = plan.LinearCase(n, v, d, head.dtype.itemsize, hidden.device.type, tuple(grads), memory_budget)
     chunk = plan.linear_plan(case, "rows" if any(grads) else "forward").rows
-    shapes = _accumulator_shapes(hidden, linear_weight, grads)
+    shapes = accumulator_shapes(hidden, linear_weight, grads)
     dhidden, dweight, dbias = (memory.empty(s, wide_dtype(dtype), hidden.device) for s in shapes)
     if head.on_cpu:
         checks.check_target_range(labels, v, spec.ignore_index)  # here, where positions are still the caller's
@@ -104,10 +104,10 @@ def _walk(hidden, linear_weight, linear_bias, target, weight, token_weight, *res
     if head.kept is not None and grads[0]:
         dhidden.view(-1, d).index_copy_(0, head.kept, dh)
 
-    return spec, _all_tokens(head, parts, spec, n, dtype), (dhidden, dweight, dbias)
+    return spec, all_tokens(head, parts, spec, n, dtype), (dhidden, dweight, dbias)
 
 
-def _all_tokens(head: Head, parts: list[RowStats], spec: LossSpec, n: int, dtype: torch.dtype) -> RowStats:
+def all_tokens(head: Head, parts: list[RowStats], spec: LossSpec, n: int, dtype: torch.dtype) -> RowStats:
     if not parts:
         loss, row_weight, nll, lse, entropy = (head.zeros(n) for _ in range(5))
         lse = lse.to(reduction.sum_dtype(lse.device))
@@ -117,7 +117,7 @@ def _all_tokens(head: Head, parts: list[RowStats], spec: LossSpec, n: int, dtype
     return stats if head.kept is None else stats.map(lambda t, ignored: head.spread(t, n, ignored))
 
 
-def _accumulator_shapes(hidden: Tensor, linear_weight: Tensor, grads: Sequence[bool]) -> list[Sequence[int]]:
+def accumulator_shapes(hidden: Tensor, linear_weight: Tensor, grads: Sequence[bool]) -> list[Sequence[int]]:
     """Of the gradients of hidden states, weight and bias; 0 elements where none is needed."""
     shapes = (hidden.shape, linear_weight.shape, linear_weight.shape[:1])
     return [shape if needed else (0,) for shape, needed in zip(shapes, grads, strict=True)]
@@ -146,18 +146,18 @@ def _scale_fake(hidden, linear_weight, linear_bias, *rest):  # type: ignore[no-u
 def _forward_fake(hidden, linear_weight, linear_bias, target, weight, token_weight, num_items, *rest):  # type: ignore[no-untyped-def]
     reduction_, stats, dtype, grads = rest[0], rest[7], rest[-3], rest[-2]
     results = reduction.empty_results(hidden, target, wide_dtype(dtype), reduction_, stats)
-    return *results, *_made_fake(hidden, linear_weight, dtype, grads)
+    return *results, *made_fake(hidden, linear_weight, dtype, grads)
 
 
 def _sums_fake(hidden, linear_weight, linear_bias, target, weight, token_weight, *rest):  # type: ignore[no-untyped-def]
     reduction_, z_loss, stats, dtype, grads = rest[0], rest[5], rest[7], rest[-3], rest[-2]
     tokens = reduction.empty_results(hidden, target, wide_dtype(dtype), reduction_, stats)[5:]
     sums = reduction.empty_sums(hidden, target, reduction_, z_loss)
-    return sums, *tokens, *_made_fake(hidden, linear_weight, dtype, grads)
+    return sums, *tokens, *made_fake(hidden, linear_weight, dtype, grads)
 
 
-def _made_fake(hidden: Tensor, linear_weight: Tensor, dtype: torch.dtype, grads: Sequence[bool]) -> list[Tensor]:
-    return [hidden.new_empty(s, dtype=wide_dtype(dtype)) for s in _accumulator_shapes(hidden, linear_weight, grads)]
+def made_fake(hidden: Tensor, linear_weight: Tensor, dtype: torch.dtype, grads: Sequence[bool]) -> list[Tensor]:
+    return [hidden.new_empty(s, dtype=wide_dtype(dtype)) for s in accumulator_shapes(hidden, linear_weight, grads)]
 
 
 LIBRARY.impl("linear_forward", _forward, "CompositeExplicitAutograd")

@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The machine code that the kernels of the compact fused head are allowed; the words are those of budgets.py.
+
+    python bench/compact_budgets.py [--target sm_90 ...] [--check]
+
+Instructions for each logit: of the column sums for a logit that is read once, of the kept columns for one that is
+gathered. The gathers are of 2 or 4 bytes; everything else goes 16 bytes at a time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+from typing import Any
+
+import aot
+import torch
+from torch import Tensor
+
+from fused_ppl.kernels import compact_columns, compact_kept, launch
+
+NUM_ROWS, NUM_SMS, V, K = 1024, 132, 128256, 16032
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+PLAIN = launch.numbers(1.0, None, 0.0, 0.0, None)
+EVERYTHING = launch.numbers(0.5, 30.0, 0.0, 1e-4, None)
+
+# (instructions a logit in the hot loop, registers), measured with triton 3.9 plus a few per cent
+BUDGETS: dict[str, dict[str, tuple[float, int]]] = {
+    "columns": {"sm": (13.5, 88), "gf": (16.0, 96)},
+    "kept": {"sm": (19.5, 56), "gf": (23.0, 64)},
+    "rescreen": {"sm": (12.5, 72), "gf": (14.0, 64)},
+    "factors": {"sm": (0.0, 32), "gf": (0.0, 64)},
+}
+
+
+def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _factors() -> compact_columns.RowFactors:
+    return compact_columns.RowFactors(*(_meta(NUM_ROWS) for _ in range(5)))  # type: ignore[call-arg]
+
+
+def columns(dtype: torch.dtype, numbers: launch.Numbers = PLAIN, warp_size: int = 32) -> tuple[Any, dict[str, Any]]:
+    """The sums over rows, and the arguments that their launcher gives them."""
+    block, part, warps = compact_columns.tiling(NUM_ROWS, V, dtype.itemsize, NUM_SMS, warp_size)
+    shape = (-(-NUM_ROWS // part), V)
+    row_sum = _meta(-(-V // block), NUM_ROWS) if numbers.squash is not None else None
+    kwargs = aot.capture(
+        compact_columns.column_sums_kernel,
+        lambda: compact_columns.launch_column_sums(
+            _meta(NUM_ROWS, V, dtype=dtype),
+            _meta(NUM_ROWS, dtype=torch.int64),
+            _factors(),
+            compact_columns.Partials(_meta(*shape), _meta(*shape), None, row_sum),
+            numbers,
+            rows_per_part=part,
+            block=block,
+            num_warps=warps,
+        ),
+    )
+    return compact_columns.column_sums_kernel, kwargs
+
+
+def kept(dtype: torch.dtype, numbers: launch.Numbers = PLAIN, warp_size: int = 32) -> tuple[Any, dict[str, Any]]:
+    kwargs = aot.capture(
+        compact_kept.kept_kernel,
+        lambda: compact_kept.launch_kept(
+            _meta(NUM_ROWS, V, dtype=dtype),
+            _meta(K, dtype=torch.int64),
+            _meta(NUM_ROWS, dtype=torch.int64),
+            _factors(),
+            _meta(NUM_ROWS, K, dtype=dtype),
+            _meta(NUM_ROWS),
+            numbers,
+        ),
+    )
+    return compact_kept.kept_kernel, kwargs
+
+
+def rescreen(dtype: torch.dtype, numbers: launch.Numbers = PLAIN, warp_size: int = 32) -> tuple[Any, dict[str, Any]]:
+    rows = [_meta(NUM_ROWS) for _ in range(4)]
+    wide = _meta(NUM_ROWS, dtype=torch.float64)
+    kwargs = aot.capture(
+        compact_kept.rescreen_kernel,
+        lambda: compact_kept.launch_rescreen(
+            _meta(NUM_ROWS, K, dtype=dtype),
+            _meta(NUM_ROWS, V, dtype=torch.bfloat16),
+            _meta(K, dtype=torch.int64),
+            _meta(NUM_ROWS, dtype=torch.int64),
+            rows[0],
+            wide,
+            _factors(),
+            compact_kept.Rescreened(rows[0], wide, *rows[1:]),
+            numbers,
+        ),
+    )
+    return compact_kept.rescreen_kernel, kwargs
+
+
+def factors(dtype: torch.dtype, numbers: launch.Numbers = PLAIN, warp_size: int = 32) -> tuple[Any, dict[str, Any]]:
+    kwargs = aot.capture(
+        compact_columns.row_factors_kernel,
+        lambda: compact_columns.launch_row_factors(
+            _meta(NUM_ROWS),
+            _meta(NUM_ROWS, dtype=torch.int64),
+            _meta(NUM_ROWS, dtype=torch.float64),
+            _meta(NUM_ROWS),
+            launch.Weights(_meta(V), _meta(), _meta(NUM_ROWS)),
+            _factors(),
+            numbers,
+            num_classes=V,
+            ignore_index=-100,
+        ),
+    )
+    return compact_columns.row_factors_kernel, kwargs
+
+
+KERNELS = {"columns": columns, "kept": kept, "rescreen": rescreen, "factors": factors}
+
+
+def hot_loop(found: aot.Report) -> aot.Loop | None:
+    """The first with the fewest instructions for an exponential: whole tiles, no mask."""
+    loops = [loop for loop in found.loops if loop.exps]
+    return min(loops, key=lambda loop: loop.instructions / loop.exps) if loops else None
+
+
+def broken(kernel: str, target: str, mode: str, found: aot.Report) -> list[str]:
+    """What is over the budget, in words. A softcap's row sums cross threads; nothing else does."""
+    loop, checks = hot_loop(found), {f"{found.spills} spills": not found.spills}
+    if loop is not None:
+        wide = {aot.access_bytes(op) for op in loop.loads}
+        checks[f"loads of {wide} bytes, none of 16"] = 16 in wide
+        if mode == "off":
+            checks[f"{loop.barriers} barriers in the hot loop"] = not loop.barriers
+            per_logit, limits = loop.instructions / loop.exps, BUDGETS[kernel][target[:2]]
+            checks[f"{per_logit:.2f} instructions a logit, {limits[0]} allowed"] = per_logit <= limits[0]
+            checks[f"{found.registers} registers, {limits[1]} allowed"] = found.registers <= limits[1]
+    return [text for text, holds in checks.items() if not holds]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--target", choices=aot.TARGETS, nargs="+", default=list(aot.TARGETS))
+    parser.add_argument("--check", action="store_true", help="print only what is over a budget, and fail if any is")
+    args = parser.parse_args()
+    failures = 0
+    if not args.check:
+        print("| target | kernel | dtype | options | instructions / logit | barriers | registers | spills |")
+        print("|---|---|---|---|---|---|---|---|")
+    modes = {"off": PLAIN, "all": EVERYTHING}
+    for target, kernel, dtype, mode in itertools.product(args.target, KERNELS, DTYPES, modes):
+        found = aot.read(
+            aot.compile_call(
+                *KERNELS[kernel](DTYPES[dtype], modes[mode], aot.TARGETS[target].warp_size), aot.TARGETS[target]
+            )
+        )
+        words, loop = broken(kernel, target, mode, found), hot_loop(found)
+        failures += len(words)
+        if args.check:
+            for word in words:
+                print(f"{target} {kernel} {dtype} {mode}: {word}")
+            continue
+        cells = "|" if loop is None else f"{loop.instructions / loop.exps:.2f} | {loop.barriers}"
+        print(f"| {target} | {kernel} | {dtype} | {mode} | {cells} | {found.registers} | {found.spills} |", flush=True)
+    sys.exit(bool(failures and args.check))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the compact fused head asks of its rows, on a GPU. Interface: `fused_ppl.backends`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fused_ppl.backends import triton_rows
+from fused_ppl.kernels import compact_columns, compact_kept, launch
+from fused_ppl.spec import Columns, Factors, LossSpec, RowStats
+
+
+def nll_columns(
+    logits: Tensor,  # (R, V): left as they are
+    target_logit: Tensor,  # (R,) fp32: takes the place of logits[i, y_i]
+    target: Tensor,  # (R,)
+    spec: LossSpec,
+    weight: Tensor | None,
+    token_weight: Tensor | None,
+    signed: bool,
+    memory_budget: int | None,
+) -> tuple[RowStats, Columns, Factors]:
+    """The statistics of `nll_forward_backward`, bit for bit, and sums over the columns of the softmax part.
+
+    `signed`: rows may differ in sign, and the sums with their signs are wanted as well.
+    """
+    rows = (target_logit, target, spec, weight, token_weight)
+    stats = triton_rows.nll_forward_backward(logits, *rows, None, memory_budget)
+    assert stats.lse is not None
+    (n, v), numbers = logits.shape, triton_rows.numbers(spec)
+    target, softcap = target.contiguous(), spec.softcap is not None
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=logits.device)
+
+    pull = empty(n) if spec.label_smoothing else None
+    made = compact_columns.RowFactors(empty(n), empty(n), empty(n), empty(n), empty(n), pull)
+    compact_columns.launch_row_factors(
+        target_logit.contiguous(),
+        target,
+        stats.lse,
+        stats.nll,
+        triton_rows.weights(weight, token_weight, spec),
+        made,
+        numbers,
+        num_classes=v,
+        ignore_index=spec.ignore_index,
+    )
+    size = launch.device_size(logits.device)
+    block, part, num_warps = compact_columns.tiling(n, v, logits.itemsize, *size)
+    parts = -(-n // part) if n else 0
+    partials = compact_columns.Partials(
+        empty(parts, v),
+        empty(parts, v),
+        empty(parts, v) if signed else None,
+        empty(-(-v // block), n) if softcap else None,
+    )
+    compact_columns.launch_column_sums(
+        logits, target, made, partials, numbers, rows_per_part=part, block=block, num_warps=num_warps
+    )
+    scale = spec.logit_scale
+    at_target = made.at_target * scale
+    row_sum = made.rest * scale if partials.row_sum is None else partials.row_sum.sum(0) * scale + at_target
+    pull = made.rest[:0] if pull is None else pull * scale
+    total = partials.size.sum(0)[:0] if partials.total is None else partials.total.sum(0) * scale
+    columns = Columns(partials.size.sum(0) * scale, partials.square.sum(0) * scale**2, total)
+    return stats, columns, Factors(made.a, made.rest, pull, row_sum, at_target, (made.scaled, made.lse2))
+
+
+def nll_kept(
+    logits: Tensor,  # (R, V): left as they are
+    index: Tensor,  # (K,): the kept columns
+    place: Tensor,  # (R,): the target's column among them
+    stats: RowStats,
+    factors: Factors,
+    spec: LossSpec,
+    out: Tensor,  # (R, K)
+    memory_budget: int | None,
+) -> Tensor:
+    """The softmax part of the gradient in the kept columns; returns what is left of the row sums, (R,)."""
+    row_sum = torch.empty_like(factors.a)
+    compact_kept.launch_kept(logits, index, place, _row_factors(factors, spec), out, row_sum, triton_rows.numbers(spec))
+    return factors.row_sum - row_sum
+
+
+def nll_rescreen(
+    logits: Tensor,  # (R, K): those of the kept columns, made into their gradient
+    screened: Tensor,  # (R, V): what the screen says of all
+    index: Tensor,  # (K,): the kept columns
+    place: Tensor,  # (R,): the target's column among them
+    stats: RowStats,  # of the screened logits
+    factors: Factors,  # of the screened logits
+    spec: LossSpec,
+    weight_sum: float | Tensor,  # over all classes
+    memory_budget: int | None,
+) -> tuple[RowStats, Tensor, Tensor]:
+    """`nll_kept` where the statistics come from a screen, which the kept columns correct; see `torch_compact`."""
+    assert stats.lse is not None
+    found = compact_kept.Rescreened(
+        torch.empty_like(stats.nll), torch.empty_like(stats.lse), *(torch.empty_like(stats.nll) for _ in range(3))
+    )
+    compact_kept.launch_rescreen(
+        logits,
+        screened,
+        index,
+        place,
+        stats.nll,
+        stats.lse,
+        _row_factors(factors, spec),
+        found,
+        triton_rows.numbers(spec),
+    )
+    counted = factors.a != 0
+    change = torch.where(counted, found.nll - stats.nll, 0)
+    loss = stats.loss + (factors.a - factors.rest) * change
+    if factors.pull.numel():
+        loss = loss + factors.pull * (change * weight_sum / spec.logit_scale)
+    left = factors.row_sum - factors.at_target - factors.a * (found.part * spec.logit_scale)
+    left = torch.where(counted, left * found.shrink, 0)
+    nll, lse = torch.where(counted, found.nll, stats.nll), torch.where(counted, found.lse, stats.lse)
+    return stats._replace(nll=nll, lse=lse, loss=loss), left, torch.where(counted, found.wrong, 0)
+
+
+def _row_factors(factors: Factors, spec: LossSpec) -> compact_columns.RowFactors:
+    """As the kernels take them, without `scale`."""
+    scaled, lse2 = factors.of_backend
+    at_target = factors.at_target / spec.logit_scale
+    return compact_columns.RowFactors(factors.a, factors.rest, at_target, scaled, lse2)

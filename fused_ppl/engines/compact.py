@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which columns a group of rows keeps, what the rest becomes, and how far that is from what it was.
+
+The gradient of a group is its kept columns J, exact, and T elsewhere, in the place of which stands the product of its
+row sums and its column sums, T' = d c^T / s. Sums are float64 where the device has it. The derivation: docs/compact.md.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_ppl.reduction import sum_dtype
+from fused_ppl.spec import Columns, Factors
+
+STATES = 64  # heads that are remembered
+COUNT_STEPS = 64  # sizes of the kept columns on a GPU: few, so that its allocator finds them again
+MARGIN = 0.9  # of the tolerance that the kept columns are chosen for: the rank-one term has a length of its own
+
+
+class Kept(NamedTuple):
+    """The kept columns of a group."""
+
+    columns: Tensor  # (K,) int64, rising
+    place: Tensor  # (R,) int64: of each row's target among them
+    tail: Tensor  # (V,): the column sums of |T|, 0 in the kept columns
+    tail_square: Tensor  # (): |T|^2
+
+
+class Choice:
+    """How many columns each group of a step keeps.
+
+    On a CPU a tolerance is met group by group: the least count that will do, or all columns. A GPU is not waited for:
+    there each step measures the count that it would have needed, on the device, and a later step, which finds that
+    number on the host, takes it with a margin. The first steps, and those after a need of more than `most`, are exact.
+    """
+
+    def __init__(self, linear_weight: Tensor, tolerance: float | None, most: int) -> None:
+        self.tolerance, self.most, self.waits = tolerance, most, may_wait(linear_weight)
+        self.needs: list[Tensor] = []
+        self.missed: list[Tensor] = []
+        if tolerance is not None and not self.waits:
+            # the same tensor, whatever stands for it under torch.compile, and wherever FSDP puts what it holds
+            self.key = (linear_weight.untyped_storage()._cdata, linear_weight.shape, tolerance)
+            self.last = _last_steps.get(self.key)
+            step = max(1, linear_weight.shape[0] // COUNT_STEPS)
+            self.expected = None if self.last is None else self.last.count(step)
+
+    def of_group(self, columns: Columns, factors: Factors, label: Tensor) -> int | None:
+        """The count of a group, or None for all columns."""
+        if self.tolerance is None:
+            return self.most
+        need = needed(columns, factors, label, self.tolerance)
+        if not self.waits:
+            self.needs.append(need)
+        count = int(need) if self.waits else self.expected
+        return None if count is None or count > self.most else count
+
+    def after(self, count: int, error: Tensor, norm: Tensor) -> int | None:
+        """What to keep in the place of `count` columns that left `error` of the gradient's `norm` (both squared):
+        `count` where that will do, more where it will not, None for all."""
+        if self.tolerance is None:
+            return count
+        missed = error > self.tolerance**2 * norm
+        if not self.waits:
+            self.missed.append(missed.reshape(()))
+            return count
+        if not bool(missed):
+            return count
+        more = count + max(1, count // 2)
+        return more if more <= self.most else None
+
+    def report(self) -> None:
+        """Ends the step: sends for what it would have needed."""
+        if not self.needs or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+            return
+        if self.last is None:
+            self.last = _last_steps[self.key] = _LastSteps()
+            while len(_last_steps) > STATES:
+                _last_steps.popitem(last=False)
+        need = torch.stack(self.needs).amax()
+        missed = torch.stack(self.missed).any() if self.missed else torch.zeros_like(need)
+        self.last.send(torch.stack([need, missed.to(need.dtype)]))
+
+
+class _LastSteps:
+    """The count that the latest step to have arrived would have needed, and by how much it is to be exceeded: more
+    after each step that has missed its tolerance."""
+
+    def __init__(self) -> None:
+        self.arrived: int | None = None
+        self.factor = 1.25
+        self.pending: list[tuple[Tensor, Callable[[], bool]]] = []
+
+    def send(self, need: Tensor) -> None:
+        if len(self.pending) < 4:  # a host that is far ahead of the device
+            self.pending.append(to_host(need))
+
+    def count(self, step: int) -> int | None:
+        """In few different sizes; None where nothing has arrived yet."""
+        while self.pending and self.pending[0][1]():
+            self.arrived, missed = self.pending.pop(0)[0].tolist()
+            self.factor *= 1.5 if missed else 1
+        return None if self.arrived is None else math.ceil(self.arrived * self.factor / step) * step
+
+
+_last_steps: OrderedDict[tuple[object, ...], _LastSteps] = OrderedDict()
+
+
+def may_wait(tensor: Tensor) -> bool:
+    """Whether its numbers may be looked at."""
+    return tensor.device.type == "cpu"
+
+
+def to_host(value: Tensor) -> tuple[Tensor, Callable[[], bool]]:
+    """A number on its way to the host, and whether it has arrived."""
+    host = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
+    host.copy_(value, non_blocking=True)
+    event = torch.Event(value.device)
+    event.record()
+    return host, event.query
+
+
+def needed(columns: Columns, factors: Factors, label: Tensor, tolerance: float) -> Tensor:
+    """(): the least number of columns whose rest is short enough, |T| <= tolerance * |G| with some margin."""
+    square, allowed = _score(columns, label), (MARGIN * tolerance) ** 2 * norm_square(columns, factors)
+    rising = torch.where(square.isinf(), 0, square).sort().values.to(allowed.dtype)
+    dropped = torch.searchsorted(rising.cumsum(0), allowed.unsqueeze(0), right=True).squeeze(0)
+    # targets are at the lower end, as zeros, and always kept
+    return torch.maximum(square.numel() - dropped, square.isinf().sum())
+
+
+def norm_square(columns: Columns, factors: Factors) -> Tensor:
+    """(): |G|^2 of the group."""
+    wide = sum_dtype(columns.square.device)
+    return columns.square.sum(dtype=wide) + factors.at_target.to(wide).square().sum()
+
+
+def keep(columns: Columns, label: Tensor, count: int) -> Kept:
+    """The `count` columns with the largest sum of squares, the targets of the rows (at most `count`) among them."""
+    chosen = _score(columns, label).topk(count, sorted=False).indices.sort().values
+    inverse = torch.zeros_like(columns.square, dtype=torch.int64)
+    inverse[chosen] = torch.arange(count, device=label.device)
+    rest = columns.square.index_fill(0, chosen, 0).sum(dtype=sum_dtype(label.device))
+    return Kept(chosen, inverse[label], columns.size.index_fill(0, chosen, 0), rest)
+
+
+def _score(columns: Columns, label: Tensor) -> Tensor:
+    return columns.square.index_fill(0, label, torch.inf)
+
+
+def error_square(kept: Kept, row_sums: Tensor) -> Tensor:
+    """(): not less than |T - T'|^2, and little more.
+
+        |T - T'|^2 = |T|^2 + |d|^2 |c|^2 / s^2 - 2 d^T T c / s
+
+    over |T|, because all of a row has one sign. The last term is s times a mean of d[i] c[v] under the weights
+    |T[i,v]| / s, and no mean is less than the geometric one, which the sums d and c give.
+    """
+    wide = kept.tail_square.dtype
+    d, c = row_sums.to(wide).abs(), kept.tail.to(wide)
+    s = c.sum()
+    inner = (_mean_log(d, s) + _mean_log(c, s)).exp()
+    cross = d.square().sum() * c.square().sum() / s.square()
+    return torch.where(s > 0, kept.tail_square + cross - 2 * inner, kept.tail_square).clamp_min(0)
+
+
+def _mean_log(x: Tensor, total: Tensor) -> Tensor:
+    summed: Tensor = torch.special.xlogy(x, x).sum()
+    return summed / total

@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The fused LM head under the bound of three dense products: in each group of rows the columns that matter are kept,
+and the rest of the gradient becomes the product of its row sums and its column sums (`engines.compact`).
+
+    logits = h W^T -> sums over rows and columns -> kept columns J -> dh = G_J W_J + d (c^T W)/s,  dW[J] += G_J^T h
+    and once, over all groups, dW += c (d^T h)/s
+
+Loss and lse are those of `linear_rows`, bit for bit. With a screen the first product is a cheap one, and the kept
+columns alone are computed in full.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_ppl import backends, checks, plan, reduction
+from fused_ppl.engines import LIBRARY, compact, memory
+from fused_ppl.engines.head import SLICE, Head, wide_dtype
+from fused_ppl.engines.linear_rows import accumulator_shapes, all_tokens, made_fake, tokens_of
+from fused_ppl.engines.screen import Screen
+from fused_ppl.spec import SPEC_SCHEMA, Columns, Factors, LossSpec, RowStats
+
+LIBRARY.define(
+    "linear_compact(Tensor hidden, Tensor linear_weight, Tensor? linear_bias, Tensor target, Tensor? weight, "
+    f"Tensor? token_weight, {SPEC_SCHEMA}, str backend, ScalarType dtype, bool[3] grads, "
+    "int? memory_budget, float? gradient_tolerance, float? gradient_columns, str? screen) "
+    "-> (Tensor sums, Tensor nll, Tensor lse, Tensor entropy, Tensor predicted, Tensor dhidden, Tensor dweight, "
+    "Tensor dbias, Tensor residual, Tensor loss_error)"
+)
+
+
+class Found(NamedTuple):
+    """What the kept columns of a group say of its rows."""
+
+    stats: RowStats
+    left: Tensor  # (R,): the row sums of what is not kept
+    wrong: Tensor  # (): the screen's error of the loss, summed
+
+
+class How(NamedTuple):
+    """What all groups share."""
+
+    spec: LossSpec
+    backend: ModuleType
+    compact: ModuleType
+    weight: Tensor | None  # (V,)
+    token_weight: Tensor | None  # of the rows that take part
+    memory_budget: int | None
+    columns: compact.Choice
+
+
+def _forward(hidden, linear_weight, linear_bias, target, weight, token_weight, *rest):  # type: ignore[no-untyped-def]
+    *spec_args, backend_name, dtype, grads, memory_budget, tolerance, share, screen = rest
+    spec = LossSpec.of(*spec_args)
+    (v, d), n = linear_weight.shape, target.numel()
+    flat, labels = hidden.reshape(-1, d), target.reshape(-1)
+    head = Head(flat, linear_weight, linear_bias, labels, spec, dtype)
+    size = head.dtype.itemsize
+    asked = plan.Compact(tolerance, share, screen)
+    case = plan.LinearCase(n, v, d, size, hidden.device.type, tuple(grads), memory_budget, asked)
+    made = plan.linear_plan(case, "compact")
+    row_bytes = max(4, size) * (1 + (spec.stats or spec.softcap is not None))
+    group = plan.whole_chunks(made.group, v, row_bytes, case, torch.get_num_threads())
+    shapes = accumulator_shapes(hidden, linear_weight, grads)
+    dhidden, dweight, dbias = (memory.empty(s, wide_dtype(dtype), hidden.device).zero_() for s in shapes)
+    if head.on_cpu:
+        checks.check_target_range(labels, v, spec.ignore_index)  # here, where positions are still the caller's
+    m = head.target.shape[0]
+    dh = dhidden.view(-1, d) if head.kept is None else dhidden.new_zeros((m, d) if grads[0] else (0, d))
+    u = head.rows(None if token_weight is None else token_weight.reshape(-1))
+    choice = compact.Choice(linear_weight, tolerance, made.columns)
+    modules = backends.load(backend_name), backends.load_compact(backend_name)
+    how = How(spec, *modules, None if weight is None else weight.to(head.wide), u, memory_budget, choice)
+    cheap = None if screen is None else Screen(screen, linear_weight, linear_bias)
+    chunk = made.rows if cheap is None else group
+    buffer = memory.empty((min(chunk, max(m, 1)), v), cheap.dtype if cheap else head.dtype, hidden.device)
+    walk = _Walk(head, how, cheap, (dh, dweight, dbias), min(group, max(m, 1)))
+    for start in range(0, m, chunk):
+        r = slice(start, min(start + chunk, m))
+        z = buffer[: r.stop - r.start]
+        h = head.hidden[r].to(head.dtype)
+        target_logit = head.target_logits(h, head.target[r])
+        (cheap or head).logits(h, z)
+        for first in range(0, r.stop - r.start, group):
+            g = slice(first, min(first + group, r.stop - r.start))
+            walk.group(slice(start + g.start, start + g.stop), h[g], z[g], target_logit[g])
+    walk.finish()
+    if head.kept is not None and grads[0]:
+        dhidden.view(-1, d).index_copy_(0, head.kept, dh)
+    rows = all_tokens(head, walk.parts, spec, n, dtype)
+    sums = reduction.stack_sums(rows, spec, target.shape)
+    return sums, *tokens_of(rows, target.shape), dhidden, dweight, dbias, *walk.errors(sums[1])
+
+
+class _Walk:
+    """Goes over groups of rows, and holds what they add to."""
+
+    def __init__(
+        self, head: Head, how: How, screen: Screen | None, out: tuple[Tensor, Tensor, Tensor], rows: int
+    ) -> None:
+        self.head, self.how, self.screen = head, how, screen
+        self.dh, self.dw, self.db = out
+        self.needed = tuple(t.numel() > 0 for t in out)
+        self.parts: list[RowStats] = []
+        self.thin: list[tuple[slice, Tensor, Tensor]] = []  # rows, a factor of each, a factor of each column
+        wide = reduction.sum_dtype(head.target.device)
+        self.error, self.norm, self.loss_error = (head.zeros(1).to(wide) for _ in range(3))
+        # fresh pages cost more than what is computed in them
+        most, d, device = how.columns.most, head.weight.shape[1], head.target.device
+        self.w = memory.empty((most, d), head.dtype, device)
+        self.g = memory.empty((rows * most,), head.dtype, device)
+        self.product = memory.empty((min(most, SLICE), d), head.dtype if head.on_cpu else head.wide, device)
+
+    def group(self, r: slice, h: Tensor, z: Tensor, target_logit: Tensor) -> None:
+        how, y = self.how, self.head.target[r]
+        ignore = how.spec.ignore_index
+        label = (y if ignore is None else torch.where(y == ignore, 0, y)).long().clamp(0, z.shape[1] - 1)
+        u = None if how.token_weight is None else how.token_weight[r]
+        rows = (target_logit, y, how.spec, how.weight, u)
+        signed = self.needed[2] and (u is not None or how.weight is not None or how.spec.z_loss > 0)
+        stats, columns, factors = how.compact.nll_columns(z, *rows, signed, how.memory_budget)
+        norm = compact.norm_square(columns, factors)
+        self.norm += norm
+        count = how.columns.of_group(columns, factors, label)
+        while count is not None:
+            kept = compact.keep(columns, label, count)
+            w, g, found = self.restrict(h, z, stats, factors, kept)
+            error = compact.error_square(kept, found.left)
+            enough = how.columns.after(count, error, norm)
+            if enough == count:
+                self.error += error
+                self.add(r, h, w, g, kept, found.left)
+                self.add_bias(label, columns, factors, kept, g)
+                self.parts.append(found.stats)
+                self.loss_error += found.wrong
+                break
+            count = enough
+        else:
+            self.parts.append(self.exact(r, h, z, rows))
+        if factors.pull.numel() and count is not None:
+            w = columns.size.new_ones(columns.size.shape) if how.weight is None else how.weight
+            self.thin.append((r, -factors.pull, w))
+            if self.needed[2]:
+                self.db.sub_(w * factors.pull.sum())
+
+    def exact(self, r: slice, h: Tensor, z: Tensor, rows: tuple[object, ...]) -> RowStats:
+        """All columns of a group, as `linear_rows` does it."""
+        head, how = self.head, self.how
+        if self.screen is not None:
+            z = torch.empty_like(z, dtype=head.dtype)
+            head.logits(h, z)
+        stats: RowStats = how.backend.nll_forward_backward(z, *rows, 1.0, how.memory_budget)
+        if self.needed[0]:
+            head.add_hidden_gradient(z, self.dh[r])
+        if self.needed[1]:
+            head.add_weight_gradient(z, h, self.dw, False)
+        if self.needed[2]:
+            self.db += z.sum(0, dtype=self.db.dtype)
+        return stats
+
+    def restrict(
+        self, h: Tensor, z: Tensor, stats: RowStats, factors: Factors, kept: compact.Kept
+    ) -> tuple[Tensor, Tensor, Found]:
+        """The rows of the weight and the columns of the gradient that are kept."""
+        head, how, index = self.head, self.how, kept.columns
+        count, n = index.shape[0], h.shape[0]
+        g = self.g[: n * count].view(n, count)
+        w = self.w[:count]
+        if head.weight.dtype == w.dtype:
+            torch.index_select(head.weight, 0, index, out=w)
+        else:
+            w.copy_(head.weight.index_select(0, index))
+        if self.screen is None:
+            left = how.compact.nll_kept(z, index, kept.place, stats, factors, how.spec, g, how.memory_budget)
+            return w, g, Found(stats, left, left.new_zeros(()))
+        if head.bias is None:
+            torch.mm(h, w.t(), out=g)
+        else:
+            torch.addmm(head.bias[index].to(g.dtype), h, w.t(), out=g)
+        total = head.weight.shape[0] if how.weight is None else how.weight.sum()
+        stats, left, wrong = how.compact.nll_rescreen(
+            g, z, index, kept.place, stats, factors, how.spec, total, how.memory_budget
+        )
+        return w, g, Found(stats, left, (wrong * (factors.a - factors.rest).abs()).sum())
+
+    def add(self, r: slice, h: Tensor, w: Tensor, g: Tensor, kept: compact.Kept, left: Tensor) -> None:
+        """The products of the kept columns, and what the rest will be made of."""
+        self.thin.append((r, left, kept.tail / kept.tail.sum().clamp_min(torch.finfo(kept.tail.dtype).tiny)))
+        if self.needed[0]:
+            self.head.add_product(self.dh[r], g, w)
+        if not self.needed[1]:
+            return
+        # by slices that stay in cache
+        index = kept.columns
+        for s in self.head.slices(index.shape[0], SLICE):
+            product = self.product[: s.stop - s.start]
+            if self.head.on_cpu or product.dtype == g.dtype:
+                torch.mm(g[:, s].t(), h, out=product)
+            else:
+                torch.mm(g[:, s].t(), h, out_dtype=product.dtype, out=product)
+            self.dw.index_add_(0, index[s], product.to(self.dw.dtype))
+
+    def add_bias(self, label: Tensor, columns: Columns, factors: Factors, kept: compact.Kept, g: Tensor) -> None:
+        """The column sums, all of them exact; in the kept columns those of a screen would be too coarse."""
+        if not self.needed[2]:
+            return
+        sums = columns.total if columns.total.numel() else columns.size
+        if self.screen is None:
+            self.db += sums
+            self.db.index_add_(0, label, factors.at_target)
+        else:
+            self.db += sums.index_fill(0, kept.columns, 0)
+            self.db.index_add_(0, kept.columns, g.sum(0, dtype=self.db.dtype))
+
+    def finish(self) -> None:
+        """The thin products of all groups at once."""
+        if not self.thin:
+            return
+        head, c = self.head, torch.stack([of_columns for _, _, of_columns in self.thin])
+        if self.needed[0]:
+            towards = torch.zeros((c.shape[0], self.dh.shape[1]), dtype=self.dh.dtype, device=c.device)
+            head.add_hidden_gradient(c.to(head.dtype), towards)
+            for (r, of_rows, _), row in zip(self.thin, towards, strict=True):
+                self.dh[r].addcmul_(of_rows.unsqueeze(1), row)
+        if self.needed[1]:
+            rows = [of_rows @ head.hidden[r].to(of_rows.dtype) for r, of_rows, _ in self.thin]
+            self.dw.addmm_(c.t(), torch.stack(rows))
+
+    def errors(self, total_weight: Tensor) -> tuple[Tensor, Tensor]:
+        """|G - G'| / |G|, and the estimate of the mean error of nll."""
+        residual = (self.error / self.norm).nan_to_num_(0).sqrt_()
+        mean = self.loss_error / total_weight.clamp_min(torch.finfo(total_weight.dtype).tiny)
+        self.how.columns.report()
+        return residual.squeeze(0).to(torch.float32), mean.squeeze(0).to(torch.float32)
+
+
+def _fake(hidden, linear_weight, linear_bias, target, weight, token_weight, *rest):  # type: ignore[no-untyped-def]
+    reduction_, z_loss, stats, dtype, grads = rest[0], rest[5], rest[7], rest[9], rest[10]
+    tokens = reduction.empty_results(hidden, target, wide_dtype(dtype), reduction_, stats)[5:]
+    sums = reduction.empty_sums(hidden, target, reduction_, z_loss)
+    errors = (hidden.new_empty((), dtype=torch.float32) for _ in range(2))
+    return sums, *tokens, *made_fake(hidden, linear_weight, dtype, grads), *errors
+
+
+LIBRARY.impl("linear_compact", _forward, "CompositeExplicitAutograd")
+torch.library.register_fake("fused_ppl::linear_compact", _fake, lib=LIBRARY)

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The cheap first product of the screened fused head: logits good enough to say which columns matter.
+
+    int8   z = (q_h q_W^T) * s_h * s_W,   q = round(x / s), s = max |x| / 127 of each row       (torch._int_mm)
+    fp8    the same with s = max |x| / 448                                                     (torch._scaled_mm)
+    bf16   z = bf16(h) bf16(W)^T                                                                (torch.mm)
+
+The weight is converted once for each of its versions: micro-batches of a step share it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from fused_ppl.engines import memory
+
+SLICE = 4096  # columns whose integers are turned into logits while they are in cache
+_LARGEST = {"int8": 127.0, "fp8": 448.0}
+_DTYPE = {"int8": torch.int8, "fp8": torch.float8_e4m3fn, "bf16": torch.bfloat16}
+
+# what each weight was converted to: by kind, its version and address then, the values, and the scale of each row
+_converted: Any = WeakTensorKeyDictionary()
+
+
+class Screen:
+    """Logits of low precision, in bf16."""
+
+    dtype = torch.bfloat16
+
+    def __init__(self, kind: str, linear_weight: Tensor, linear_bias: Tensor | None) -> None:
+        self.kind = kind
+        self.weight, self.scale = _convert_once(kind, linear_weight)
+        self.bias = None if linear_bias is None else linear_bias.to(torch.float32)
+
+    def logits(self, h: Tensor, out: Tensor) -> None:
+        """(R, V) into a buffer."""
+        if self.kind == "bf16":
+            h = h.to(torch.bfloat16)
+            if self.bias is None:
+                torch.mm(h, self.weight.t(), out=out)
+            else:
+                torch.addmm(self.bias.to(torch.bfloat16), h, self.weight.t(), out=out)
+            return
+        q, of_row = _convert(self.kind, h)
+        if self.kind == "fp8":
+            scales = (of_row.unsqueeze(1), self.scale.unsqueeze(0))
+            out.copy_(torch._scaled_mm(q, self.weight.t(), *scales, out_dtype=torch.bfloat16))
+            if self.bias is not None:
+                out.add_(self.bias)
+            return
+        for first in range(0, out.shape[1], SLICE):
+            s = slice(first, min(first + SLICE, out.shape[1]))
+            z = torch._int_mm(q, self.weight[s].t()).to(torch.float32)
+            z.mul_(of_row.unsqueeze(1)).mul_(self.scale[s])
+            out[:, s] = z if self.bias is None else z.add_(self.bias[s])
+
+
+def _convert(kind: str, x: Tensor) -> tuple[Tensor, Tensor]:
+    """x in the dtype of the screen, and what each row is to be multiplied by."""
+    of_row = x.abs().amax(1).to(torch.float32).clamp_min_(1e-30) / _LARGEST[kind]
+    q = x.to(torch.float32) / of_row.unsqueeze(1)
+    return (q.round_() if kind == "int8" else q).to(_DTYPE[kind]), of_row
+
+
+def _convert_once(kind: str, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The weight for the screen, out of what is kept unless it was written to since."""
+    if kind == "bf16" and weight.dtype == torch.bfloat16:
+        return weight, weight
+    now = None if weight.is_inference() else (weight._version, weight.data_ptr())
+    kept = _converted.setdefault(weight, {})
+    if now is not None and kind in kept and kept[kind][0] == now:
+        _, target, scale = kept[kind]
+        return target, scale
+    kept.pop(kind, None)  # so that its memory is there for what follows
+    target = memory.empty(weight.shape, _DTYPE[kind], weight.device)
+    scale = torch.empty(weight.shape[0] if kind != "bf16" else 0, dtype=torch.float32, device=weight.device)
+    for first in range(0, weight.shape[0], SLICE):
+        s = slice(first, first + SLICE)
+        if kind == "bf16":
+            target[s] = weight[s]
+        else:
+            target[s], scale[s] = _convert(kind, weight[s])
+    kept[kind] = (now, target, scale)
+    return target, scale

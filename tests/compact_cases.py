@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the tests of the compact fused head run on, and its approximation in dense float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import fused_ppl
+from fused_ppl import Options, plan, rank_checks
+from fused_ppl.spec import LossSpec
+
+N, V, D = 37, 210, 12
+ROWS = 20  # of a group: 37 rows in two, and then whole walks of 4 or of 2
+WEIGHTED = {"weight": True, "token_weight": True, "logit_scale": 0.6}
+OPTIONS = {
+    "plain": {},
+    "weight": {"weight": True},
+    "token_weight": {"token_weight": True},
+    "smoothing": {"label_smoothing": 0.1},
+    "smoothing and weight": {"label_smoothing": 0.1, "weight": True, "token_weight": True},
+    "softcap": {"softcap": 4.0},
+    "scale": {"logit_scale": 0.6},
+    "z_loss": {"z_loss": 1e-2},
+    "all but softcap": {**WEIGHTED, "label_smoothing": 0.1, "z_loss": 1e-2},
+    "softcap and weights": {**WEIGHTED, "softcap": 4.0, "z_loss": 1e-2},
+}
+named = pytest.mark.parametrize("keywords", OPTIONS.values(), ids=list(OPTIONS))
+
+
+@pytest.fixture(autouse=True)
+def small_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several groups of rows in a small batch."""
+    monkeypatch.setattr(plan, "GROUP_ROWS", {"cpu": 16, "gpu": 16})
+    monkeypatch.setattr(plan, "CPU_BUFFER_PER_THREAD", 4 * V * 4)
+    monkeypatch.setattr(plan, "CPU_BUFFER", 4 * V * 4)
+
+
+def make(dtype: torch.dtype = torch.float32, seed: int = 0, ignored: bool = True) -> tuple[list[Tensor], Tensor]:
+    """Hidden states, weight and bias of a head with a few likely classes, and targets, some ignored."""
+    g = torch.Generator().manual_seed(seed)
+    hidden, weight = torch.randn(N, D, generator=g), torch.randn(V, D, generator=g)
+    bias = torch.randn(V, generator=g) * 2
+    target = torch.randint(V, (N,), generator=g)
+    if ignored:
+        target[5], target[20:23] = -100, -100
+    return [t.to(dtype) for t in (hidden, weight, bias)], target
+
+
+def expand(keywords: dict[str, object], negative: bool = False) -> dict[str, object]:
+    g = torch.Generator().manual_seed(3)
+    tensors = {"weight": torch.rand(V, generator=g) + 0.5, "token_weight": torch.rand(N, generator=g) + 0.1}
+    if negative:
+        tensors["token_weight"] = torch.randn(N, generator=g)
+    return {k: tensors[k] if v is True else v for k, v in keywords.items()}
+
+
+def gradients(loss: object, tensors: list[Tensor], target: Tensor, **keywords: object) -> tuple[Tensor, list[Tensor]]:
+    leaves = [t.detach().clone().requires_grad_() for t in tensors]
+    value = loss(leaves[0], leaves[1], target, linear_bias=leaves[2], **keywords)
+    value = value if isinstance(value, Tensor) else value.loss
+    return value.detach(), list(torch.autograd.grad(value, leaves))
+
+
+def dense(
+    tensors: list[Tensor], target: Tensor, keywords: dict[str, object], rows: int, count: int
+) -> tuple[list[Tensor], float]:
+    """The approximation, in float64 over full logits: (gradients of S + z_loss * Z, |G - G'| / |G|).
+
+    G without the smoothing's -C w, by plain autograd: smoothing's part is that of the loss sum_v w[v] z[v].
+    """
+    wide = [t.double() for t in tensors]
+    keep = target != -100
+    spec = LossSpec.of(
+        "sum",
+        -100,
+        keywords.get("label_smoothing", 0.0),
+        keywords.get("logit_scale", 1.0),
+        keywords.get("softcap"),
+        keywords.get("z_loss", 0.0),
+    )
+    weights = [None if keywords.get(k) is None else keywords[k].double() for k in ("weight", "token_weight")]
+    logits = (wide[0] @ wide[1].T + wide[2]).requires_grad_()
+    (full,) = torch.autograd.grad(fused_ppl.reference.logits_loss(logits, target, spec, *weights).loss, logits)
+    pull = torch.zeros(N, dtype=torch.float64)
+    w = torch.ones(V, dtype=torch.float64) if weights[0] is None else weights[0]
+    if spec.label_smoothing:
+        u = torch.ones(N, dtype=torch.float64) if weights[1] is None else weights[1]
+        pull = u * spec.label_smoothing / V * spec.logit_scale * keep
+    soft = full + pull.unsqueeze(1) * w
+    soft = soft[keep]
+    made = torch.zeros_like(soft)
+    for first in range(0, soft.shape[0], rows):
+        g, y = soft[first : first + rows], target[keep][first : first + rows]
+        others = g.scatter(1, y.unsqueeze(1), 0)
+        score = others.square().sum(0)
+        score[y] = torch.inf
+        kept = score.topk(max(count, g.shape[0])).indices
+        tail = g.clone()
+        tail[:, kept] = 0
+        d, c = tail.sum(1), tail.abs().sum(0)
+        made[first : first + rows] = g - tail + (torch.outer(d, c / c.sum()) if c.sum() > 0 else 0)
+    residual = ((made - soft).norm() / soft.norm()).item()
+    approx = torch.zeros_like(full)
+    approx[keep] = made
+    approx = approx - pull.unsqueeze(1) * w
+    return [approx @ wide[1], approx.T @ wide[0], full.sum(0)], residual
+
+
+# rows of the table of tests/test_errors.py
+ERRORS = [
+    ("check_compact", lambda: Options(gradient_columns=2.5), ValueError, "whole number", "2.5", "an eighth"),
+    (
+        "check_compact",
+        lambda: Options(gradient_columns=8, gradient_tolerance=0.1),
+        ValueError,
+        "chooses the number",
+        "got both",
+        "Leave out one",
+    ),
+    ("check_compact", lambda: Options(screen="int8"), ValueError, "nothing asks", "'int8'", "gradient_tolerance"),
+    (
+        "check_whole_vocabulary",
+        lambda: rank_checks.check_whole_vocabulary(9),
+        NotImplementedError,
+        "all",
+        "9",
+        "gather",
+    ),
+]

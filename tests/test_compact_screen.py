@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Screens of the compact fused head: what is kept is corrected, and the loss says how wrong it is."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from compact_cases import N, V, expand, gradients, make, named, small_groups  # noqa: F401
+from torch.testing import assert_close
+
+from fused_ppl import Options, linear_cross_entropy, linear_cross_entropy_with_stats
+
+
+@pytest.mark.parametrize("screen", [None, "int8", "bf16"])
+def test_screens_correct_what_they_keep(screen, backend, fits):
+    fits(N, V)
+    tensors, target = make()
+    exact, true = gradients(linear_cross_entropy, tensors, target, options=Options(backend=backend))
+    options = Options(backend=backend, gradient_columns=1 / 2, screen=screen)
+    value, found = gradients(linear_cross_entropy, tensors, target, options=options)
+    _, unscreened = gradients(linear_cross_entropy, tensors, target, options=dataclasses.replace(options, screen=None))
+    assert abs(value - exact) <= (0 if screen is None else 2e-3)
+    for mine, same in zip(found, unscreened, strict=True):
+        assert (mine - same).norm() <= (0 if screen is None else 5e-3) * same.norm()
+    whole = dataclasses.replace(options, gradient_columns=V)
+    for mine, same in zip(gradients(linear_cross_entropy, tensors, target, options=whole)[1], true, strict=True):
+        assert_close(mine, same, rtol=1e-4, atol=1e-6)
+
+
+@named
+@pytest.mark.parametrize("screen", ["int8", "bf16"])
+def test_a_screen_takes_every_option(keywords, screen, backend, fits):
+    fits(N, V)
+    tensors, target = make()
+    keywords = expand(keywords)
+    exact, true = gradients(linear_cross_entropy, tensors, target, options=Options(backend=backend), **keywords)
+    options = Options(backend=backend, gradient_columns=180, screen=screen)
+    value, found = gradients(linear_cross_entropy, tensors, target, options=options, **keywords)
+    assert abs(value - exact) <= 1e-3 * max(1, abs(exact))
+    for mine, same in zip(found, true, strict=True):
+        assert (mine - same).norm() <= 2e-2 * same.norm()
+
+
+def test_the_screened_loss_says_how_wrong_it_is():
+    tensors, target = make(ignored=False)
+    leaves = [t.requires_grad_() for t in tensors]
+    for screen in ("int8", "bf16"):
+        options = Options(backend="torch", gradient_columns=60, screen=screen)
+        out = linear_cross_entropy_with_stats(*leaves[:2], target, linear_bias=leaves[2], options=options)
+        exact = linear_cross_entropy_with_stats(*leaves[:2], target, linear_bias=leaves[2])
+        wrong = (out.nll - exact.nll).abs().mean().item()
+        assert 0.2 * wrong <= out.loss_error.item() <= 10 * wrong
+
+
+def test_the_weight_is_converted_once_for_each_of_its_versions(monkeypatch):
+    from fused_ppl.engines import screen
+
+    calls = []
+    original = screen._convert
+    monkeypatch.setattr(screen, "_convert", lambda kind, x: calls.append(x.shape[0]) or original(kind, x))
+    (hidden, weight, _), target = make()
+    weight.requires_grad_()
+    options = Options(backend="torch", gradient_columns=30, screen="int8")
+
+    def converted() -> int:
+        calls.clear()
+        linear_cross_entropy(hidden, weight, target, options=options)
+        return calls.count(V)
+
+    assert [converted(), converted()] == [1, 0]
+    with torch.no_grad():
+        weight.mul_(1.5)
+    assert [converted(), converted()] == [1, 0]
