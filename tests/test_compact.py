@@ -4,15 +4,13 @@ its own residual as the bound."""
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
 from compact_cases import ROWS, D, N, V, dense, expand, gradients, make, named, small_groups  # noqa: F401
 from torch import Tensor
 from torch.testing import assert_close
 
-from fused_ppl import Options, linear_cross_entropy, linear_cross_entropy_with_stats, linear_perplexity, plan
+from fused_ppl import Options, linear_cross_entropy, linear_cross_entropy_with_stats, linear_perplexity
 from fused_ppl.engines import linear_compact
 from fused_ppl.spec import LossSpec
 
@@ -224,19 +222,6 @@ def test_where_another_plan_runs_it_is_exact():
 def test_bad_options_are_errors_in_words(keywords, error, words):
     with pytest.raises(error, match=words):
         Options(**keywords)
-
-
-def test_the_plan_explains_itself_with_its_numbers():
-    asked = plan.Compact(None, 1 / 8, None)
-    case = plan.LinearCase(2048, 50304, 768, 4, "cpu", (True, True, False), None, asked)
-    made = plan.linear_plan(case, plan.linear_kind(case, per_token=False))
-    assert made.kind == "compact" and made.columns == 6288
-    assert made.flops == 2 * 2048 * 768 * (50304 + 2 * 6288)
-    screened = plan.linear_plan(dataclasses.replace(case, compact=plan.Compact(None, 1 / 8, "int8")), "compact")
-    assert (screened.cheap_flops, screened.flops) == (2 * 2048 * 768 * 50304, 2 * 2048 * 768 * 3 * 6288)
-    for words in ("plan compact", "6288 columns kept", "GFLOP"):
-        assert words in made.explain()
-    assert "of the screen" in screened.explain()
 
 
 def test_where_nothing_may_wait_the_last_step_tells_the_next_what_to_keep(monkeypatch):
