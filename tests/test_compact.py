@@ -10,7 +10,7 @@ from compact_cases import ROWS, D, N, V, dense, expand, gradients, make, named, 
 from torch import Tensor
 from torch.testing import assert_close
 
-from fused_ppl import Options, linear_cross_entropy, linear_cross_entropy_with_stats, linear_perplexity
+from fused_ppl import Options, linear_cross_entropy, linear_cross_entropy_with_stats, linear_perplexity, plan
 from fused_ppl.engines import linear_compact
 from fused_ppl.spec import LossSpec
 
