@@ -30,7 +30,6 @@ BUDGETS: dict[str, dict[str, tuple[float, int]]] = {
     "columns": {"sm": (13.5, 88), "gf": (16.0, 96)},
     "kept": {"sm": (19.5, 56), "gf": (23.0, 64)},
     "rescreen": {"sm": (12.5, 72), "gf": (14.0, 64)},
-    "factors": {"sm": (0.0, 32), "gf": (0.0, 64)},
 }
 
 
@@ -129,7 +128,7 @@ def hot_loop(found: aot.Report) -> aot.Loop | None:
 def broken(kernel: str, target: str, mode: str, found: aot.Report) -> list[str]:
     """What is over the budget, in words. A softcap's row sums cross threads; nothing else does."""
     loop, checks = hot_loop(found), {f"{found.spills} spills": not found.spills}
-    if loop is not None:
+    if loop is not None and kernel != "factors":  # which runs once a row
         wide = {aot.access_bytes(op) for op in loop.loads}
         checks[f"loads of {wide} bytes, none of 16"] = 16 in wide
         if mode == "off":

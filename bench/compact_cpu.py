@@ -9,19 +9,22 @@ Interleaved rounds. A share of 1/8 of the columns is kept; times do not depend o
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import linear_cpu
 import measure
+import record as records
 import torch
+from torch import Tensor
 
 import fused_ppl
 from fused_ppl import Options, plan
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Case = tuple[int, int, int, str, tuple[str, ...]]  # N, V, D, dtype, and who runs
 CASES: tuple[Case, ...] = (
     (2048, 128256, 1024, "fp32", ("rows", "compact", "screen bf16", "screen int8")),
@@ -37,17 +40,29 @@ def options_of(who: str, share: float) -> Options:
     return Options(gradient_columns=share, screen=who.removeprefix("screen ") if who.startswith("screen") else None)
 
 
+def make_inputs(n: int, v: int, d: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(n, d, generator=generator).to(dtype).requires_grad_()
+    weight = (torch.randn(v, d, generator=generator) * 2 / d**0.5).to(dtype).requires_grad_()
+    return hidden, weight, torch.randint(v, (n,), generator=generator)
+
+
 def run(case: Case, rounds: int, share: float) -> list[dict[str, Any]]:
     n, v, d, dtype, providers = case
-    hidden, weight, target = linear_cpu.make_inputs(n, v, d, linear_cpu.DTYPES[dtype])
-    gradient = torch.randn(n, v).to(linear_cpu.DTYPES[dtype])
-    functions: dict[str, Callable[[], object]] = {"bare": lambda: linear_cpu.bare_products(hidden, weight, gradient)}
-    for who in providers:
-        options = options_of(who, share)
-        functions[who] = lambda o=options: linear_cpu.step(
-            lambda *inputs: fused_ppl.linear_cross_entropy(*inputs, options=o), hidden, weight, target
-        )
-    seconds = measure.interleaved(functions, rounds, warmup=2)
+    hidden, weight, target = make_inputs(n, v, d, DTYPES[dtype])
+    gradient = torch.randn(n, v).to(DTYPES[dtype])
+    h, w = hidden.detach(), weight.detach()
+
+    def bare() -> object:
+        return torch.mm(h, w.t()), torch.mm(gradient, w), torch.mm(gradient.t(), h)
+
+    def step(options: Options) -> object:
+        loss = fused_ppl.linear_cross_entropy(hidden, weight, target, options=options)
+        return torch.autograd.grad(loss, (hidden, weight))
+
+    functions: dict[str, Callable[[], object]] = {"bare": bare}
+    functions |= {who: functools.partial(step, options_of(who, share)) for who in providers}
+    seconds = measure.interleaved({who: lambda f=f: f for who, f in functions.items()}, rounds=rounds)
     return [describe(case, who, seconds[who], share) for who in functions]
 
 
@@ -56,7 +71,7 @@ def describe(case: Case, who: str, seconds: list[float], share: float) -> dict[s
     row: dict[str, Any] = {"N": n, "V": v, "D": d, "dtype": dtype, "who": who, "seconds": seconds}
     if who not in ("bare", "rows"):
         asked = plan.Compact(None, share, options_of(who, share).screen)
-        size = linear_cpu.DTYPES[dtype].itemsize
+        size = DTYPES[dtype].itemsize
         shape = plan.LinearCase(n, v, d, size, "cpu", (True, True, False), None, asked)
         row["plan"] = plan.linear_plan(shape, "compact").explain()
     return row
@@ -102,7 +117,7 @@ def main() -> None:
     if args.out and args.out.exists():
         rows = merge(rows, json.loads(args.out.read_text())["rows"])
     record = {"command": "python bench/compact_cpu.py", "share": args.share}
-    record |= {**measure.machine(), "rows": rows}
+    record |= {**records.machine(), "rows": rows}
     print(table(record))
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -17,7 +17,7 @@ import pathlib
 import sysconfig
 from typing import Any
 
-import measure
+import record as records
 import torch
 from torch import Tensor
 
@@ -135,7 +135,7 @@ def main() -> None:
         for group in args.groups if text in texts() else args.groups[:1]:
             plan.GROUP_ROWS["cpu"] = group
             rows += rows_of(text, h, heads[text], targets[text], group)
-    record = {"command": "python bench/compact_errors.py", "groups": args.groups, **measure.machine(), "rows": rows}
+    record = {"command": "python bench/compact_errors.py", "groups": args.groups, **records.machine(), "rows": rows}
     print(table(record))
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -21,7 +21,7 @@ import sysconfig
 import tempfile
 from typing import Any
 
-import measure
+import record as records
 import torch
 from torch import Tensor, nn
 
@@ -172,7 +172,7 @@ def main() -> None:
     for task in args.task:
         run = FineTune().run if task == "fine-tune" else train_lm
         tasks[task] = {method: [run(method, seed) for seed in range(args.seeds)] for method in METHODS}
-    record = {"command": "python bench/compact_training.py", **measure.machine(), "tasks": tasks}
+    record = {"command": "python bench/compact_training.py", **records.machine(), "tasks": tasks}
     print(table(record))
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)

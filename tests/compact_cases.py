@@ -108,6 +108,15 @@ def dense(
     return [approx @ wide[1], approx.T @ wide[0], full.sum(0)], residual
 
 
+def of_two_ranks(group: object) -> tuple[Tensor, list[Tensor]]:
+    """What each of two ranks says of its half of the tokens, with all columns kept."""
+    (hidden, weight, bias), target = make()
+    half = slice(0, N // 2) if torch.distributed.get_rank(group) == 0 else slice(N // 2, N)
+    options = Options(backend="torch", gradient_columns=V)
+    how = {"group": group, "options": options}
+    return gradients(fused_ppl.linear_cross_entropy, [hidden[half], weight, bias], target[half], **how)
+
+
 # rows of the table of tests/test_errors.py
 ERRORS = [
     ("check_compact", lambda: Options(gradient_columns=2.5), ValueError, "whole number", "2.5", "an eighth"),
