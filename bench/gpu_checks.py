@@ -157,7 +157,7 @@ def logits_work(card: Card | StandIn, n: int, v: int, loss: Callable[..., Any], 
     def run() -> tuple[Tensor, ...]:
         out = loss(logits, target, options=TRITON, **options)
         found = (out,) if isinstance(out, Tensor) else tuple(out)
-        return *(t.detach() for t in found), torch.autograd.grad(found[0].sum(), logits)[0]
+        return *(t.detach() for t in found if t is not None), torch.autograd.grad(found[0].sum(), logits)[0]
 
     def refill(seed: int) -> None:
         fill_logits(logits, target, seed)

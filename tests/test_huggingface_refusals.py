@@ -238,3 +238,38 @@ def test_virtual_tokens_of_a_prompt(peft):
     patch(model)
     assert runs_fused(model)
     assert_same(step(model), native)
+
+
+# what users did to a patched model, and a review found
+
+
+def test_unpatch_under_a_wrapper_that_keeps_the_forward_leaves_a_model_that_runs():
+    accelerate = pytest.importorskip("accelerate", reason="needs accelerate (pip install accelerate)")
+    model, native = llama(), llama()
+    wrapped = accelerate.Accelerator(mixed_precision="bf16", cpu=True).prepare(patch(model))
+    unpatch(wrapped)
+    want = accelerate.Accelerator(mixed_precision="bf16", cpu=True).prepare(native)(IDS, labels=LABELS).loss
+    assert_close(wrapped(IDS, labels=LABELS).loss, want)
+
+
+def test_a_second_patch_that_is_refused_leaves_the_first():
+    model = patch(llama(), "perplexity")
+    with pytest.raises(ValueError, match="left as it was"):
+        patch(model, batch={"bad": 1})
+    assert runs_fused(model)
+
+
+def test_evaluation_without_logits_is_the_native_loss_whatever_training_adds():
+    native = llama().eval()
+    model = patch(llama(), label_smoothing=0.3, z_loss=0.1).eval()
+    want = native(IDS, labels=LABELS).loss
+    assert_close(model(IDS, labels=LABELS, skip_logits=True).loss, want, rtol=1e-5, atol=1e-6)
+
+
+def test_ignore_index_of_one_call_is_what_it_is_natively():
+    labels = IDS.clone()
+    labels[0, 3:6] = 0
+    native, model = llama(), patch(llama())
+    want = native(IDS, labels=labels, ignore_index=0).loss
+    assert not torch.equal(want, native(IDS, labels=labels).loss)
+    assert_close(model(IDS, labels=labels, ignore_index=0).loss, want, rtol=1e-5, atol=1e-6)

@@ -149,7 +149,7 @@ def test_the_budget_of_memory_changes_no_number(backend, batch, budget):
         out = cross_entropy_with_stats(
             x, target, token_weight=token_weight, softcap=9.0, options=Options(backend, memory_budget)
         )
-        return (*(t.detach() for t in out), gradient(out.loss.nan_to_num(), x))
+        return (*(t.detach() for t in out[:7]), gradient(out.loss.nan_to_num(), x))
 
     for a, b in zip(run(None), run(budget), strict=True):
         assert_close(a, b, rtol=0, atol=0, equal_nan=True)

@@ -56,3 +56,22 @@ def test_validation_and_misuse():
         logits = head(hidden).flatten(0, 1)  # a plain call is a plain head
     want = nn.functional.cross_entropy(logits, labels.flatten(), reduction="sum", label_smoothing=0.1)
     assert_close(value, want)
+
+
+class Capped(nn.Linear):
+    def forward(self, input):
+        return 5 * torch.tanh(super().forward(input) / 5)
+
+
+def test_a_head_with_a_forward_of_its_own_is_refused():
+    with pytest.raises(TypeError, match="Capped with a forward of its own"):
+        FusedLinearCrossEntropyLoss.Config().build().set_lm_head(Capped(D, V))
+
+
+def test_plain_shards_of_tensor_parallelism_are_refused(monkeypatch):
+    loss_fn = FusedLinearCrossEntropyLoss.Config().build()
+    loss_fn.set_lm_head(nn.Linear(D, V))
+    monkeypatch.setattr(loss, "get_spmd_backend", lambda: "spmd_types")
+    monkeypatch.setattr(loss, "spmd_mesh_size", lambda axis: 2 if axis == "tp" else 1)
+    with pytest.raises(NotImplementedError, match="tensor parallelism"):
+        loss_fn(torch.randn(B, T, D), torch.randint(V, (B, T)))

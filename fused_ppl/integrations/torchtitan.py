@@ -63,6 +63,11 @@ def _loss_class() -> type:
         def set_lm_head(self, lm_head: nn.Module) -> None:
             if not isinstance(lm_head, nn.Linear):
                 raise TypeError(f"lm_head must be a torch.nn.Linear; got {type(lm_head).__name__}.")
+            if not isinstance(lm_head, FusedHead) and type(lm_head).forward is not nn.Linear.forward:
+                raise TypeError(
+                    f"lm_head is a {type(lm_head).__name__} with a forward of its own (LoRA, a softcap, a quantised "
+                    "product), which the fused loss would leave out. Use ChunkedLossWrapper."
+                )
             swap(lm_head, FusedHead)
             self.lm_head = lm_head
 
@@ -73,6 +78,11 @@ def _loss_class() -> type:
             head: Any = self.lm_head
             if head is None:
                 raise RuntimeError("Call set_lm_head(model.lm_head) first; torchtitan's trainer does.")
+            if titan.get_spmd_backend() == "spmd_types" and titan.spmd_mesh_size("tp") > 1:
+                raise NotImplementedError(
+                    "Under tensor parallelism torchtitan's backend 'spmd_types' hands over plain pieces of the head and "
+                    "of the sequence, which the fused loss cannot tell from whole ones. Use ChunkedLossWrapper."
+                )
             head._fused_ppl_call = _Call(labels, global_valid_tokens, self.config)
             try:
                 return head(pred), {}

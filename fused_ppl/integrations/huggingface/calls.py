@@ -105,8 +105,8 @@ class Fused:
             self._check_same(shift_labels, self.shift_labels, "shift_labels")
         if ignore_index != self.recipe.ignore_index:
             raise RuntimeError(
-                f"The loss was patched with ignore_index={self.recipe.ignore_index}, got {ignore_index}. "
-                "Call unpatch(model) and patch(model) again."
+                f"The targets were made for ignore_index={self.recipe.ignore_index}, and the model's loss function got "
+                f"{ignore_index}. Call unpatch(model)."
             )
         value = self.carrier
         while value.ndim:

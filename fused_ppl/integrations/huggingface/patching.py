@@ -59,18 +59,24 @@ def patch(
     if (loss == "perplexity" and z_loss) or (loss == "cross_entropy" and max_nll is not None):
         raise ValueError("z_loss belongs to loss='cross_entropy', max_nll to loss='perplexity'.")
     inner = language_model(model)
-    unpatch(inner)
+    if getattr(inner.__dict__.get("forward"), "__func__", None) is type(inner).forward:
+        del inner.__dict__["forward"]  # the model's own, which accelerate puts back when it takes a hook off
     head = head_of(inner)
     reason = _cannot(inner, head)
     if reason is not None:
         raise _refusal(inner, reason)
+    before = getattr(inner, "_fused_ppl", None)
+    unpatch(inner)
     swap(inner, FusedModel)
     swap(head, FusedHead)
     try:
         recipe = examine(inner, head, batch)
     except Exception as error:
-        swap_back(inner)
-        swap_back(head)
+        if before is None:
+            swap_back(inner)
+            swap_back(head)
+        else:
+            inner._fused_ppl = before
         reason = str(error) if isinstance(error, CheckError) else f"the check on a batch of tokens failed: {error!r}"
         raise _refusal(inner, reason) from error
     asked = {"label_smoothing": label_smoothing, "z_loss": z_loss, "max_nll": max_nll, "options": options}

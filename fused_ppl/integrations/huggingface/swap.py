@@ -12,6 +12,7 @@ import inspect
 import types
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -25,9 +26,9 @@ class FusedHead:
     _fused_ppl_call: Any = None
     _fused_ppl_instance_forward: Any = None
 
-    def _fused_ppl_forward(self, native: Any, hidden: Tensor) -> Tensor:
+    def _fused_ppl_forward(self, native: Any, input: Tensor) -> Tensor:
         call = self._fused_ppl_call
-        return native(hidden) if call is None else call.head(self, hidden, native)  # type: ignore[no-any-return]
+        return native(input) if call is None else call.head(self, input, native)  # type: ignore[no-any-return]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _reduce(FusedHead, self, super().__reduce_ex__(protocol))
@@ -56,6 +57,10 @@ class FusedModel:
         if not isinstance(head, FusedHead):
             self._fused_ppl_warn(f"its head is another module now ({type(head).__name__})")
             return native(*args, **kwargs)
+        if not self.training:  # type: ignore[attr-defined]
+            recipe = replace(recipe, label_smoothing=0.0, z_loss=0.0)
+        if kwargs.get("ignore_index") is not None:
+            recipe = replace(recipe, ignore_index=kwargs["ignore_index"])
         shift_labels = kwargs.get("shift_labels") if "shift_labels" in recipe.handed_on else None
         perplexity = recipe.loss == "perplexity" and self.training and not self._fused_ppl_window  # type: ignore[attr-defined]
         call = Fused(recipe, labels, shift_labels, perplexity)
@@ -75,7 +80,8 @@ class FusedModel:
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "forward" and self._fused_ppl is not None and not self._fused_ppl.is_native():
-            owner = getattr(value, "__globals__", {}).get("__name__", "").partition(".")[0]
+            value_of = getattr(value, "func", value)  # accelerate's hooks are partials
+            owner = getattr(value_of, "__globals__", {}).get("__name__", "").partition(".")[0]
             if owner not in ("accelerate", "torch"):  # whose wrappers call what they replace
                 self._fused_ppl_warn(f"{owner or 'something'} replaced its forward and may compute its own", "may run")
         super().__setattr__(name, value)
@@ -121,6 +127,8 @@ def subclass(mixin: type, cls: Any) -> type:
     @functools.wraps(cls.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         native = functools.partial(cls.forward, self)
+        if not issubclass(type(self), mixin):  # unpatched, and a wrapper on the instance kept this forward
+            return native(*args, **kwargs)
         if mixin is FusedHead:
             return self._fused_ppl_forward(native, *args, **kwargs)
         return self._fused_ppl_forward(native, args, kwargs)

@@ -51,6 +51,10 @@ class PerplexityTrainerMixin:
             self._perplexity_add(loss.detach(), num_items_in_batch, training)
         return result
 
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        self._perplexity_logged.pop("eval", None)  # of predict, which logs nothing, or of an evaluation cut short
+        return super().evaluation_loop(*args, **kwargs)  # type: ignore[misc]
+
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         loss = super().training_step(*args, **kwargs)  # type: ignore[misc]
         self._perplexity_due = self.accelerator.sync_gradients  # type: ignore[attr-defined]
