@@ -34,8 +34,8 @@ METHODS = {
     "compact": ("compact", Options(gradient_tolerance=2e-3)),
     "screened": ("screened", Options(gradient_tolerance=2e-3, screen="bf16")),
 }
-TRAIN_LM = {"vocab-size": 8192, "dim": 128, "layers": 2, "steps": 150, "eval-every": 25, "eval-windows": 64}
-CONTEXT, TRAIN_WINDOWS, VALIDATION_WINDOWS, BATCH, STEPS, EVERY = 256, 96, 12, 4, 48, 8
+TRAIN_LM = {"vocab-size": 8192, "dim": 128, "layers": 2, "steps": 120, "eval-every": 20, "eval-windows": 64}
+CONTEXT, TRAIN_WINDOWS, VALIDATION_WINDOWS, BATCH, STEPS, EVERY = 256, 56, 8, 4, 24, 4
 
 
 def train_lm(method: str, seed: int) -> list[dict[str, float]]:
@@ -78,7 +78,7 @@ class FineTune:
         text = "".join((root / f).read_text() for f in ("argparse.py", "typing.py", "statistics.py", "tarfile.py"))
         windows = TRAIN_WINDOWS + VALIDATION_WINDOWS
         tokens = tokenizer(text, return_tensors="pt").input_ids[0, : windows * CONTEXT].view(windows, CONTEXT)
-        # every ninth window is held out
+        # every eighth window is held out
         held = torch.arange(windows) % (windows // VALIDATION_WINDOWS) == 0
         self.targets = fused_ppl.next_token_targets(tokens)
         self.inputs = self._cache(tokens)
