@@ -80,8 +80,8 @@ def _loss_class() -> type:
                 raise RuntimeError("Call set_lm_head(model.lm_head) first; torchtitan's trainer does.")
             if titan.get_spmd_backend() == "spmd_types" and titan.spmd_mesh_size("tp") > 1:
                 raise NotImplementedError(
-                    "Under tensor parallelism torchtitan's backend 'spmd_types' hands over plain pieces of the head and "
-                    "of the sequence, which the fused loss cannot tell from whole ones. Use ChunkedLossWrapper."
+                    "Under tensor parallelism its backend 'spmd_types' hands over plain pieces of the head and of "
+                    "the sequence, which the fused loss cannot tell from whole ones. Use ChunkedLossWrapper."
                 )
             head._fused_ppl_call = _Call(labels, global_valid_tokens, self.config)
             try:
