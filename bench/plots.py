@@ -10,11 +10,12 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator
 from record import Record
 from report import Line, as_accurate, tables
 
 Tables = dict[tuple[str, str, str], list[Line]]
-TITLES = {"logits": "from logits", "linear": "through the LM head"}
+TITLES = {"logits": "logits", "linear": "head"}
 
 # colours that stay apart for colour-blind readers; ours are blue, the reference grey
 COLOURS = {
@@ -201,7 +202,9 @@ def error(record: Record, found: Tables) -> Figure | None:
                 _point(axis, line, dtype, labelled)
         axis.set(xscale="log", yscale="log", xlabel="time over fused_ppl's", ylabel="error of the gradient, relative")
         axis.axvline(1, color="0.8", zorder=0)
-        axis.set_title(TITLES[op], fontsize=10, loc="left", weight="bold")
+        axis.set_title(
+            {"logits": "from logits", "linear": "through the LM head"}[op], fontsize=10, loc="left", weight="bold"
+        )
         axis.xaxis.set_major_formatter(lambda v, _: f"{v:g}")
         axis.xaxis.set_minor_formatter(lambda v, _: f"{v:g}" if str(f"{v:.0e}")[0] in "25" else "")
         axis.grid(True, which="major", color="0.92")
@@ -257,7 +260,7 @@ def scaling(points: list[Any], subtitle: str, path: Path) -> Path:
                 grid[row][column].plot(sizes, measured, "o-", color=colours[name], label=label, markersize=4)
                 if all(v is not None for v in predicted):
                     grid[row][column].plot(sizes, predicted, "--", color=colours[name], linewidth=1)
-    for row, label in enumerate(("forward + backward, ms", "peak memory above inputs and gradients, MiB")):
+    for row, label in enumerate(("forward + backward, ms", "peak memory, MiB")):
         grid[row][0].set_ylabel(label, fontsize=9)
         for column, axis in enumerate(axes_of):
             panel = grid[row][column]
@@ -265,6 +268,7 @@ def scaling(points: list[Any], subtitle: str, path: Path) -> Path:
             panel.xaxis.set_major_formatter(lambda v, _: f"{v:g}" if v < 1024 else f"{v / 1024:g}k")
             panel.set_xticks(sorted({p.size for p in points if p.axis == axis}))
             panel.minorticks_off()
+            panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             panel.yaxis.set_major_formatter(lambda v, _: f"{v:g}")
             panel.grid(True, which="major", color="0.92")
             panel.spines[["top", "right"]].set_visible(False)
@@ -272,7 +276,10 @@ def scaling(points: list[Any], subtitle: str, path: Path) -> Path:
                 panel.set_xlabel(axis)
     grid[0][0].legend(fontsize=8, frameon=False)
     figure.suptitle(
-        f"the fused head against N, V and D; dashed: the plan's prediction\n{subtitle}", fontsize=10, x=0.01, ha="left"
+        f"the fused head against N, V and D; memory above inputs and gradients; dashed: predicted\n{subtitle}",
+        fontsize=10,
+        x=0.01,
+        ha="left",
     )
     figure.savefig(path, dpi=110)
     return path

@@ -126,7 +126,7 @@ def main() -> int:
         torch.set_num_threads(args.threads)
     if args.record:
         args.case, args.out, args.name = args.case or ["all"], RESULTS, "cpu" if args.device == "cpu" else "gpu"
-        args.points = 7
+        args.points, args.patience = 7, 2 * args.patience
     elif args.points is None:
         args.points = 0 if args.case or args.shape or args.op != list(OPS) else 3
     command = " ".join(["python bench/run.py", *sys.argv[1:]])

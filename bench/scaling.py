@@ -233,10 +233,11 @@ def main() -> None:
     parser.add_argument("--points", type=int, default=7, help="of each sweep (%(default)s)")
     parser.add_argument("--seconds", type=float, default=1.0, help="of each timing (%(default)s)")
     parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder of the results (%(default)s)")
+    parser.add_argument("--name", default="scaling", help="of the files there (%(default)s)")
     args = parser.parse_args()
     command = f"python bench/scaling.py --dtype {args.dtype} --points {args.points}"
     how = Sweep(args.dtype, args.device, tuple(CENTRE), args.points, args.seconds)
-    for path in run(args.out, "scaling", command, how):
+    for path in run(args.out, args.name, command, how):
         print(f"wrote {path}")
 
 

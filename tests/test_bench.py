@@ -224,6 +224,19 @@ def test_what_was_refused_on_one_kind_of_inputs_shows_no_time_of_the_other():
     assert lines[0].timed == () and lines[0].note == "wrong value"
 
 
+@pytest.mark.parametrize(("page", "blocks"), [("README.md", report.readme), ("docs/measured.md", report.measured)])
+def test_the_tables_of_the_documentation_are_those_of_the_record(page, blocks):
+    made = record.load(ROOT / "bench" / "results" / "cpu.json")
+    text = (ROOT / page).read_text()
+    for name, block in blocks(made).items():
+        assert report.replaced(text, name, block) == text, "python bench/report.py bench/results/cpu.json --docs"
+
+
+def test_every_case_of_a_cpu_is_in_the_record():
+    made = record.load(ROOT / "bench" / "results" / "cpu.json")
+    assert {(r.op, r.case) for r in made.rows} == {(op, case) for op in ("logits", "linear") for case in CPU_CASES}
+
+
 def test_a_record_survives_the_disk(tmp_path):
     made = record.Record("c", MACHINE, {"seconds": 1}, rows("fused_ppl", 0.125, 0))
     made.save(tmp_path, "r")
