@@ -75,10 +75,12 @@ class PerplexityAccumulator:
 
         Args:
             output: of `cross_entropy_with_stats` or `linear_cross_entropy_with_stats` with reduction="sum", without
-                z_loss and without `group`.
+                z_loss and without `group`. Of a compiled function and of backend="reference" it cannot be seen that
+                they have neither; nor that a reentrant checkpoint calls `add` twice: keep `add` outside of it.
         """
         checks.check_sum_output(output)
-        if self._alone:
+        shards = getattr(output.loss.grad_fn, "groups", None)  # ranks that hold them have the same tokens
+        if self._alone and not (shards and shards.vocab):
             parallel.warn_without_group("mean", None, None, output.loss)
         with torch.no_grad():
             self._sums += torch.stack((output.loss.to(self._sums), output.total_weight.to(self._sums)))
@@ -114,4 +116,5 @@ def _scale(gradients: list[Tensor], factor: Tensor) -> None:
     for g in local:
         if g.dtype.itemsize < 4:
             # of one dimension, a factor makes the product one of fp32
+            g = g.unsqueeze(0)
             torch.mul(g, factor.to(g.device, torch.float32).expand(1), out=g)

@@ -32,10 +32,13 @@ def from_logits(
     options = _DEFAULT if options is None else options
     checks.check_options(options, Options)
     checks.check_logits(input, class_dim)
+    if options.inplace_backward:
+        checks.check_inplace_backward(input)
     groups = parallel.token_group(group, spec.reduction)
     if vocab_group is not None or not dtensors.all_plain(input, target):
         input, groups = dtensors.local_logits(input, class_dim, vocab_group, groups)
-        target, token_weight = dtensors.whole(target), dtensors.whole(token_weight)
+        target, token_weight, weight = dtensors.whole(target), dtensors.whole(token_weight), dtensors.whole(weight)
+        num_items = dtensors.whole(num_items) if isinstance(num_items, Tensor) else num_items
     logits = input if input.ndim == 1 or class_dim in (-1, input.ndim - 1) else input.movedim(class_dim, -1)
     checks.check_classes(logits.shape[-1])
     checks.check_target(target, logits.shape[:-1], input)
@@ -44,8 +47,6 @@ def from_logits(
     checks.check_constant("weight", weight, (num_classes,), "one number for each class", input)
     checks.check_constant("token_weight", token_weight, target.shape, "the shape of target", input)
     checks.check_num_items(num_items, spec.reduction)
-    if options.inplace_backward:
-        checks.check_inplace_backward(input)
     backend = backends.choose(options.backend, input.device, input.dtype)
     if num_items is not None:
         num_items = _scalar(num_items, input)
@@ -90,11 +91,13 @@ def from_hidden(
     options = _DEFAULT if options is None else options
     checks.check_options(options, Options)
     groups = parallel.token_group(group, spec.reduction)
-    if vocab_group is not None or not dtensors.all_plain(input, linear_weight, target):
+    more = [t for t in (linear_bias, token_weight) if t is not None]
+    if vocab_group is not None or not dtensors.all_plain(input, linear_weight, target, *more):
         input, linear_weight, linear_bias, groups = dtensors.local_head(
             input, linear_weight, linear_bias, vocab_group, groups
         )
-        target, token_weight = dtensors.whole(target), dtensors.whole(token_weight)
+        target, token_weight, weight = dtensors.whole(target), dtensors.whole(token_weight), dtensors.whole(weight)
+        num_items = dtensors.whole(num_items) if isinstance(num_items, Tensor) else num_items
     num_classes = 0 if groups is None else groups.num_classes  # of all shards, where there are others
     checks.check_head(input, linear_weight, linear_bias)
     checks.check_target(target, input.shape[:-1], input)

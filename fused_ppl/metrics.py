@@ -96,9 +96,9 @@ class Perplexity:
         Args:
             group: a ProcessGroup or one dimension of a DeviceMesh; None for all ranks.
         """
-        name, backend = parallel.group_or_world(group)
-        if backend == "nccl":  # a rank that has seen nothing yet
-            self.nll_sum, self.total_weight = self.nll_sum.cuda(), self.total_weight.cuda()
+        name, device = parallel.group_or_world(group)
+        # of all ranks the same device, also of one that has seen nothing yet
+        self.nll_sum, self.total_weight = self.nll_sum.to(device), self.total_weight.to(device)
         sums = parallel.reduce(torch.stack((self.nll_sum, self.total_weight)), "sum", name)
         self.nll_sum, self.total_weight = sums.unbind()
         return self

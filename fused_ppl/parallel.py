@@ -91,9 +91,10 @@ def process_group(name: str, group: Group | None) -> ProcessGroup:
 
 
 def group_or_world(group: Group | None) -> tuple[str, str]:
-    """The name of the group, or of that of all ranks, and the backend behind it."""
-    resolved = process_group("group", torch.distributed.group.WORLD if group is None else group)
-    return resolved.group_name, torch.distributed.get_backend(resolved)
+    """The name of the group, or of that of all ranks; and a type of device it reduces on, the same for all of them."""
+    resolved: Any = process_group("group", torch.distributed.group.WORLD if group is None else group)
+    devices = [device.type for device in resolved._device_types]
+    return resolved.group_name, "cpu" if "cpu" in devices else devices[0]
 
 
 def compare_ranks(name: str, facts: Mapping[str, object]) -> None:

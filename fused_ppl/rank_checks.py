@@ -18,7 +18,10 @@ def check_group_reduction(reduction: str) -> None:
 def check_mesh(name: str, ndim: int, names: tuple[str, ...] | None) -> None:
     if ndim != 1:
         one = f"mesh[{names[0]!r}]" if names else "mesh.get_group(dim)"
-        raise ValueError(f"{name} must be one dimension of a DeviceMesh; got one of {ndim} dimensions. Pass {one}.")
+        raise ValueError(
+            f"{name} must be one dimension of a DeviceMesh; got one of {ndim} dimensions. Pass {one}, or "
+            "mesh._flatten() where all of them share the batch, as in HSDP."
+        )
 
 
 def fail_group(name: str, value: object) -> NoReturn:

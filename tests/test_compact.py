@@ -279,3 +279,15 @@ def test_it_waits_for_no_device(fake_gpu, monkeypatch):
             asked = (keywords.get("gradient_tolerance"), keywords.get("gradient_columns"), None)
             out = linear_compact._forward(hidden, weight, bias, target, None, None, *how, *asked)
             assert out[5].shape == hidden.shape and out[8].shape == ()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_autocast_is_for_the_products_alone(dtype):
+    torch.manual_seed(0)
+    h, w, y = torch.randn(40, 16), (torch.randn(2000, 16) * 0.3).requires_grad_(), torch.randint(2000, (40,))
+    with torch.autocast("cpu", dtype):
+        loss = linear_cross_entropy(h, w, y, options=Options(gradient_columns=0.25))
+    loss.backward()
+    truth = torch.nn.functional.cross_entropy(h @ w.t(), y)
+    (want,) = torch.autograd.grad(truth, w)
+    assert (w.grad - want).norm() < 0.05 * want.norm()

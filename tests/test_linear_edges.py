@@ -115,3 +115,27 @@ def test_an_infinite_target_logit_is_nan_as_in_pytorch():
     bias = torch.tensor([0.0, torch.inf, 0.0])
     loss = linear_cross_entropy(torch.zeros(2, 3), torch.eye(3), torch.tensor([1, 1]), linear_bias=bias)
     assert loss.isnan()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_autocast_reaches_no_sum(dtype, options):
+    """Its dtype is that of the products; what is made of them, here or in a backward inside it, stays float32."""
+    torch.manual_seed(0)
+    n, v, d = 64, 300, 8
+    x, w, y = torch.randn(n, v), torch.rand(v) * 50, torch.randint(v, (n,))
+    want = torch.nn.functional.cross_entropy(x, y, w, label_smoothing=0.5)
+    h, head = torch.randn(n, d), torch.randn(v, d) * 0.1
+    grads = []
+    with torch.autocast("cpu", dtype):
+        got = fused_ppl.cross_entropy(x, y, w, label_smoothing=0.5, options=options)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=0)
+    for inside in (False, True):
+        weight = head.clone().requires_grad_()
+        with torch.autocast("cpu", dtype):
+            loss = fused_ppl.linear_cross_entropy(h, weight, y, reduction="none", options=options).sum() / 2**20
+            if inside:
+                loss.backward()
+        if not inside:
+            loss.backward()
+        grads.append(weight.grad)
+    assert torch.equal(*grads)

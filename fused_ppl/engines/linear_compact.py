@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fused_ppl import backends, checks, plan, reduction
-from fused_ppl.engines import LIBRARY, compact, memory
+from fused_ppl.engines import LIBRARY, compact, memory, without_autocast
 from fused_ppl.engines.head import SLICE, Head, wide_dtype
 from fused_ppl.engines.linear_rows import accumulator_shapes, all_tokens, made_fake, tokens_of
 from fused_ppl.engines.screen import Screen
@@ -53,6 +53,7 @@ class How(NamedTuple):
     columns: compact.Choice
 
 
+@without_autocast
 def _forward(hidden, linear_weight, linear_bias, target, weight, token_weight, *rest):  # type: ignore[no-untyped-def]
     *spec_args, backend_name, dtype, grads, memory_budget, tolerance, share, screen = rest
     spec = LossSpec.of(*spec_args)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fused_ppl import backends, checks, plan, reduction
-from fused_ppl.engines import LIBRARY, memory
+from fused_ppl.engines import LIBRARY, memory, without_autocast
 from fused_ppl.engines.head import Head, empty_gradients, scale_into, wide_dtype
 from fused_ppl.spec import SPEC_SCHEMA, LossSpec, RowStats
 
@@ -37,6 +37,7 @@ LIBRARY.define(
 )
 
 
+@without_autocast
 def _forward(*args):  # type: ignore[no-untyped-def]
     *tensors, num_items = args[:7]
     spec, rows, gradients = _walk(*tensors, *args[7:])  # type: ignore[no-untyped-call]
@@ -45,6 +46,7 @@ def _forward(*args):  # type: ignore[no-untyped-def]
     return *totals, *tokens_of(rows, shape), *gradients
 
 
+@without_autocast
 def _sums(*args):  # type: ignore[no-untyped-def]
     """The part of `_forward` that comes before the sums of other ranks are added."""
     spec, rows, gradients = _walk(*args)  # type: ignore[no-untyped-call]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from fused_ppl import backends, plan, reduction
-from fused_ppl.engines import LIBRARY, memory
+from fused_ppl.engines import LIBRARY, memory, without_autocast
 from fused_ppl.engines.head import Head, empty_gradients
 from fused_ppl.spec import SPEC_SCHEMA, LossSpec
 
@@ -23,6 +23,7 @@ LIBRARY.define(
 )
 
 
+@without_autocast
 def _backward(hidden, linear_weight, linear_bias, target, weight, token_weight, lse, nll, *rest):  # type: ignore[no-untyped-def]
     loss_factor, perplexity_factor, grad_loss, grad_perplexity, *spec_args, backend_name, dtype, grads, budget = rest[
         :-2

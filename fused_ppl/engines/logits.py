@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fused_ppl import backends, reduction
-from fused_ppl.engines import LIBRARY, memory
+from fused_ppl.engines import LIBRARY, memory, without_autocast
 from fused_ppl.spec import SPEC_SCHEMA, LossSpec
 
 LIBRARY.define(
@@ -40,6 +40,7 @@ LIBRARY.define(
 )
 
 
+@without_autocast
 def forward(logits, target, weight, token_weight, num_items, *rest, keep_lse=False):  # type: ignore[no-untyped-def]
     """What the op of that name does, without the dispatcher and without what only its schema asks for."""
     spec, backend, budget = LossSpec.of(*rest[:-2]), backends.load(rest[-2]), rest[-1]
@@ -52,11 +53,13 @@ def forward(logits, target, weight, token_weight, num_items, *rest, keep_lse=Fal
     return *totals, *(t if t is None or len(shape) == 1 else t.view(shape) for t in rows[2:])
 
 
+@without_autocast
 def _forward(*args):  # type: ignore[no-untyped-def]
-    *results, entropy, predicted = forward(*args, keep_lse=True)  # type: ignore[no-untyped-call]
+    *results, entropy, predicted = forward(*args, keep_lse=True)
     return *results, *reduction.or_empty(entropy, predicted, results[0])
 
 
+@without_autocast
 def _sums(logits, target, weight, token_weight, *rest):  # type: ignore[no-untyped-def]
     """The part of `_forward` that comes before the sums of other ranks are added."""
     spec, backend, budget = LossSpec.of(*rest[:-2]), backends.load(rest[-2]), rest[-1]
@@ -99,6 +102,7 @@ def backward_into(  # type: ignore[no-untyped-def]
     )
 
 
+@without_autocast
 def backward(logits, *args):  # type: ignore[no-untyped-def]
     contiguous = logits.is_contiguous()
     out = memory.empty(logits.shape, logits.dtype, logits.device) if contiguous else empty_gradient(logits)
@@ -106,9 +110,10 @@ def backward(logits, *args):  # type: ignore[no-untyped-def]
     return out
 
 
+@without_autocast
 def _backward_(logits, *args):  # type: ignore[no-untyped-def]
     if row_view(logits) is None:
-        logits.copy_(backward(logits, *args))  # type: ignore[no-untyped-call]
+        logits.copy_(backward(logits, *args))
     else:
         backward_into(logits, logits, *args)
     # a kernel writes past autograd, which has to know: another backward of the logits must raise

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fused_ppl import backends, checks, plan, rank_checks, reduction
 from fused_ppl.backends import shards as of_ranks
-from fused_ppl.engines import LIBRARY, logits, memory
+from fused_ppl.engines import LIBRARY, logits, memory, without_autocast
 from fused_ppl.engines.head import Head
 from fused_ppl.spec import SPEC_SCHEMA, LossSpec
 
@@ -46,6 +46,7 @@ for _name, _alias, _returns in (("", "", "Tensor"), ("_", "(a!)", "()")):
     )
 
 
+@without_autocast
 def _shard_logits(x, target, weight, *rest):  # type: ignore[no-untyped-def]
     *spec_args, backend_name, budget, first, num_classes, layout = rest
     spec, backend = LossSpec.of(*spec_args), backends.load(backend_name)
@@ -55,6 +56,7 @@ def _shard_logits(x, target, weight, *rest):  # type: ignore[no-untyped-def]
     return shards, of_ranks.maxima(shards, target.reshape(-1), spec, first, layout)
 
 
+@without_autocast
 def _shard_hidden(hidden, linear_weight, linear_bias, target, weight, *rest):  # type: ignore[no-untyped-def]
     """The logits of a chunk of rows at a time, as the forward of one process walks."""
     *spec_args, backend_name, dtype, budget, first, num_classes, layout = rest
@@ -78,12 +80,14 @@ def _shard_hidden(hidden, linear_weight, linear_bias, target, weight, *rest):  #
     return shards, of_ranks.maxima(shards, target.reshape(-1), spec, first, layout)
 
 
+@without_autocast
 def _shard_sums(shards, maxima, *spec_args):  # type: ignore[no-untyped-def]
     if maxima.device.type == "cpu" or checks.debug():
         rank_checks.check_same_shards(*of_ranks.same(maxima).tolist())
     return of_ranks.sums(shards, maxima, LossSpec.of(*spec_args))
 
 
+@without_autocast
 def _shard_merge(maxima, added, target, weight, token_weight, *rest):  # type: ignore[no-untyped-def]
     *spec_args, num_classes, dtype = rest
     spec, shape = LossSpec.of(*spec_args), target.shape
@@ -93,15 +97,17 @@ def _shard_merge(maxima, added, target, weight, token_weight, *rest):  # type: i
     return reduction.stack_sums(rows, spec, shape), nll, lse, *reduction.or_empty(entropy, predicted, rows.nll)
 
 
+@without_autocast
 def _backward(x, *args):  # type: ignore[no-untyped-def]
     out = logits.empty_gradient(x)
     logits.backward_into(out, x, *args[:-2], columns=args[-2:])
     return out
 
 
+@without_autocast
 def _backward_(x, *args):  # type: ignore[no-untyped-def]
     if logits.row_view(x) is None:
-        x.copy_(_backward(x, *args))  # type: ignore[no-untyped-call]
+        x.copy_(_backward(x, *args))
     else:
         logits.backward_into(x, x, *args[:-2], columns=args[-2:])
     torch.autograd.graph.increment_version(x)
