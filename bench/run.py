@@ -46,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
     add("--dtype", choices=DTYPES, nargs="+", help="default: bf16 fp32")
     add("--inputs", choices=KINDS, nargs="+", default=list(KINDS), help="default: random peaked")
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--seconds", type=float, default=2.0, help="of each timing (%(default)s)")
+    add("--seconds", type=float, default=1.0, help="of each timing (%(default)s)")
     add("--rounds", type=int, help="in the place of --seconds")
     add(
         "--patience",
