@@ -15,10 +15,11 @@ GPU_BUFFER = 64 * 2**20
 
 
 def rows_per_chunk(num_classes: int, itemsize: int, device_type: str, threads: int, memory_budget: int | None) -> int:
-    """Rows whose buffer stays in cache, at least one for each thread, and within the budget (never below one row)."""
+    """Rows whose buffer stays in cache, as many for each thread, and within the budget (never below one row)."""
     row = num_classes * itemsize
     if device_type == "cpu":
-        rows = max(threads, min(CPU_BUFFER_PER_THREAD * threads, CPU_BUFFER) // row)
+        rows = min(CPU_BUFFER_PER_THREAD * threads, CPU_BUFFER) // row
+        rows = max(1, rows // threads) * threads  # the same for each
     else:
         rows = max(1, GPU_BUFFER // row)
     if memory_budget is not None:

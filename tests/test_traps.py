@@ -285,14 +285,14 @@ def test_13_an_index_that_int32_would_wrap_raises(options):
 
 def test_13_on_a_gpu_a_target_out_of_range_gives_nan(monkeypatch):
     """The code that a GPU takes, on a CPU: it is chosen by the device's type alone."""
-    from fused_ppl.backends import torch_rows, torch_walk
+    from fused_ppl.backends import torch_stats, torch_walk
 
     x, target = make_logits((1, 3, 7)), torch.tensor([0, 7, -100])
     walk = torch_walk.Walk(x, target, fused_ppl.spec.LossSpec(), None)
     monkeypatch.setattr(walk, "on_cpu", False)
     (rows,) = walk
     assert rows.target.flatten().tolist() == [0, 6, 0]  # inside the range: nothing else is read
-    stats = torch_rows._mark_out_of_range(torch_rows._chunk_stats(walk, rows, None, None), walk)
+    stats = torch_stats._mark_out_of_range(torch_stats.chunk_stats(walk, rows, None, None), walk)
     assert stats.loss.isnan().tolist() == [False, True, False]
     assert stats.lse.isnan().tolist() == [False, True, False]
 

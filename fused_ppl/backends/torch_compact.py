@@ -8,20 +8,14 @@ labels are smoothed; the latter is a product already, and left to the engine.
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import torch
 from torch import Tensor
 
-from fused_ppl.backends.torch_rows import (
-    Coefficients,
-    coefficients,
-    collect,
-    finish_gradient,
-    others_mass,
-    probabilities,
-    without_target,
-)
-from fused_ppl.backends.torch_walk import Rows, Walk
+from fused_ppl.backends.torch_rows import Coefficients, coefficients, finish_gradient, probabilities
+from fused_ppl.backends.torch_stats import others_mass, stats_of_others, target_z, without_target
+from fused_ppl.backends.torch_walk import Walk
 from fused_ppl.spec import Columns, Factors, LossSpec, RowStats
 
 
@@ -44,60 +38,86 @@ def nll_columns(
     if weight is not None:
         weight = weight.to(walk.dtype)
     slope = None if spec.softcap is None else torch.empty_like(walk.buffer)
-    sums = Columns(*(walk.buffer.new_zeros(size) for size in (v, v, v if signed else 0)))
-    parts, factors = [], []
+    adds = [_ColumnSums(walk, v) for _ in range(3 if signed else 2)]
+    z_y = target_z(walk, target_logit)
+    parts, known = [], []
     for rows in walk:
         derivative = None if slope is None else slope[: rows.target.shape[0]]
-        stats, p, of_others, others = without_target(
-            walk, rows, target_logit[rows.span], weight, token_weight, derivative
-        )
-        parts.append(stats)
-        assert stats.lse is not None
-        of_s = torch.ones_like(stats.nll)
-        of_norm = 2 * spec.z_loss * stats.lse.to(walk.dtype) if spec.z_loss else None
-        c = coefficients(rows, spec, weight, token_weight, v, of_s, of_norm, walk.dtype)
+        found, p, of_others, others = without_target(walk, rows, target_logit, z_y, weight, derivative)
+        parts.append(found)
+        of_norm = None
+        if spec.z_loss:
+            of_norm = 2 * spec.z_loss * found.lse(walk, rows.of(z_y)).to(walk.dtype)
+        c = coefficients(rows, spec, weight, token_weight, v, torch.ones_like(others), of_norm, walk.dtype)
         if derivative is not None:
             p.mul_(derivative)
         if rows.counted is not None:
             p.masked_fill_(~rows.counted.unsqueeze(1), 0)
-        of_row, found = _factors(spec, rows, p, c, of_others, others, derivative)
-        factors.append(found)
-        # products with one number a row, which read what is in cache once
-        sums.size.addmv_(p.t(), of_row.abs())
+        of_row = c.a * of_others
+        if derivative is None and spec.logit_scale != 1:
+            of_row.mul_(spec.logit_scale)
+        if rows.counted is not None:
+            of_row = torch.where(rows.counted, of_row, 0)
+        slope_y, others_sum = None, None
+        if derivative is not None:
+            slope_y, others_sum = derivative.gather(1, rows.target).squeeze(1), p.sum(1) * of_row
+        known.append((c.a, c.rest, c.c, others, slope_y, others_sum))
         if signed:
-            sums.total.addmv_(p.t(), of_row)
-        sums.square.addmv_(p.square_().t(), of_row.square())
-    stats = collect(walk, parts)
-    if not factors:
-        nothing = sums.size[:0]
+            adds[2].add(p, of_row)
+        adds[0].add(p, of_row.abs())
+        adds[1].add(p.square_(), of_row.square())
+    stats = stats_of_others(walk, parts, z_y, weight, token_weight)
+    size, square, *total = (add.sums() for add in adds)
+    sums = Columns(size, square, total[0] if signed else size[:0])
+    if not known:
+        nothing = size[:0]
         return stats, sums, Factors(nothing, nothing, nothing, nothing, nothing)
-    a, rest, pull, row_sum, at_target = (torch.cat(f) for f in zip(*(f[:5] for f in factors), strict=True))
-    return stats, sums, Factors(a, rest, pull, row_sum, at_target)
+    of_rows = (None if f[0] is None else torch.cat(f) for f in zip(*known, strict=True))
+    return stats, sums, _factors(spec, walk.all_rows.counted, *of_rows)  # type: ignore[arg-type]
+
+
+class _ColumnSums:
+    """Sums over rows of factor * p, chunk after chunk.
+
+    On a CPU each thread adds up the rows that it has just computed: the halves of the columns, which a matrix-vector
+    product would give to threads, lie in the caches of all of them.
+    """
+
+    def __init__(self, walk: Walk, num_classes: int) -> None:
+        self.parts = math.gcd(walk.rows, torch.get_num_threads()) if walk.on_cpu else 1
+        self.value = walk.buffer.new_zeros(self.parts, 1, num_classes)
+
+    def add(self, p: Tensor, factor: Tensor) -> None:
+        n, v = p.shape
+        parts = self.parts if n % self.parts == 0 else 1
+        self.value[:parts].baddbmm_(factor.view(parts, 1, -1), p.view(parts, -1, v))
+
+    def sums(self) -> Tensor:
+        return self.value.sum(0).squeeze(0)
 
 
 def _factors(
     spec: LossSpec,
-    rows: Rows,
-    p: Tensor,  # (n, V): p of the others up to a factor of the row, times the cap's slope
-    c: Coefficients,
-    of_others: Tensor,  # (n,): that factor
-    others: Tensor,  # (n,): 1 - p_y
-    derivative: Tensor | None,
-) -> tuple[Tensor, Factors]:
-    """What multiplies `p` of each row, and its `Factors`."""
-    rest = torch.zeros_like(others) if c.rest is None else c.rest
-    pull = rest[:0] if c.c is None else c.c * spec.logit_scale
-    at_target = c.at_target(-others)
-    if derivative is None:
-        of_row, at_target, row_sum = (x * spec.logit_scale for x in (c.a * of_others, at_target, rest))
+    counted: Tensor | None,
+    a: Tensor,
+    rest: Tensor | None,
+    c: Tensor | None,
+    others: Tensor,  # (R,): 1 - p_y
+    slope_y: Tensor | None,  # (R,): of the cap, at the target
+    others_sum: Tensor | None,  # (R,): with a cap, the row sum without the target
+) -> Factors:
+    at_target = Coefficients(a, rest, c).at_target(-others)
+    rest = torch.zeros_like(a) if rest is None else rest
+    if slope_y is None or others_sum is None:
+        at_target, row_sum = at_target * spec.logit_scale, rest * spec.logit_scale
     else:
-        of_row, at_target = c.a * of_others, at_target * derivative.gather(1, rows.target).squeeze(1)
-        row_sum = p.sum(1) * of_row + at_target
-    values = (of_row, c.a, rest, pull, row_sum, at_target)
-    if rows.counted is not None:
-        values = tuple(torch.where(rows.counted, x, 0) if x.numel() else x for x in values)  # type: ignore[assignment]
-    of_row, a, rest, pull, row_sum, at_target = values
-    return of_row, Factors(a, rest, pull, row_sum, at_target)
+        at_target = at_target * slope_y
+        row_sum = others_sum + at_target
+    pull = a[:0] if c is None else c * spec.logit_scale
+    factors = Factors(a, rest, pull, row_sum, at_target)
+    if counted is None:
+        return factors
+    return Factors(*(torch.where(counted, x, 0) if x.numel() else x for x in factors[:5]))  # type: ignore[arg-type]
 
 
 def nll_kept(
@@ -111,7 +131,6 @@ def nll_kept(
     memory_budget: int | None,
 ) -> Tensor:
     """The softmax part of the gradient in the kept columns; returns what is left of the row sums, (R,)."""
-    torch.gather(logits, 1, index.expand(out.shape), out=out)
     assert stats.lse is not None
     walk = _kept_walk(out, place, spec, memory_budget)
     slope = None if spec.softcap is None else torch.empty_like(walk.buffer)
@@ -119,6 +138,7 @@ def nll_kept(
     for rows in walk:
         i = rows.span
         derivative = None if slope is None else slope[: rows.target.shape[0]]
+        _gather(logits[i], index, out[i])
         p = walk.copy(rows)
         walk.transform(p, derivative)
         probabilities(p, stats.lse[i], factors.a[i], p)
@@ -151,12 +171,13 @@ def nll_rescreen(
     assert stats.lse is not None
     walk = _kept_walk(logits, place, spec, memory_budget)
     slope, other = (torch.empty_like(walk.buffer) for _ in range(2))
+    coarse = screened.new_empty(walk.buffer.shape)
     parts = []
     for rows in walk:
         i, n = rows.span, rows.target.shape[0]
         old, one = stats.nll[i], torch.ones_like(stats.nll[i])
         q, derivative = other[:n], None if spec.softcap is None else slope[:n]
-        q.copy_(torch.gather(screened[i], 1, index.expand(n, -1)))
+        q.copy_(_gather(screened[i], index, coarse[:n]))
         walk.transform(q, derivative)
         probabilities(q, stats.lse[i], one, q)
         q.scatter_(1, rows.target, 0)
@@ -185,6 +206,13 @@ def nll_rescreen(
     if factors.pull.numel():
         loss = loss + factors.pull * (change * weight_sum / spec.logit_scale)
     return stats._replace(nll=nll, lse=stats.lse + change, loss=loss), left, wrong
+
+
+def _gather(logits: Tensor, index: Tensor, out: Tensor) -> Tensor:
+    """The columns `index`. Of two bytes as integers: a gather of bf16 works in a copy, on fresh memory (torch 2.13)."""
+    bits = torch.int16 if logits.element_size() == 2 else logits.dtype
+    torch.gather(logits.view(bits), 1, index.expand(out.shape), out=out.view(bits))
+    return out
 
 
 def _kept_walk(logits: Tensor, place: Tensor, spec: LossSpec, memory_budget: int | None) -> Walk:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -66,38 +67,43 @@ class Walk:
             self._buffer = torch.empty(self.rows, self.logits.shape[-1], dtype=self.dtype, device=self.logits.device)
         return self._buffer
 
-    def __iter__(self) -> Iterator[Rows]:
+    @functools.cached_property
+    def all_rows(self) -> Rows:
+        """All rows as one chunk."""
         target, ignore_index, v = self.target, self.spec.ignore_index, self.logits.shape[-1]
         first, num_classes = self.columns or (0, v)
-        on_cpu, counted, owned = self.on_cpu, None, None
+        counted, owned = None, None
         label = target.long()
-        if on_cpu or checks.debug():
+        if self.on_cpu or checks.debug():
             low, high = checks.check_target_range(target, num_classes, ignore_index)
-        if ignore_index is not None and not (on_cpu and not low <= ignore_index <= high):
+        if ignore_index is not None and not (self.on_cpu and not low <= ignore_index <= high):
             counted = target != ignore_index
             label = label * counted
-        if not on_cpu:
+        if not self.on_cpu:
             label = label.clamp(0, num_classes - 1)
         column = label
         if self.columns is not None:
             owned = (label >= first) & (label < first + v)
             column = (label - first) * owned
-        column = column.unsqueeze(1)
-        bad = None if on_cpu else self.out_of_range()
+        bad = None if self.on_cpu else self.out_of_range()
+        return Rows(slice(None), self.logits, self.out, counted, label, column.unsqueeze(1), owned, bad, False, True)
+
+    def __iter__(self) -> Iterator[Rows]:
         outer, inner = self.shape
-        whole = 0 < outer * inner <= self.rows
+        every, whole = self.all_rows, 0 < outer * inner <= self.rows
         for b, r, i in plan.row_chunks(outer, inner, self.rows):
-            skipped, mine, here, wrong, out = False, counted, owned, bad, self.out
-            source, mine_label, mine_column = self.logits, label, column
+            rows = every
             if not whole:
-                place = i if source.ndim == 2 else (b, r)
-                source, mine_label, mine_column = source[place], label[i], column[i]
-                mine, here, wrong = (None if mask is None else mask[i] for mask in (counted, owned, bad))
-                out = None if out is None else out[place]
-            if mine is not None and on_cpu:
-                any_, all_ = bool(mine.any()), bool(mine.all())
-                mine, skipped = None if all_ else mine, not any_
-            yield Rows(i, source, out, mine, mine_label, mine_column, here, wrong, skipped, whole)
+                place = i if self.logits.ndim == 2 else (b, r)
+                out = None if every.out is None else every.out[place]
+                masks = (every.counted, every.owned, every.bad)
+                counted, owned, bad = (None if mask is None else mask[i] for mask in masks)
+                of_target = every.label[i], every.target[i]
+                rows = Rows(i, every.source[place], out, counted, *of_target, owned, bad, False, False)
+            if rows.counted is not None and self.on_cpu:
+                any_, all_ = bool(rows.counted.any()), bool(rows.counted.all())
+                rows = rows._replace(counted=None if all_ else rows.counted, skipped=not any_)
+            yield rows
 
     def out_of_range(self) -> Tensor:
         """(N,) bool: targets that are neither a class nor ignored."""

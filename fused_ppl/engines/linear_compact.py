@@ -115,6 +115,9 @@ class _Walk:
         self.w = memory.empty((most, d), head.dtype, device)
         self.g = memory.empty((rows * most,), head.dtype, device)
         self.product = memory.empty((min(most, SLICE), d), head.dtype if head.on_cpu else head.wide, device)
+        self.sum = self.product
+        if self.product.dtype != self.dw.dtype:
+            self.sum = memory.empty(self.product.shape, self.dw.dtype, device)
 
     def group(self, r: slice, h: Tensor, z: Tensor, target_logit: Tensor) -> None:
         how, y = self.how, self.head.target[r]
@@ -203,7 +206,8 @@ class _Walk:
                 torch.mm(g[:, s].t(), h, out=product)
             else:
                 torch.mm(g[:, s].t(), h, out_dtype=product.dtype, out=product)
-            self.dw.index_add_(0, index[s], product.to(self.dw.dtype))
+            wide = self.sum[: s.stop - s.start]
+            self.dw.index_add_(0, index[s], wide if wide.dtype == product.dtype else wide.copy_(product))
 
     def add_bias(self, label: Tensor, columns: Columns, factors: Factors, kept: compact.Kept, g: Tensor) -> None:
         """The column sums, all of them exact; in the kept columns those of a screen would be too coarse."""

@@ -19,7 +19,7 @@ import numpy
 import torch
 from torch import Tensor
 
-LARGE = 32 * 2**20  # bytes; what is smaller the allocator keeps and hands out again
+LARGE = 4 * 2**20  # bytes; what is much smaller the allocator keeps and hands out again
 IDLE_LIMIT = 2**31  # bytes that wait at most; more is given back
 IDLE_REQUESTS = 16  # after so many others a buffer that fitted none is given back
 ALIGNMENT = 64

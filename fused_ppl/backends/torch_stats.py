@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the rows of a chunk say: nll, lse and their parts of S and M, entropy and argmax. For `torch_rows`."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_ppl.backends.shards import LOWEST
+from fused_ppl.backends.torch_walk import Rows, Walk
+from fused_ppl.spec import RowStats
+
+
+def chunk_stats(walk: Walk, rows: Rows, w: Tensor | None, token_weight: Tensor | None) -> RowStats:
+    spec, y = walk.spec, rows.target
+    z = walk.load(rows)
+    # lse = z - logp in any column; in the largest nothing cancels, and a target of probability zero does no harm
+    top = z.argmax(1, keepdim=True) if spec.stats or spec.z_loss else y
+    top_logit = z.gather(1, top) if walk.keep_lse else None
+    # one chunk leaves its memory to the allocator; many share theirs
+    logp = torch.log_softmax(z, 1) if rows.whole else torch.log_softmax(z, 1, out=walk.work(rows))
+    lse = None if top_logit is None else (top_logit.to(walk.wide) - logp.gather(1, top)).squeeze(1)
+    nll = logp.gather(1, y).squeeze(1).neg_()
+    smooth = None
+    if spec.label_smoothing:
+        smooth = -(logp.sum(1) if w is None else logp @ w)
+    entropy = _entropy(logp) if spec.stats else None
+    predicted = top.squeeze(1) if spec.stats else None
+    return row_stats(walk, rows, nll, lse, smooth, entropy, predicted, w, token_weight)
+
+
+def collect(walk: Walk, parts: list[RowStats]) -> RowStats:
+    if not parts:
+        return walk.zeros(None)
+    stats = parts[0] if len(parts) == 1 else RowStats.concatenate(parts)
+    return stats if walk.on_cpu else _mark_out_of_range(stats, walk)
+
+
+def row_stats(
+    walk: Walk,
+    rows: Rows,
+    nll: Tensor,
+    lse: Tensor | None,
+    smooth: Tensor | None,  # sum_v w[v] * (lse - z[v])
+    entropy: Tensor | None,
+    predicted: Tensor | None,
+    w: Tensor | None,
+    token_weight: Tensor | None,
+) -> RowStats:
+    """l and u * w[y] of the rows beside what is known of them; 0 where ignored."""
+    a = walk.spec.label_smoothing
+    of_target = None if w is None else w[rows.label]
+    u = None if token_weight is None else rows.of(token_weight).to(walk.dtype)
+    loss = nll if not a and w is None else product(1 - a, of_target) * nll
+    if smooth is not None:
+        loss = loss + (a / rows.source.shape[-1]) * smooth
+    loss = product(loss, u)
+    weight = torch.ones_like(nll) if u is None and of_target is None else product(1, u, of_target)
+    stats = RowStats(loss, weight, nll, lse, entropy, predicted)
+    if rows.counted is None:
+        return stats
+    counted = rows.counted
+    return stats.map(lambda t, ignored: torch.where(counted, t, ignored))
+
+
+def target_z(walk: Walk, target_logit: Tensor) -> Tensor:
+    """(N,): z of each row's target, NaN in the place of +inf as in PyTorch."""
+    z_y = target_logit.to(walk.dtype, copy=True)
+    walk.transform(z_y, None)
+    return z_y.masked_fill_(z_y == torch.inf, torch.nan)
+
+
+class Others(NamedTuple):
+    """Of each row, what the classes that are not its target say: their log-sum-exp is top + excess, kept in two parts,
+    because rounded to one it would lose what a large logit covers."""
+
+    nll: Tensor  # (n,)
+    top: Tensor  # (n,)
+    excess: Tensor  # (n,)
+    plain_sum: Tensor | None  # (n,): sum_v w[v] * z[v], of all classes
+    entropy: Tensor | None
+    predicted: Tensor | None
+
+    @classmethod
+    def none(cls, walk: Walk, rows: Rows) -> Others:
+        """Of rows that are all ignored."""
+        zeros = walk.buffer.new_zeros(rows.target.shape[0])
+        entropy, predicted = (zeros, rows.label) if walk.spec.stats else (None, None)
+        return cls(zeros, zeros, zeros, zeros if walk.spec.label_smoothing else None, entropy, predicted)
+
+    def lse(self, walk: Walk, z_y: Tensor) -> Tensor:
+        """(n,) of all classes. aten computes vectors and what is left over with different roundings: filled up, so that
+        a row says the same wherever it stands."""
+        pairs = torch.stack([self.top.to(walk.wide) + self.excess, z_y.to(walk.wide)])
+        filled = torch.nn.functional.pad(pairs, (0, -z_y.shape[0] % 64))
+        return torch.logaddexp(*filled)[: z_y.shape[0]]
+
+
+def stats_of_others(
+    walk: Walk, parts: list[Others], z_y: Tensor, w: Tensor | None, token_weight: Tensor | None
+) -> RowStats:
+    """The statistics of all rows."""
+    if not parts:
+        return walk.zeros(None)
+    found = Others(*(None if c[0] is None else torch.cat(c) for c in zip(*parts, strict=True)))  # type: ignore[arg-type]
+    lse = found.lse(walk, z_y)
+    smooth = None
+    if found.plain_sum is not None:
+        smooth = (walk.logits.shape[-1] if w is None else w.sum()) * lse.to(walk.dtype) - found.plain_sum
+    of_rows = (found.nll, lse, smooth, found.entropy, found.predicted)
+    stats = row_stats(walk, walk.all_rows, *of_rows, w, token_weight)
+    return stats if walk.on_cpu else _mark_out_of_range(stats, walk)
+
+
+def without_target(
+    walk: Walk,
+    rows: Rows,
+    target_logit: Tensor,
+    z_y: Tensor,
+    w: Tensor | None,
+    derivative: Tensor | None,
+) -> tuple[Others, Tensor, Tensor, Tensor]:
+    """What is known of the rows; p of the classes that are not the target, up to a factor of the row; that factor; and
+    the mass of those classes, 1 - p_y."""
+    spec, y, z_y = walk.spec, rows.target, rows.of(z_y)
+    x = walk.copy(rows)
+    if spec.softcap is not None or spec.label_smoothing or spec.stats:
+        x.scatter_(1, y, rows.of(target_logit).unsqueeze(1))
+    walk.transform(x, derivative)
+    plain_sum = None
+    if spec.label_smoothing:
+        plain_sum = x.sum(1) if w is None else x @ w
+    predicted = x.argmax(1) if spec.stats else None
+    # the largest of the others takes the target's place: its share then tells the others' sum, which is not less
+    x.scatter_(1, y, -torch.inf)
+    top = x.amax(1, keepdim=True).clamp_min_(torch.finfo(x.dtype).min)  # others that are all masked have no mass
+    x.scatter_(1, y, top)
+    torch.softmax(x, 1, out=x)
+    share = x.gather(1, y).squeeze(1)
+    x.scatter_(1, y, 0)
+    top, left = top.squeeze(1), 1 - share
+    excess = (left / share).log_()
+    nll = torch.nn.functional.softplus(top - z_y + excess, threshold=40.0)
+    if rows.bad is not None:
+        nll = nll.masked_fill(rows.bad, torch.nan)
+    others = others_mass(nll)
+    left.clamp_min_(0.25)  # from 0.5 on, unless no other class has any mass
+    entropy = None
+    if spec.stats:
+        rest = torch.special.entr(others) + others * (torch.special.entr(x).sum(1) / left + left.log())
+        entropy = torch.where(others < 1, (1 - others) * nll, 0) + rest
+    return Others(nll, top, excess, plain_sum, entropy, predicted), x, others / left, others
+
+
+def others_mass(nll: Tensor) -> Tensor:
+    """1 - p_y, accurate relative to the result."""
+    return -torch.expm1(-nll)
+
+
+def _mark_out_of_range(stats: RowStats, walk: Walk) -> RowStats:
+    """NaN where a target is out of range; a CPU has raised already."""
+    bad = walk.out_of_range()
+    loss, nll = (t.masked_fill(bad, torch.nan) for t in (stats.loss, stats.nll))
+    lse = None if stats.lse is None else stats.lse.masked_fill(bad, torch.nan)
+    return stats._replace(loss=loss, nll=nll, lse=lse)
+
+
+def _entropy(logp: Tensor) -> Tensor:
+    """-sum p log p, 0 where p is; `logp` is used up."""
+    p = logp.exp()
+    return p.mul_(logp.clamp_(min=torch.finfo(logp.dtype).min)).sum(1).neg_()
+
+
+def product(first: Tensor | float, *factors: Tensor | None) -> Tensor:
+    """The product of those that are there, at least one of them a tensor."""
+    for factor in factors:
+        if factor is not None:
+            first = first * factor
+    return first  # type: ignore[return-value]
+
+
+def shard_stats(walk: Walk, z: Tensor, y: Tensor, owned: Tensor, w: Tensor | None) -> Tensor:
+    of_target = z.gather(1, y)
+    top, column = z.max(1, keepdim=True)
+    top = top.clamp(min=LOWEST)
+    spread = torch.zeros_like(top)
+    if walk.spec.label_smoothing:
+        z.scatter_(1, y, torch.where(owned, 0, of_target))
+        spread = z.sum(1, keepdim=True) if w is None else (z @ w).unsqueeze(1)
+    z.scatter_(1, y, torch.where(owned, -torch.inf, of_target))
+    z.sub_(top)
+    e = z.exp() if walk.spec.stats else z.exp_()
+    tail = (z.clamp_(min=-1e3) * e).sum(1, keepdim=True) if walk.spec.stats else spread
+    fields = (top, e.sum(1, keepdim=True), torch.where(owned, of_target, 0), spread, tail, column)
+    return torch.cat([f.to(walk.wide) for f in fields], 1)
