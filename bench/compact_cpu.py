@@ -53,8 +53,12 @@ def run(case: Case, rounds: int, share: float) -> list[dict[str, Any]]:
     gradient = torch.randn(n, v).to(DTYPES[dtype])
     h, w = hidden.detach(), weight.detach()
 
+    logits, dhidden, dweight = (torch.empty_like(t) for t in (gradient, h, w))  # fresh memory would take its time
+
     def bare() -> object:
-        return torch.mm(h, w.t()), torch.mm(gradient, w), torch.mm(gradient.t(), h)
+        torch.mm(h, w.t(), out=logits)
+        torch.mm(gradient, w, out=dhidden)
+        return torch.mm(gradient.t(), h, out=dweight)
 
     def step(options: Options) -> object:
         loss = fused_ppl.linear_cross_entropy(hidden, weight, target, options=options)

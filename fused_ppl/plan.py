@@ -55,8 +55,9 @@ COLUMNS = 8192  # of a slice of the vocabulary
 LEAST_COLUMNS = 256
 
 
-# that share their kept columns: fewer need fewer columns, and read and write more of the weight
-GROUP_ROWS = {"cpu": 512, "gpu": 1024}
+# that share their kept columns, at most: fewer need fewer columns, and read and write more of the weight; the products
+# of more than these are slow in bf16 on a CPU
+GROUP_ROWS = {"cpu": 640, "gpu": 1024}
 MOST_COLUMNS = 4  # above a share of 1 / 4 kept columns save little
 
 
@@ -133,6 +134,11 @@ def _within(wanted: int, room: int, size: int, least: int) -> int:
     return min(wanted, room // size) if room >= size else min(wanted, least)
 
 
+def _even(rows: int, n: int) -> int:
+    """At most `rows`, so that the last chunk is as large as the others."""
+    return math.ceil(n / math.ceil(n / rows)) if n else rows
+
+
 def linear_kind(case: LinearCase, per_token: bool) -> str:
     """The kind of plan. It never depends on N, which torch.compile may not know.
 
@@ -153,10 +159,13 @@ def linear_plan(case: LinearCase, kind: str) -> LinearPlan:
     n, v, d, size = case.num_tokens, case.num_classes, case.hidden_size, case.itemsize
     wide, product = max(4, size), 2 * n * v * d
     least, most = MIN_ROWS[case.place][size], MAX_ROWS[case.place]
-    rows = CHUNK_BYTES[case.place] // (v * size)
+    screened = kind == "compact" and case.compact is not None and case.compact.screen is not None
+    logit = 2 if screened else size
+    rows = CHUNK_BYTES[case.place] // (v * logit)
     if case.place == "cpu":
-        # larger than half of the fp32 gradient of the weight it would cost more memory than it saves time
-        rows = min(rows, 2 * d // size)
+        # larger than half of the fp32 gradient of the weight it would cost more memory than it saves time; the cheap
+        # product of a screen gains more
+        rows = min(rows, wide * d // (logit * (1 if screened else 2)))
     rows = min(max(rows, least), most)
     made_in_forward = kind in ("rows", "compact")
     saved = case.accumulator_bytes + wide * n * d * case.grads[0] if made_in_forward else 2 * wide * n
@@ -175,11 +184,11 @@ def linear_plan(case: LinearCase, kind: str) -> LinearPlan:
             columns = _within(columns, case.memory_budget - fixed, max(1, n * size), LEAST_COLUMNS)
         backward = fixed + columns * n * size
     if case.memory_budget is not None:
-        rows = _within(rows, case.memory_budget - (saved if made_in_forward else 0), v * size, least)
+        rows = _within(rows, case.memory_budget - (saved if made_in_forward else 0), v * logit, least)
     rows = max(1, min(rows, n))
-    if case.place == "cpu" and n:
-        rows = -(-n // -(-n // rows))  # the last chunk as large as the others
-    temporary = max(rows * v * size, backward)
+    if case.place == "cpu":
+        rows = _even(rows, n)
+    temporary = max(rows * v * logit, backward)
     if case.memory_budget is not None and temporary + saved > case.memory_budget:
         reason += f", over the budget of {case.memory_budget / 2**20:.0f} MiB: its fixed part alone does not fit"
     if kind == "compact":
@@ -193,9 +202,7 @@ def _compact_plan(case: LinearCase, rows: int, saved: int, reason: str) -> Linea
     assert case.compact is not None
     n, v, d, size = case.num_tokens, case.num_classes, case.hidden_size, case.itemsize
     count, gradients, screened = case.compact.count(v), case.grads[0] + case.grads[1], case.compact.screen is not None
-    group = math.ceil(rows / max(1, round(rows / GROUP_ROWS[case.place])))
-    if screened:
-        rows = group
+    group = math.ceil(rows / math.ceil(rows / GROUP_ROWS[case.place]))
     # the chunk of logits, kept columns of the weight, of a group's logits and of what adds to dW; sums of columns
     buffers = rows * v * (2 if screened else size) + count * (d + group * (1 + screened)) * size
     buffers += max(4, size) * v * (math.ceil(n / group) + 4)

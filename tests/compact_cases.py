@@ -32,7 +32,7 @@ named = pytest.mark.parametrize("keywords", OPTIONS.values(), ids=list(OPTIONS))
 @pytest.fixture(autouse=True)
 def small_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several groups of rows in a small batch."""
-    monkeypatch.setattr(plan, "GROUP_ROWS", {"cpu": 16, "gpu": 16})
+    monkeypatch.setattr(plan, "GROUP_ROWS", {"cpu": ROWS, "gpu": ROWS})
     monkeypatch.setattr(plan, "CPU_BUFFER_PER_THREAD", 4 * V * 4)
     monkeypatch.setattr(plan, "CPU_BUFFER", 4 * V * 4)
 

@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from fused_ppl.backends.torch_rows import Coefficients, coefficients, finish_gradient, probabilities
+from fused_ppl.backends.torch_rows import Coefficients, coefficients, exponentials, finish_gradient, probabilities
 from fused_ppl.backends.torch_stats import others_mass, stats_of_others, target_z, without_target
 from fused_ppl.backends.torch_walk import Walk
 from fused_ppl.spec import Columns, Factors, LossSpec, RowStats
@@ -174,24 +174,23 @@ def nll_rescreen(
     coarse = screened.new_empty(walk.buffer.shape)
     parts = []
     for rows in walk:
-        i, n = rows.span, rows.target.shape[0]
-        old, one = stats.nll[i], torch.ones_like(stats.nll[i])
+        i, n, old = rows.span, rows.target.shape[0], stats.nll[rows.span]
         q, derivative = other[:n], None if spec.softcap is None else slope[:n]
         q.copy_(_gather(screened[i], index, coarse[:n]))
         walk.transform(q, derivative)
-        probabilities(q, stats.lse[i], one, q)
+        scale = exponentials(q, stats.lse[i], q)
         q.scatter_(1, rows.target, 0)
-        mass_before = q.sum(1)
-        part_before = mass_before * spec.logit_scale if derivative is None else q.mul_(derivative).sum(1)
+        mass_before = q.sum(1) * scale
+        part_before = mass_before * spec.logit_scale if derivative is None else q.mul_(derivative).sum(1) * scale
         p = walk.copy(rows)
         walk.transform(p, derivative)
-        probabilities(p, stats.lse[i], one, p)
+        exponentials(p, stats.lse[i], p)
         p.scatter_(1, rows.target, 0)
-        mass = p.sum(1)
+        mass = p.sum(1) * scale
         rest = (others_mass(old) - mass_before).clamp_min_(0)
         nll = torch.nn.functional.softplus((rest + mass).log() + old, threshold=40.0)
         shrink = 1 - others_mass(nll - old)
-        p.mul_((factors.a[i] * shrink).unsqueeze(1))
+        p.mul_((factors.a[i] * shrink * scale).unsqueeze(1))
         c = Coefficients(factors.a[i], factors.rest[i], None)
         finish_gradient(walk, rows, p, c, c.at_target(-others_mass(nll)), None, derivative, 0)
         left = (factors.row_sum[i] - factors.at_target[i] - factors.a[i] * part_before) * shrink

@@ -90,10 +90,15 @@ def nll_backward(
 
 
 def probabilities(z: Tensor, lse: Tensor, factor: Tensor, out: Tensor) -> None:
-    """factor * exp(z - lse) of the rows, with lse in two parts: the low one, lost by an fp32 lse, scales the row."""
+    """factor * exp(z - lse) of the rows."""
+    out.mul_((factor * exponentials(z, lse, out)).unsqueeze(1))
+
+
+def exponentials(z: Tensor, lse: Tensor, out: Tensor) -> Tensor:
+    """exp(z - lse) up to a factor of each row, which is returned: the low part of lse, lost by an fp32 lse."""
     high = lse.to(z.dtype)
     torch.sub(z, high.unsqueeze(1), out=out).exp_()
-    out.mul_((factor * (high - lse).exp().to(z.dtype)).unsqueeze(1))
+    return (high - lse).exp().to(z.dtype)
 
 
 def nll_forward_backward(

@@ -77,7 +77,7 @@ def _forward(hidden, linear_weight, linear_bias, target, weight, token_weight, *
     modules = backends.load(backend_name), backends.load_compact(backend_name)
     how = How(spec, *modules, None if weight is None else weight.to(head.wide), u, memory_budget, choice)
     cheap = None if screen is None else Screen(screen, linear_weight, linear_bias)
-    chunk = made.rows if cheap is None else group
+    chunk = made.rows
     buffer = memory.empty((min(chunk, max(m, 1)), v), cheap.dtype if cheap else head.dtype, hidden.device)
     walk = _Walk(head, how, cheap, (dh, dweight, dbias), min(group, max(m, 1)))
     for start in range(0, m, chunk):
