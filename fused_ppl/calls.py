@@ -121,16 +121,16 @@ def from_hidden(
         return reference.logits_loss(logits, target, spec, weight, token_weight, num_items)
     tensors = (input, linear_weight, linear_bias)
     grads = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in tensors)
-    # a shard of the vocabulary knows its gradients only when the others have been heard
-    per_token = spec.reduction in ("none", "sequence") or (spec.stats and spec.z_loss > 0) or num_classes > 0
     shape = (target.numel(), *linear_weight.shape, dtype.itemsize, device, grads, options.memory_budget)
     asked, case = (options.gradient_tolerance, options.gradient_columns, options.screen), plan.LinearCase(*shape)
     if any(asked):
-        rank_checks.check_whole_vocabulary(num_classes)
+        rank_checks.check_no_screen(options.screen, num_classes)
         # under a cap the smoothing's part of the gradient is no product: there nothing is left out
         if not (spec.softcap and spec.label_smoothing):
             case = dataclasses.replace(case, compact=plan.Compact(*asked))
-    kind = plan.linear_kind(case, per_token)
+    per_token = spec.reduction in ("none", "sequence") or (spec.stats and spec.z_loss > 0)
+    # a shard of the vocabulary knows its gradients only when the others have been heard
+    kind = plan.linear_kind(case, per_token or (num_classes > 0 and case.compact is None))
     if groups is not None and checks.debug():
         given = {"class weights": weight, "num_items": num_items, "bias": linear_bias}
         _compare(groups, spec, num_classes or linear_weight.shape[0], target, dtype, given)

@@ -167,13 +167,24 @@ def hidden_forward(
 def compact_forward(
     tensors: Sequence[Any],  # hidden, linear_weight, linear_bias, target, weight, token_weight, num_items
     spec: tuple[Any, ...],
-    how: tuple[Any, ...],
+    how: tuple[Any, ...],  # backend, dtype, grads, memory_budget, gradient_tolerance, gradient_columns, screen
     groups: Groups | None,
 ) -> tuple[Tensor, ...]:
-    """The twelve results of `linear_forward`, of the batch of all ranks; then `residual` and `loss_error`, each rank's
-    own."""
+    """The twelve results of `linear_forward`, of the batch and the vocabulary of all ranks; then `residual` and
+    `loss_error`, each rank's own."""
     *local, num_items = tensors
-    return _finish(_OPS.linear_compact(*local, *spec, *how), num_items, spec, groups)
+    if groups is None or not groups.vocab:
+        return _finish(_OPS.linear_compact(*local, *spec, *how), num_items, spec, groups)
+    backend, dtype, grads, memory_budget, *asked, _ = how
+    shard, wide = (groups.first, groups.num_classes), torch.float64 if dtype == torch.float64 else torch.float32
+    parts = _OPS.shard_hidden(*local[:5], *spec, backend, dtype, memory_budget, *shard, groups.layout)
+    sums, nll, lse, *others = _merge(parts, local[3:], spec, wide, groups)
+    dhidden, *made, residual = _OPS.linear_compact_shard(*local, lse, nll, *spec, *how[:4], *asked, *shard)
+    if groups.sum_hidden and grads[0]:
+        dhidden = reduce(dhidden, "sum", groups.vocab)  # each shard has made its part
+    return _finish(
+        (sums, nll, lse, *others, dhidden, *made, residual, torch.zeros_like(residual)), num_items, spec, groups
+    )
 
 
 def _merge(

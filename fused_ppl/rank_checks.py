@@ -45,11 +45,12 @@ def check_no_group(group: object) -> None:
         )
 
 
-def check_whole_vocabulary(num_classes: int) -> None:
-    if num_classes:
+def check_no_screen(screen: str | None, num_classes: int) -> None:
+    if screen is not None and num_classes:
         raise NotImplementedError(
-            "gradient_tolerance and gradient_columns choose among all classes, and this rank holds a shard of "
-            f"{num_classes}. Leave them out, or gather the head."
+            f"a shard of the {num_classes} classes computes its logits in full for the loss of all ranks, and a screen "
+            f"would only come on top; got screen={screen!r}. Leave it out; gradient_tolerance and gradient_columns may "
+            "stay."
         )
 
 

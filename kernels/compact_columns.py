@@ -39,7 +39,7 @@ class Partials(NamedTuple):
     size: Tensor  # (parts, V): sum of |entry|, without the targets' entries
     square: Tensor  # (parts, V)
     total: Tensor | None = None  # (parts, V): sum of entries, where rows may differ in sign
-    row_sum: Tensor | None = None  # (tiles, N): sum of entries of a row, under a softcap
+    row_sum: Tensor | None = None  # (tiles, N): sum of entries of a row, under a softcap and in a shard
 
 
 @triton.jit

@@ -15,9 +15,10 @@ that is per row are (N,). `nll_forward` returns Totals where the same launch has
 `nll_forward_shard` gives statistics of a shard of the vocabulary, which `shards` merges, the same for every backend;
 `columns` = (first, num_classes) says which part of the vocabulary the logits are, there and in `nll_backward`.
 
-The compact fused head asks a second module of each backend for three more, over logits (R, V) or (R, K):
+The compact fused head asks a second module of each backend for four more, over logits (R, V) or (R, K):
 
     nll_columns(logits, target_logit, target, spec, weight, token_weight, signed) -> (RowStats, Columns, Factors)
+    nll_columns_shard(logits, target_logit, target, lse, nll, spec, ..., signed, shard) -> (Columns, Factors)
     nll_kept(logits, index, place, stats, factors, spec, out) -> what is left of the row sums
     nll_rescreen(logits, screened, index, place, stats, factors, spec, weight_sum) -> (RowStats, the same, error of nll)
 """

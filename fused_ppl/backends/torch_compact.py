@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fused_ppl.backends.torch_rows import Coefficients, coefficients, exponentials, finish_gradient, probabilities
 from fused_ppl.backends.torch_stats import others_mass, stats_of_others, target_z, without_target
-from fused_ppl.backends.torch_walk import Walk
+from fused_ppl.backends.torch_walk import Rows, Walk
 from fused_ppl.spec import Columns, Factors, LossSpec, RowStats
 
 
@@ -33,47 +35,107 @@ def nll_columns(
 
     `signed`: rows may differ in sign, and the sums with their signs are wanted as well.
     """
-    v = logits.shape[1]
     walk = Walk(logits.unsqueeze(0), target, spec, memory_budget)
     if weight is not None:
         weight = weight.to(walk.dtype)
-    slope = None if spec.softcap is None else torch.empty_like(walk.buffer)
-    adds = [_ColumnSums(walk, v) for _ in range(3 if signed else 2)]
     z_y = target_z(walk, target_logit)
-    parts, known = [], []
-    for rows in walk:
-        derivative = None if slope is None else slope[: rows.target.shape[0]]
-        found, p, of_others, others = without_target(walk, rows, target_logit, z_y, weight, derivative)
-        parts.append(found)
-        of_norm = None
-        if spec.z_loss:
-            of_norm = 2 * spec.z_loss * found.lse(walk, rows.of(z_y)).to(walk.dtype)
-        c = coefficients(rows, spec, weight, token_weight, v, torch.ones_like(others), of_norm, walk.dtype)
+    found = []
+
+    def parts() -> Iterator[_Part]:
+        slope = None if spec.softcap is None else torch.empty_like(walk.buffer)
+        for rows in walk:
+            derivative = None if slope is None else slope[: rows.target.shape[0]]
+            of_rows, p, factor, others = without_target(walk, rows, target_logit, z_y, weight, derivative)
+            found.append(of_rows)
+            lse = of_rows.lse(walk, rows.of(z_y)) if spec.z_loss else None
+            yield _Part(rows, p, factor, others, lse, derivative)
+
+    columns, factors = _sums(walk, parts(), weight, token_weight, signed, logits.shape[1])
+    return stats_of_others(walk, found, z_y, weight, token_weight), columns, factors
+
+
+def nll_columns_shard(
+    logits: Tensor,  # (R, V of this shard): left as they are
+    target_logit: Tensor,  # (R,), for other backends
+    target: Tensor,  # (R,)
+    lse: Tensor,  # (R,): of all classes
+    nll: Tensor,  # (R,)
+    spec: LossSpec,
+    weight: Tensor | None,  # (num_classes,)
+    token_weight: Tensor | None,
+    signed: bool,
+    memory_budget: int | None,
+    shard: tuple[int, int],  # the first of the classes, and the number of all
+) -> tuple[Columns, Factors]:
+    """`nll_columns` where the statistics are known: of the columns of a shard of the vocabulary."""
+    walk = Walk(logits.unsqueeze(0), target, spec, memory_budget, None, shard)
+    if weight is not None:
+        weight = weight.to(walk.dtype)
+
+    def parts() -> Iterator[_Part]:
+        slope = None if spec.softcap is None else torch.empty_like(walk.buffer)
+        for rows in walk:
+            i, y, owned = rows.span, rows.target, rows.owned
+            assert owned is not None
+            derivative = None if slope is None else slope[: y.shape[0]]
+            p = walk.copy(rows)
+            walk.transform(p, derivative)
+            factor = exponentials(p, lse[i], p)
+            p.scatter_(1, y, p.gather(1, y).masked_fill_(owned.unsqueeze(1), 0))
+            yield _Part(rows, p, factor, others_mass(nll[i]), lse[i], derivative)
+
+    return _sums(walk, parts(), weight, token_weight, signed, shard[1])
+
+
+class _Part(NamedTuple):
+    """A chunk of rows, on its way into sums over the columns."""
+
+    rows: Rows
+    p: Tensor  # (n, V): of the classes that are not the target, up to the factor; used up
+    factor: Tensor  # (n,)
+    others: Tensor  # (n,): 1 - p_y
+    lse: Tensor | None  # (n,): where z_loss asks for it
+    derivative: Tensor | None  # (n, V): under a cap
+
+
+def _sums(
+    walk: Walk,
+    parts: Iterator[_Part],
+    weight: Tensor | None,
+    token_weight: Tensor | None,
+    signed: bool,
+    num_classes: int,
+) -> tuple[Columns, Factors]:
+    spec, v = walk.spec, walk.logits.shape[-1]
+    adds = [_ColumnSums(walk, v) for _ in range(3 if signed else 2)]
+    known = []
+    for rows, p, factor, others, lse, derivative in parts:
+        of_norm = 2 * spec.z_loss * lse.to(walk.dtype) if spec.z_loss and lse is not None else None
+        c = coefficients(rows, spec, weight, token_weight, num_classes, torch.ones_like(others), of_norm, walk.dtype)
         if derivative is not None:
             p.mul_(derivative)
         if rows.counted is not None:
             p.masked_fill_(~rows.counted.unsqueeze(1), 0)
-        of_row = c.a * of_others
+        of_row = c.a * factor
         if derivative is None and spec.logit_scale != 1:
             of_row.mul_(spec.logit_scale)
         if rows.counted is not None:
             of_row = torch.where(rows.counted, of_row, 0)
-        slope_y, others_sum = None, None
-        if derivative is not None:
-            slope_y, others_sum = derivative.gather(1, rows.target).squeeze(1), p.sum(1) * of_row
+        slope_y = None if derivative is None else derivative.gather(1, rows.target).squeeze(1)
+        # all of a row, and not a shard, sums to what is known
+        others_sum = p.sum(1) * of_row if derivative is not None or rows.owned is not None else None
         known.append((c.a, c.rest, c.c, others, slope_y, others_sum))
         if signed:
             adds[2].add(p, of_row)
         adds[0].add(p, of_row.abs())
         adds[1].add(p.square_(), of_row.square())
-    stats = stats_of_others(walk, parts, z_y, weight, token_weight)
     size, square, *total = (add.sums() for add in adds)
-    sums = Columns(size, square, total[0] if signed else size[:0])
+    columns = Columns(size, square, total[0] if signed else size[:0])
     if not known:
         nothing = size[:0]
-        return stats, sums, Factors(nothing, nothing, nothing, nothing, nothing)
+        return columns, Factors(nothing, nothing, nothing, nothing, nothing)
     of_rows = (None if f[0] is None else torch.cat(f) for f in zip(*known, strict=True))
-    return stats, sums, _factors(spec, walk.all_rows.counted, *of_rows)  # type: ignore[arg-type]
+    return columns, _factors(spec, walk.all_rows, *of_rows)  # type: ignore[arg-type]
 
 
 class _ColumnSums:
@@ -98,32 +160,31 @@ class _ColumnSums:
 
 def _factors(
     spec: LossSpec,
-    counted: Tensor | None,
+    rows: Rows,
     a: Tensor,
     rest: Tensor | None,
     c: Tensor | None,
     others: Tensor,  # (R,): 1 - p_y
     slope_y: Tensor | None,  # (R,): of the cap, at the target
-    others_sum: Tensor | None,  # (R,): with a cap, the row sum without the target
+    others_sum: Tensor | None,  # (R,): the row sum without the target, where it has been summed
 ) -> Factors:
     at_target = Coefficients(a, rest, c).at_target(-others)
+    at_target = at_target * (spec.logit_scale if slope_y is None else slope_y)
+    if rows.owned is not None:
+        at_target = torch.where(rows.owned, at_target, 0)
     rest = torch.zeros_like(a) if rest is None else rest
-    if slope_y is None or others_sum is None:
-        at_target, row_sum = at_target * spec.logit_scale, rest * spec.logit_scale
-    else:
-        at_target = at_target * slope_y
-        row_sum = others_sum + at_target
+    row_sum = rest * spec.logit_scale if others_sum is None else others_sum + at_target
     pull = a[:0] if c is None else c * spec.logit_scale
     factors = Factors(a, rest, pull, row_sum, at_target)
-    if counted is None:
+    if rows.counted is None:
         return factors
-    return Factors(*(torch.where(counted, x, 0) if x.numel() else x for x in factors[:5]))  # type: ignore[arg-type]
+    return Factors(*(torch.where(rows.counted, x, 0) if x.numel() else x for x in factors[:5]))  # type: ignore[arg-type]
 
 
 def nll_kept(
     logits: Tensor,  # (R, V): left as they are
     index: Tensor,  # (K,): the kept columns
-    place: Tensor,  # (R,): the target's column among them
+    place: Tensor,  # (R,): the target's column among them, K where it is in another shard of the vocabulary
     stats: RowStats,
     factors: Factors,
     spec: LossSpec,
@@ -216,5 +277,5 @@ def _gather(logits: Tensor, index: Tensor, out: Tensor) -> Tensor:
 
 def _kept_walk(logits: Tensor, place: Tensor, spec: LossSpec, memory_budget: int | None) -> Walk:
     """In place, over rows that are all taken: those which are not counted have factors of 0."""
-    rows = logits.unsqueeze(0)
-    return Walk(rows, place, dataclasses.replace(spec, ignore_index=None), memory_budget, rows, (0, logits.shape[1]))
+    rows, shard = logits.unsqueeze(0), (0, logits.shape[1] + 1)  # in which K is a class that is elsewhere
+    return Walk(rows, place, dataclasses.replace(spec, ignore_index=None), memory_budget, rows, shard)

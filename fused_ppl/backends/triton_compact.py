@@ -28,8 +28,40 @@ def nll_columns(
     rows = (target_logit, target, spec, weight, token_weight)
     stats = triton_rows.nll_forward_backward(logits, *rows, None, memory_budget)
     assert stats.lse is not None
+    return stats, *_sums(logits, *rows, stats.lse, stats.nll, signed, None)
+
+
+def nll_columns_shard(
+    logits: Tensor,  # (R, V of this shard): left as they are
+    target_logit: Tensor,  # (R,) fp32: of the targets that are in the shard
+    target: Tensor,  # (R,)
+    lse: Tensor,  # (R,) fp64: of all classes
+    nll: Tensor,  # (R,)
+    spec: LossSpec,
+    weight: Tensor | None,  # (num_classes,)
+    token_weight: Tensor | None,
+    signed: bool,
+    memory_budget: int | None,
+    shard: tuple[int, int],  # the first of the classes, and the number of all
+) -> tuple[Columns, Factors]:
+    """`nll_columns` where the statistics are known: of the columns of a shard of the vocabulary."""
+    return _sums(logits, target_logit, target, spec, weight, token_weight, lse, nll, signed, shard)
+
+
+def _sums(
+    logits: Tensor,
+    target_logit: Tensor,
+    target: Tensor,
+    spec: LossSpec,
+    weight: Tensor | None,
+    token_weight: Tensor | None,
+    lse: Tensor,
+    nll: Tensor,
+    signed: bool,
+    shard: tuple[int, int] | None,
+) -> tuple[Columns, Factors]:
     (n, v), numbers = logits.shape, triton_rows.numbers(spec)
-    target, softcap = target.contiguous(), spec.softcap is not None
+    target = target.contiguous()
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=logits.device)
@@ -39,22 +71,27 @@ def nll_columns(
     compact_columns.launch_row_factors(
         target_logit.contiguous(),
         target,
-        stats.lse,
-        stats.nll,
+        lse.contiguous(),
+        nll.contiguous(),
         triton_rows.weights(weight, token_weight, spec),
         made,
         numbers,
-        num_classes=v,
+        num_classes=v if shard is None else shard[1],
         ignore_index=spec.ignore_index,
     )
+    if shard is not None:
+        target = target - shard[0]  # outside of the shard it is no column
+        made.at_target.masked_fill_((target < 0) | (target >= v), 0)
     size = launch.device_size(logits.device)
     block, part, num_warps = compact_columns.tiling(n, v, logits.itemsize, *size)
     parts = -(-n // part) if n else 0
+    # all of a row, without a cap and not a shard, sums to what is known
+    summed = spec.softcap is not None or shard is not None
     partials = compact_columns.Partials(
         empty(parts, v),
         empty(parts, v),
         empty(parts, v) if signed else None,
-        empty(-(-v // block), n) if softcap else None,
+        empty(-(-v // block), n) if summed else None,
     )
     compact_columns.launch_column_sums(
         logits, target, made, partials, numbers, rows_per_part=part, block=block, num_warps=num_warps
@@ -65,13 +102,13 @@ def nll_columns(
     pull = made.rest[:0] if pull is None else pull * scale
     total = partials.size.sum(0)[:0] if partials.total is None else partials.total.sum(0) * scale
     columns = Columns(partials.size.sum(0) * scale, partials.square.sum(0) * scale**2, total)
-    return stats, columns, Factors(made.a, made.rest, pull, row_sum, at_target, (made.scaled, made.lse2))
+    return columns, Factors(made.a, made.rest, pull, row_sum, at_target, (made.scaled, made.lse2))
 
 
 def nll_kept(
     logits: Tensor,  # (R, V): left as they are
     index: Tensor,  # (K,): the kept columns
-    place: Tensor,  # (R,): the target's column among them
+    place: Tensor,  # (R,): the target's column among them, K where it is in another shard of the vocabulary
     stats: RowStats,
     factors: Factors,
     spec: LossSpec,

@@ -27,7 +27,7 @@ class Kept(NamedTuple):
     """The kept columns of a group."""
 
     columns: Tensor  # (K,) int64, rising
-    place: Tensor  # (R,) int64: of each row's target among them
+    place: Tensor  # (R,) int64: of each row's target among them, K where it is in another shard of the vocabulary
     tail: Tensor  # (V,): the column sums of |T|, 0 in the kept columns
     tail_square: Tensor  # (): |T|^2
 
@@ -52,14 +52,20 @@ class Choice:
             self.expected = None if self.last is None else self.last.count(step)
 
     def of_group(self, columns: Columns, factors: Factors, label: Tensor) -> int | None:
-        """The count of a group, or None for all columns."""
+        """The count of a group, or None for all columns. Never less than there are targets."""
+        least = min(label.shape[0], columns.square.shape[0])
         if self.tolerance is None:
-            return self.most
+            return max(self.most, least)
         need = needed(columns, factors, label, self.tolerance)
         if not self.waits:
             self.needs.append(need)
-        count = int(need) if self.waits else self.expected
-        return None if count is None or count > self.most else count
+        if self.waits:
+            count = int(need)
+        elif self.expected is None:
+            return None
+        else:
+            count = max(self.expected, least)
+        return None if count > self.most else count
 
     def after(self, count: int, error: Tensor, norm: Tensor) -> int | None:
         """What to keep in the place of `count` columns that left `error` of the gradient's `norm` (both squared):
@@ -144,14 +150,15 @@ def norm_square(columns: Columns, factors: Factors) -> Tensor:
 def keep(columns: Columns, label: Tensor, count: int) -> Kept:
     """The `count` columns with the largest sum of squares, the targets of the rows (at most `count`) among them."""
     chosen = _score(columns, label).topk(count, sorted=False).indices.sort().values
-    inverse = torch.zeros_like(columns.square, dtype=torch.int64)
-    inverse[chosen] = torch.arange(count, device=label.device)
+    place = torch.full((columns.square.shape[0] + 1,), count, device=label.device)
+    place[chosen] = torch.arange(count, device=label.device)
     rest = columns.square.index_fill(0, chosen, 0).sum(dtype=sum_dtype(label.device))
-    return Kept(chosen, inverse[label], columns.size.index_fill(0, chosen, 0), rest)
+    return Kept(chosen, place[label], columns.size.index_fill(0, chosen, 0), rest)
 
 
 def _score(columns: Columns, label: Tensor) -> Tensor:
-    return columns.square.index_fill(0, label, torch.inf)
+    """What is kept first: the targets; V stands for one in another shard of the vocabulary."""
+    return torch.nn.functional.pad(columns.square, (0, 1)).index_fill_(0, label, torch.inf)[:-1]
 
 
 def error_square(kept: Kept, row_sums: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ and the rest of the gradient becomes the product of its row sums and its column 
     and once, over all groups, dW += c (d^T h)/s
 
 Loss and lse are those of `linear_rows`, bit for bit. With a screen the first product is a cheap one, and the kept
-columns alone are computed in full.
+columns alone are computed in full. A shard of the vocabulary has been told lse and nll, and computes its logits again.
 """
 
 from __future__ import annotations
@@ -31,6 +31,12 @@ LIBRARY.define(
     "-> (Tensor sums, Tensor nll, Tensor lse, Tensor entropy, Tensor predicted, Tensor dhidden, Tensor dweight, "
     "Tensor dbias, Tensor residual, Tensor loss_error)"
 )
+LIBRARY.define(
+    "linear_compact_shard(Tensor hidden, Tensor linear_weight, Tensor? linear_bias, Tensor target, Tensor? weight, "
+    f"Tensor? token_weight, Tensor lse, Tensor nll, {SPEC_SCHEMA}, str backend, ScalarType dtype, bool[3] grads, "
+    "int? memory_budget, float? gradient_tolerance, float? gradient_columns, int first, int num_classes) "
+    "-> (Tensor dhidden, Tensor dweight, Tensor dbias, Tensor residual)"
+)
 
 
 class Found(NamedTuple):
@@ -51,12 +57,35 @@ class How(NamedTuple):
     token_weight: Tensor | None  # of the rows that take part
     memory_budget: int | None
     columns: compact.Choice
+    shard: tuple[int, int] | None  # the first of the classes, and the number of all
+
+
+class Known(NamedTuple):
+    """Of the rows that take part, before the walk: where the vocabulary is in shards."""
+
+    lse: Tensor
+    nll: Tensor
 
 
 @without_autocast
-def _forward(hidden, linear_weight, linear_bias, target, weight, token_weight, *rest):  # type: ignore[no-untyped-def]
-    *spec_args, backend_name, dtype, grads, memory_budget, tolerance, share, screen = rest
-    spec = LossSpec.of(*spec_args)
+def _forward(*args):  # type: ignore[no-untyped-def]
+    target, spec, dtype = args[3], LossSpec.of(*args[6:14]), args[15]
+    head, walk, gradients = _over_rows(args[:6], spec, args[14:-1], args[-1], None, None)  # type: ignore[no-untyped-call]
+    rows = all_tokens(head, walk.parts, spec, target.numel(), dtype)
+    sums = reduction.stack_sums(rows, spec, target.shape)
+    return sums, *tokens_of(rows, target.shape), *gradients, walk.residual(), walk.mean_loss_error(sums[1])
+
+
+@without_autocast
+def _shard(*args):  # type: ignore[no-untyped-def]
+    spec = LossSpec.of(*args[8:16])
+    _, walk, gradients = _over_rows(args[:6], spec, args[16:-2], None, args[6:8], args[-2:])  # type: ignore[no-untyped-call]
+    return *gradients, walk.residual()
+
+
+def _over_rows(tensors, spec, how, screen, known, shard):  # type: ignore[no-untyped-def]
+    hidden, linear_weight, linear_bias, target, weight, token_weight = tensors
+    backend_name, dtype, grads, memory_budget, tolerance, share = how
     (v, d), n = linear_weight.shape, target.numel()
     flat, labels = hidden.reshape(-1, d), target.reshape(-1)
     head = Head(flat, linear_weight, linear_bias, labels, spec, dtype)
@@ -68,42 +97,47 @@ def _forward(hidden, linear_weight, linear_bias, target, weight, token_weight, *
     group = plan.whole_chunks(made.group, v, row_bytes, case, torch.get_num_threads())
     shapes = accumulator_shapes(hidden, linear_weight, grads)
     dhidden, dweight, dbias = (memory.empty(s, wide_dtype(dtype), hidden.device).zero_() for s in shapes)
-    if head.on_cpu:
-        checks.check_target_range(labels, v, spec.ignore_index)  # here, where positions are still the caller's
+    if head.on_cpu:  # here, where positions are still the caller's
+        checks.check_target_range(labels, v if shard is None else shard[1], spec.ignore_index)
     m = head.target.shape[0]
     dh = dhidden.view(-1, d) if head.kept is None else dhidden.new_zeros((m, d) if grads[0] else (0, d))
     u = head.rows(None if token_weight is None else token_weight.reshape(-1))
     choice = compact.Choice(linear_weight, tolerance, made.columns)
     modules = backends.load(backend_name), backends.load_compact(backend_name)
-    how = How(spec, *modules, None if weight is None else weight.to(head.wide), u, memory_budget, choice)
+    shared = How(spec, *modules, None if weight is None else weight.to(head.wide), u, memory_budget, choice, shard)
+    rows = None if known is None else Known(*(head.rows(t.reshape(-1)) for t in known))  # type: ignore[arg-type]
     cheap = None if screen is None else Screen(screen, linear_weight, linear_bias)
-    chunk = made.rows
-    buffer = memory.empty((min(chunk, max(m, 1)), v), cheap.dtype if cheap else head.dtype, hidden.device)
-    walk = _Walk(head, how, cheap, (dh, dweight, dbias), min(group, max(m, 1)))
-    for start in range(0, m, chunk):
-        r = slice(start, min(start + chunk, m))
+    buffer = memory.empty((min(made.rows, max(m, 1)), v), cheap.dtype if cheap else head.dtype, hidden.device)
+    walk = _Walk(head, shared, cheap, rows, (dh, dweight, dbias), min(group, max(m, 1)))
+    first = 0 if shard is None else shard[0]
+    for start in range(0, m, made.rows):
+        r = slice(start, min(start + made.rows, m))
         z = buffer[: r.stop - r.start]
         h = head.hidden[r].to(head.dtype)
-        target_logit = head.target_logits(h, head.target[r])
+        target_logit = head.target_logits(h, head.target[r] - first)
         (cheap or head).logits(h, z)
-        for first in range(0, r.stop - r.start, group):
-            g = slice(first, min(first + group, r.stop - r.start))
+        for here in range(0, r.stop - r.start, group):
+            g = slice(here, min(here + group, r.stop - r.start))
             walk.group(slice(start + g.start, start + g.stop), h[g], z[g], target_logit[g])
     walk.finish()
     if head.kept is not None and grads[0]:
         dhidden.view(-1, d).index_copy_(0, head.kept, dh)
-    rows = all_tokens(head, walk.parts, spec, n, dtype)
-    sums = reduction.stack_sums(rows, spec, target.shape)
-    return sums, *tokens_of(rows, target.shape), dhidden, dweight, dbias, *walk.errors(sums[1])
+    return head, walk, (dhidden, dweight, dbias)
 
 
 class _Walk:
     """Goes over groups of rows, and holds what they add to."""
 
     def __init__(
-        self, head: Head, how: How, screen: Screen | None, out: tuple[Tensor, Tensor, Tensor], rows: int
+        self,
+        head: Head,
+        how: How,
+        screen: Screen | None,
+        known: Known | None,
+        out: tuple[Tensor, Tensor, Tensor],
+        rows: int,
     ) -> None:
-        self.head, self.how, self.screen = head, how, screen
+        self.head, self.how, self.screen, self.known = head, how, screen, known
         self.dh, self.dw, self.db = out
         self.needed = tuple(t.numel() > 0 for t in out)
         self.parts: list[RowStats] = []
@@ -111,7 +145,9 @@ class _Walk:
         wide = reduction.sum_dtype(head.target.device)
         self.error, self.norm, self.loss_error = (head.zeros(1).to(wide) for _ in range(3))
         # fresh pages cost more than what is computed in them
-        most, d, device = how.columns.most, head.weight.shape[1], head.target.device
+        (v, d), device = head.weight.shape, head.target.device
+        most = max(how.columns.most, min(rows, v))  # the targets of a group are kept
+        self.weight = how.weight if how.shard is None or how.weight is None else how.weight[how.shard[0] :][:v]
         self.w = memory.empty((most, d), head.dtype, device)
         self.g = memory.empty((rows * most,), head.dtype, device)
         self.product = memory.empty((min(most, SLICE), d), head.dtype if head.on_cpu else head.wide, device)
@@ -121,12 +157,18 @@ class _Walk:
 
     def group(self, r: slice, h: Tensor, z: Tensor, target_logit: Tensor) -> None:
         how, y = self.how, self.head.target[r]
-        ignore = how.spec.ignore_index
-        label = (y if ignore is None else torch.where(y == ignore, 0, y)).long().clamp(0, z.shape[1] - 1)
+        label = self.label(y, z.shape[1])
         u = None if how.token_weight is None else how.token_weight[r]
-        rows = (target_logit, y, how.spec, how.weight, u)
         signed = self.needed[2] and (u is not None or how.weight is not None or how.spec.z_loss > 0)
-        stats, columns, factors = how.compact.nll_columns(z, *rows, signed, how.memory_budget)
+        rows = (y, how.spec, how.weight, u)
+        if self.known is None or how.shard is None:
+            stats, columns, factors = how.compact.nll_columns(z, target_logit, *rows, signed, how.memory_budget)
+        else:
+            lse, nll = self.known.lse[r], self.known.nll[r]
+            columns, factors = how.compact.nll_columns_shard(
+                z, target_logit, y, lse, nll, *rows[1:], signed, how.memory_budget, how.shard
+            )
+            stats = RowStats(nll, nll, nll, lse, None, None)
         norm = compact.norm_square(columns, factors)
         self.norm += norm
         count = how.columns.of_group(columns, factors, label)
@@ -144,20 +186,48 @@ class _Walk:
                 break
             count = enough
         else:
-            self.parts.append(self.exact(r, h, z, rows))
+            self.parts.append(self.exact(r, h, z, target_logit, *rows))
         if factors.pull.numel() and count is not None:
-            w = columns.size.new_ones(columns.size.shape) if how.weight is None else how.weight
+            w = columns.size.new_ones(columns.size.shape) if self.weight is None else self.weight
             self.thin.append((r, -factors.pull, w))
             if self.needed[2]:
                 self.db.sub_(w * factors.pull.sum())
 
-    def exact(self, r: slice, h: Tensor, z: Tensor, rows: tuple[object, ...]) -> RowStats:
-        """All columns of a group, as `linear_rows` does it."""
+    def label(self, y: Tensor, v: int) -> Tensor:
+        """The target's column, inside the range everywhere; V where it is in another shard."""
+        ignore, shard = self.how.spec.ignore_index, self.how.shard
+        label = (y if ignore is None else torch.where(y == ignore, 0, y)).long()
+        if shard is None:
+            return label.clamp(0, v - 1)
+        label = label - shard[0]
+        return torch.where((label >= 0) & (label < v), label, v)
+
+    def exact(
+        self,
+        r: slice,
+        h: Tensor,
+        z: Tensor,
+        target_logit: Tensor,
+        y: Tensor,
+        spec: LossSpec,
+        weight: Tensor | None,
+        u: Tensor | None,
+    ) -> RowStats:
+        """All columns of a group, as the plans "rows" and "vocab" do it."""
         head, how = self.head, self.how
         if self.screen is not None:
             z = torch.empty_like(z, dtype=head.dtype)
             head.logits(h, z)
-        stats: RowStats = how.backend.nll_forward_backward(z, *rows, 1.0, how.memory_budget)
+        if self.known is None:
+            stats: RowStats = how.backend.nll_forward_backward(
+                z, target_logit, y, spec, weight, u, 1.0, how.memory_budget
+            )
+        else:
+            lse, nll = self.known.lse[r], self.known.nll[r]
+            of_s = torch.ones_like(nll)
+            of_z = of_s if spec.z_loss else None
+            how.backend.nll_backward(z, y, lse, nll, of_s, of_z, spec, weight, u, z, how.memory_budget, how.shard)
+            stats = RowStats(nll, nll, nll, lse, None, None)
         if self.needed[0]:
             head.add_hidden_gradient(z, self.dh[r])
         if self.needed[1]:
@@ -216,7 +286,7 @@ class _Walk:
         sums = columns.total if columns.total.numel() else columns.size
         if self.screen is None:
             self.db += sums
-            self.db.index_add_(0, label, factors.at_target)
+            self.db.index_add_(0, label.clamp(max=self.db.shape[0] - 1), factors.at_target)  # 0 from another shard
         else:
             self.db += sums.index_fill(0, kept.columns, 0)
             self.db.index_add_(0, kept.columns, g.sum(0, dtype=self.db.dtype))
@@ -235,12 +305,15 @@ class _Walk:
             rows = [of_rows @ head.hidden[r].to(of_rows.dtype) for r, of_rows, _ in self.thin]
             self.dw.addmm_(c.t(), torch.stack(rows))
 
-    def errors(self, total_weight: Tensor) -> tuple[Tensor, Tensor]:
-        """|G - G'| / |G|, and the estimate of the mean error of nll."""
-        residual = (self.error / self.norm).nan_to_num_(0).sqrt_()
-        mean = self.loss_error / total_weight.clamp_min(torch.finfo(total_weight.dtype).tiny)
+    def residual(self) -> Tensor:
+        """(): |G - G'| / |G|, at the end of the step."""
         self.how.columns.report()
-        return residual.squeeze(0).to(torch.float32), mean.squeeze(0).to(torch.float32)
+        return (self.error / self.norm).nan_to_num_(0).sqrt_().squeeze(0).to(torch.float32)
+
+    def mean_loss_error(self, total_weight: Tensor) -> Tensor:
+        """(): the estimate of the mean error of nll."""
+        mean = self.loss_error / total_weight.clamp_min(torch.finfo(total_weight.dtype).tiny)
+        return mean.squeeze(0).to(torch.float32)
 
 
 def _fake(hidden, linear_weight, linear_bias, target, weight, token_weight, *rest):  # type: ignore[no-untyped-def]
@@ -251,5 +324,12 @@ def _fake(hidden, linear_weight, linear_bias, target, weight, token_weight, *res
     return sums, *tokens, *made_fake(hidden, linear_weight, dtype, grads), *errors
 
 
+def _shard_fake(hidden, linear_weight, *rest):  # type: ignore[no-untyped-def]
+    dtype, grads = rest[15], rest[16]
+    return *made_fake(hidden, linear_weight, dtype, grads), hidden.new_empty((), dtype=torch.float32)
+
+
 LIBRARY.impl("linear_compact", _forward, "CompositeExplicitAutograd")
+LIBRARY.impl("linear_compact_shard", _shard, "CompositeExplicitAutograd")
 torch.library.register_fake("fused_ppl::linear_compact", _fake, lib=LIBRARY)
+torch.library.register_fake("fused_ppl::linear_compact_shard", _shard_fake, lib=LIBRARY)

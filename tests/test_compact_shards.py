@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The compact fused head over shards of the vocabulary: each rank keeps columns of its own, and the whole is held to a
+dense float64 construction of that."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from compact_cases import OPTIONS, ROWS, N, V, dense, expand, gradients, make, named, of_a_shard, small_groups  # noqa: F401
+from pool import Pool
+from torch.testing import assert_close
+
+from fused_ppl import Options, linear_cross_entropy, plan
+from fused_ppl.spec import LossSpec
+
+SIZES = {2: (150, 60), 3: (90, 1, 119)}
+
+
+@pytest.mark.parametrize("which", OPTIONS)
+@pytest.mark.parametrize("ranks", SIZES)
+def test_each_rank_approximates_its_own_columns(pool: Pool, ranks: int, which: str) -> None:
+    sizes, count = SIZES[ranks], 40
+    tensors, target = make()
+    truth, residuals = dense(tensors, target, expand(OPTIONS[which]), N, count, sizes)
+    parts = pool.run(ranks, of_a_shard, sizes, which, Options(backend="torch", gradient_columns=count))
+    exact, _ = gradients(linear_cross_entropy, tensors, target, reduction="sum", **expand(OPTIONS[which]))
+    made = [parts[0][1][0], *(torch.cat([grads[i] for _, grads, _ in parts]) for i in (1, 2))]
+    for mine, true in zip(made, truth, strict=True):
+        assert_close(mine.double(), true, rtol=1e-4, atol=2e-6 * true.abs().max().item() + 1e-6)
+    for (loss, grads, said), true in zip(parts, residuals, strict=True):
+        assert_close(loss, exact, rtol=1e-6, atol=0)
+        assert torch.equal(grads[0], made[0])  # the same sum on all ranks
+        if "z_loss" not in OPTIONS[which]:  # of which `of_a_shard` takes no statistics
+            assert true * (1 - 1e-4) <= said.item() <= 1.5 * true + 1e-6
+
+
+def test_a_tolerance_that_no_columns_meet_runs_exact(pool: Pool) -> None:
+    tensors, target = make()
+    _, true = gradients(linear_cross_entropy, tensors, target, reduction="sum")
+    for _, grads, said in (parts := pool.run(2, of_a_shard, SIZES[2], "plain", Options(gradient_tolerance=1e-7))):
+        assert_close(grads[0], true[0], rtol=1e-5, atol=1e-5)
+        assert said.item() == 0
+    assert_close(torch.cat([grads[1] for _, grads, _ in parts]), true[1], rtol=1e-5, atol=1e-5)
+
+
+@named
+@pytest.mark.parametrize("count", [5, 40])
+def test_a_shard_of_each_backend(keywords, count, backend, fits, monkeypatch):
+    """The op of a rank by itself, told what all ranks know."""
+    fits(N, V)
+    monkeypatch.setattr(plan, "whole_chunks", lambda group, *shape: ROWS)  # they depend on the size of the shard
+    sizes, keywords = (90, 1, 119), expand(keywords)
+    (hidden, weight, bias), target = make()
+    truth, residuals = dense([hidden, weight, bias], target, keywords, ROWS, count, sizes)
+    numbers = {k: v for k, v in keywords.items() if not isinstance(v, torch.Tensor)}
+    spec = LossSpec(**numbers)
+    z = hidden.double() @ weight.double().T + bias
+    z = z * spec.logit_scale if spec.softcap is None else spec.softcap * torch.tanh(z * spec.logit_scale / spec.softcap)
+    lse = z.logsumexp(1)
+    nll = (lse - z.gather(1, target.clamp(0).unsqueeze(1)).squeeze(1)).float()
+    made, first = [], 0
+    for size in sizes:
+        shard = slice(first, first + size)
+        tensors = (hidden, weight[shard], bias[shard], target, keywords.get("weight"), keywords.get("token_weight"))
+        how = (backend, torch.float32, (True,) * 3, None, None, float(count))
+        made.append(torch.ops.fused_ppl.linear_compact_shard(*tensors, lse, nll, *spec.op_args(), *how, first, V))
+        first += size
+    dh, *others = zip(*made, strict=True)
+    for mine, true in zip((sum(dh), *(torch.cat(o) for o in others[:2])), truth, strict=True):
+        assert_close(mine.double(), true, rtol=1e-4, atol=2e-6 * true.abs().max().item() + 1e-6)
+    for said, true in zip(others[2], residuals, strict=True):
+        assert true * (1 - 1e-4) <= said.item() <= 1.5 * true + 1e-6
