@@ -150,6 +150,19 @@ def of_a_shard(
     return found, made, out.residual
 
 
+def of_a_compiled_shard(group: object, sizes: tuple[int, ...]) -> None:
+    (hidden, weight, bias), target = make()
+    rank = torch.distributed.get_rank(group)
+    mine = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+    how = {"options": Options(backend="torch", gradient_columns=40), "vocab_group": (group, sizes)}
+    shard = [hidden, weight[mine], bias[mine]]
+    loss = fused_ppl.linear_cross_entropy
+    compiled = torch.compile(lambda *a, **k: loss(*a, **k, **how), backend="aot_eager", fullgraph=True)
+    eager, compiled = gradients(loss, shard, target, **how), gradients(compiled, shard, target)
+    for mine_, true in zip((compiled[0], *compiled[1]), (eager[0], *eager[1]), strict=True):
+        assert torch.equal(mine_, true)
+
+
 # rows of the table of tests/test_errors.py
 ERRORS = [
     ("check_compact", lambda: Options(gradient_columns=2.5), ValueError, "whole number", "2.5", "an eighth"),

@@ -6,8 +6,21 @@ from __future__ import annotations
 
 import pytest
 import torch
-from compact_cases import OPTIONS, ROWS, N, V, dense, expand, gradients, make, named, of_a_shard, small_groups  # noqa: F401
-from pool import Pool
+from compact_cases import (  # noqa: F401
+    OPTIONS,
+    ROWS,
+    N,
+    V,
+    dense,
+    expand,
+    gradients,
+    make,
+    named,
+    of_a_compiled_shard,
+    of_a_shard,
+    small_groups,
+)
+from pool import Pool, WorkerError
 from torch.testing import assert_close
 
 from fused_ppl import Options, linear_cross_entropy, plan
@@ -41,6 +54,15 @@ def test_a_tolerance_that_no_columns_meet_runs_exact(pool: Pool) -> None:
         assert_close(grads[0], true[0], rtol=1e-5, atol=1e-5)
         assert said.item() == 0
     assert_close(torch.cat([grads[1] for _, grads, _ in parts]), true[1], rtol=1e-5, atol=1e-5)
+
+
+def test_it_compiles(pool: Pool) -> None:
+    pool.run(2, of_a_compiled_shard, SIZES[2])
+
+
+def test_a_screen_is_refused(pool: Pool) -> None:
+    with pytest.raises(WorkerError, match=r"in full for the loss .* Leave it out"):
+        pool.run(2, of_a_shard, SIZES[2], "plain", Options(gradient_columns=40, screen="int8"))
 
 
 @named
