@@ -5,7 +5,7 @@
     python bench/scaling.py --dtype bf16 --points 9
 
 The prediction of time is that of `plan.linear_plan`: its FLOPs, at the rate of the three bare products timed in the
-same rounds. That of memory is its temporary bytes and those kept from forward to backward.
+same rounds. That of memory is its `peak_bytes`.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def points_of(rows: list[Row], dtype: str, device: str) -> list[Point]:
                 point = replace(
                     point,
                     predicted_seconds=made.flops / products * bare.median,
-                    predicted_peak=made.temporary_bytes + made.saved_bytes,
+                    predicted_peak=made.peak_bytes,
                 )
             found.append(point)
     return found

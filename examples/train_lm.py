@@ -52,7 +52,7 @@ LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 }
 COMPARED = tuple(LOSSES)
 # approximate gradients, see docs/compact.md
-_COMPACT, _SCREENED = (fused_ppl.Options(gradient_tolerance=2e-3, screen=screen) for screen in (None, "bf16"))
+_COMPACT, _SCREENED = (fused_ppl.Options(gradient_tolerance=1e-3, screen=screen) for screen in (None, "bf16"))
 LOSSES |= {
     "compact": partial(fused_ppl.linear_cross_entropy, options=_COMPACT),
     "screened": partial(fused_ppl.linear_cross_entropy, options=_SCREENED),

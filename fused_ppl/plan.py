@@ -111,6 +111,7 @@ class LinearPlan:
     saved_bytes: int  # kept from forward to backward
     flops: int
     reason: str
+    peak_bytes: int  # the most that is held at once, the gradients included that are handed over
     cheap_flops: int = 0  # of a screen, in its low precision
     group: int = 0  # rows that share their kept columns
 
@@ -124,7 +125,8 @@ class LinearPlan:
         cheap = f" and {self.cheap_flops / 1e9:.1f} GFLOP of the screen" if self.cheap_flops else ""
         return (
             f"plan {self.kind}: {walk}; {self.reason}. {self.temporary_bytes / 2**20:.0f} MiB temporary, "
-            f"{self.saved_bytes / 2**20:.0f} MiB from forward to backward, {self.flops / 1e9:.1f} GFLOP{cheap}."
+            f"{self.saved_bytes / 2**20:.0f} MiB from forward to backward, at most {self.peak_bytes / 2**20:.0f} "
+            f"MiB with the gradients, {self.flops / 1e9:.1f} GFLOP{cheap}."
         )
 
 
@@ -191,18 +193,24 @@ def linear_plan(case: LinearCase, kind: str) -> LinearPlan:
     temporary = max(rows * v * logit, backward)
     if case.memory_budget is not None and temporary + saved > case.memory_budget:
         reason += f", over the budget of {case.memory_budget / 2**20:.0f} MiB: its fixed part alone does not fit"
+    # accumulators of the right type are handed over themselves, else they are there until the gradients are
+    gradients = size * d * (n * case.grads[0] + v * case.grads[1]) if not made_in_forward or wide != size else 0
     if kind == "compact":
-        return _compact_plan(case, rows, saved, reason)
+        return _compact_plan(case, rows, saved, gradients, reason)
+    at_once = max(rows * v * logit, backward + gradients)
     products = {"forward": 1, "rows": 1, "vocab": 2}[kind] + case.grads[0] + case.grads[1]
-    return LinearPlan(kind, rows, columns, temporary, saved, product * products, reason)
+    return LinearPlan(kind, rows, columns, temporary, saved, product * products, reason, saved + at_once)
 
 
-def _compact_plan(case: LinearCase, rows: int, saved: int, reason: str) -> LinearPlan:
+def _compact_plan(case: LinearCase, rows: int, saved: int, handed_over: int, reason: str) -> LinearPlan:
     """That of "rows", in groups of about GROUP_ROWS and of equal size: 2NVD FLOPs and 2NKD for each gradient."""
     assert case.compact is not None
     n, v, d, size = case.num_tokens, case.num_classes, case.hidden_size, case.itemsize
-    count, gradients, screened = case.compact.count(v), case.grads[0] + case.grads[1], case.compact.screen is not None
+    gradients, screened = case.grads[0] + case.grads[1], case.compact.screen is not None
     group = math.ceil(rows / math.ceil(rows / GROUP_ROWS[case.place]))
+    count = case.compact.count(v)
+    if case.compact.tolerance is None:
+        count = max(count, min(group, v))  # the targets are kept
     # the chunk of logits, kept columns of the weight, of a group's logits and of what adds to dW; sums of columns
     buffers = rows * v * (2 if screened else size) + count * (d + group * (1 + screened)) * size
     buffers += max(4, size) * v * (math.ceil(n / group) + 4)
@@ -210,8 +218,9 @@ def _compact_plan(case: LinearCase, rows: int, saved: int, reason: str) -> Linea
     dense = 2 * n * v * d
     if screened:
         saved += v * d * (2 if case.compact.screen == "bf16" else 1)
-        return LinearPlan("compact", rows, count, buffers, saved, flops, reason, dense, group)
-    return LinearPlan("compact", rows, count, buffers, saved, dense + flops, reason, 0, group)
+    peak = saved + max(buffers, handed_over)
+    flops, cheap = (flops, dense) if screened else (dense + flops, 0)
+    return LinearPlan("compact", rows, count, buffers, saved, flops, reason, peak, cheap, group)
 
 
 def whole_chunks(group: int, num_classes: int, row_bytes: int, case: LinearCase, threads: int) -> int:

@@ -54,7 +54,9 @@ def _backward(hidden, linear_weight, linear_bias, target, weight, token_weight, 
         backend.nll_backward(g, head.target, lse, nll, of_s, of_z, spec, weight, u, g, budget, here)
         if grads[0]:
             head.add_hidden_gradient(g, dh, first)
-        if grads[1]:
+        if grads[1] and dweight.dtype == g.dtype:
+            torch.mm(g.t(), h, out=dweight[first:last])
+        elif grads[1]:
             dweight[first:last] = torch.mm(g.t(), h)
         if grads[2]:
             dbias[first:last] = g.sum(0, dtype=head.wide)
