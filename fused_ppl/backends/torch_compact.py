@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fused_ppl.backends.torch_rows import Coefficients, coefficients, exponentials, finish_gradient, probabilities
 from fused_ppl.backends.torch_stats import others_mass, stats_of_others, target_z, without_target
-from fused_ppl.backends.torch_walk import Rows, Walk
+from fused_ppl.backends.torch_walk import Rows, Walk, transform
 from fused_ppl.spec import Columns, Factors, LossSpec, RowStats
 
 
@@ -79,7 +79,7 @@ def nll_columns_shard(
             assert owned is not None
             derivative = None if slope is None else slope[: y.shape[0]]
             p = walk.copy(rows)
-            walk.transform(p, derivative)
+            transform(p, walk.spec, derivative)
             factor = exponentials(p, lse[i], p)
             p.scatter_(1, y, p.gather(1, y).masked_fill_(owned.unsqueeze(1), 0))
             yield _Part(rows, p, factor, others_mass(nll[i]), lse[i], derivative)
@@ -201,7 +201,7 @@ def nll_kept(
         derivative = None if slope is None else slope[: rows.target.shape[0]]
         _gather(logits[i], index, out[i])
         p = walk.copy(rows)
-        walk.transform(p, derivative)
+        transform(p, walk.spec, derivative)
         probabilities(p, stats.lse[i], factors.a[i], p)
         c = Coefficients(factors.a[i], factors.rest[i], None)
         finish_gradient(walk, rows, p, c, c.at_target(-others_mass(stats.nll[i])), None, derivative, 0)
@@ -238,13 +238,13 @@ def nll_rescreen(
         i, n, old = rows.span, rows.target.shape[0], stats.nll[rows.span]
         q, derivative = other[:n], None if spec.softcap is None else slope[:n]
         q.copy_(_gather(screened[i], index, coarse[:n]))
-        walk.transform(q, derivative)
+        transform(q, walk.spec, derivative)
         scale = exponentials(q, stats.lse[i], q)
         q.scatter_(1, rows.target, 0)
         mass_before = q.sum(1) * scale
         part_before = mass_before * spec.logit_scale if derivative is None else q.mul_(derivative).sum(1) * scale
         p = walk.copy(rows)
-        walk.transform(p, derivative)
+        transform(p, walk.spec, derivative)
         exponentials(p, stats.lse[i], p)
         p.scatter_(1, rows.target, 0)
         mass = p.sum(1) * scale

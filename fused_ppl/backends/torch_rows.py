@@ -24,7 +24,7 @@ from fused_ppl.backends.torch_stats import (
     target_z,
     without_target,
 )
-from fused_ppl.backends.torch_walk import Rows, Walk
+from fused_ppl.backends.torch_walk import Rows, Walk, transform
 from fused_ppl.spec import LossSpec, RowStats, Totals
 
 
@@ -237,7 +237,7 @@ def nll_forward_shard(
         if target_logit is not None:
             given = rows.of(target_logit).to(walk.dtype).unsqueeze(1)
             x.scatter_(1, y, torch.where(owned.unsqueeze(1), given, x.gather(1, y)))
-        walk.transform(x, None)
+        transform(x, walk.spec)
         parts.append(shard_stats(walk, x, y, owned.unsqueeze(1), w))
         if rows.counted is not None:
             parts[-1].masked_fill_(~rows.counted.unsqueeze(1), 0)

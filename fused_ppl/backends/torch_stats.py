@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fused_ppl.backends.shards import LOWEST
-from fused_ppl.backends.torch_walk import Rows, Walk
+from fused_ppl.backends.torch_walk import Rows, Walk, transform
 from fused_ppl.spec import RowStats
 
 
@@ -68,7 +68,7 @@ def row_stats(
 def target_z(walk: Walk, target_logit: Tensor) -> Tensor:
     """(N,): z of each row's target, NaN in the place of +inf as in PyTorch."""
     z_y = target_logit.to(walk.dtype, copy=True)
-    walk.transform(z_y, None)
+    transform(z_y, walk.spec)
     return z_y.masked_fill_(z_y == torch.inf, torch.nan)
 
 
@@ -128,7 +128,7 @@ def without_target(
     x = walk.copy(rows)
     if spec.softcap is not None or spec.label_smoothing or spec.stats:
         x.scatter_(1, y, rows.of(target_logit).unsqueeze(1))
-    walk.transform(x, derivative)
+    transform(x, walk.spec, derivative)
     plain_sum = None
     if spec.label_smoothing:
         plain_sum = x.sum(1) if w is None else x @ w

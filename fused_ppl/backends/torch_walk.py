@@ -117,7 +117,7 @@ class Walk:
             return _matrix(rows.source)
         x = self._buffer_of(rows)
         x.view(rows.source.shape).copy_(rows.source)
-        self.transform(x, derivative)
+        transform(x, self.spec, derivative)
         return x
 
     def copy(self, rows: Rows) -> Tensor:
@@ -127,18 +127,6 @@ class Walk:
         if self.out is not self.logits or not _is_matrix(rows.source, self.dtype):
             x.view(rows.source.shape).copy_(rows.source)
         return x
-
-    def transform(self, x: Tensor, derivative: Tensor | None) -> None:
-        """z = cap(scale * x) in place; `derivative` takes dz/dx where a cap makes it depend on x."""
-        scale, cap = self.spec.logit_scale, self.spec.softcap
-        if cap is None:
-            if scale != 1:
-                x.mul_(scale)
-            return
-        x.mul_(scale / cap).tanh_()
-        if derivative is not None:
-            torch.mul(x, x, out=derivative).neg_().add_(1).mul_(scale)
-        x.mul_(cap)
 
     def work(self, rows: Rows) -> Tensor:
         """(n, V) to compute in: the gradient's own memory where it has the right type and layout."""
@@ -163,6 +151,17 @@ class Walk:
         if not self.spec.stats:
             return RowStats(loss, weight, nll, lse, None, None)
         return RowStats(loss, weight, nll, lse, nll.clone(), self.target.new_full((n,), -1, dtype=torch.int64))
+
+
+def transform(x: Tensor, spec: LossSpec, derivative: Tensor | None = None) -> Tensor:
+    """z = cap(scale * x) in place; `derivative` takes dz/dx where a cap makes it depend on x."""
+    scale, cap = spec.logit_scale, spec.softcap
+    if cap is None:
+        return x if scale == 1 else x.mul_(scale)
+    x.mul_(scale / cap).tanh_()
+    if derivative is not None:
+        torch.mul(x, x, out=derivative).neg_().add_(1).mul_(scale)
+    return x.mul_(cap)
 
 
 def _matrix(chunk: Tensor) -> Tensor:

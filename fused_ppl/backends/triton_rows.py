@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fused_ppl import checks
+from fused_ppl.backends.torch_walk import transform
 from fused_ppl.kernels import launch
 from fused_ppl.kernels.nll_backward import launch_nll_backward
 from fused_ppl.kernels.nll_forward import launch_nll_forward
@@ -198,8 +199,7 @@ def nll_forward_shard(
         shards=shards,
     )
     if target_logit is not None:
-        z = target_logit * spec.logit_scale
-        z = z if spec.softcap is None else spec.softcap * torch.tanh(z / spec.softcap)
+        z = transform(target_logit.clone(), spec)
         owned = (target >= first) & (target < first + logits.shape[-1])
         if spec.ignore_index is not None:
             owned &= target != spec.ignore_index

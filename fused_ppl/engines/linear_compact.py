@@ -102,7 +102,7 @@ def _over_rows(tensors, spec, how, screen, known, shard):  # type: ignore[no-unt
     m = head.target.shape[0]
     dh = dhidden.view(-1, d) if head.kept is None else dhidden.new_zeros((m, d) if grads[0] else (0, d))
     u = head.rows(None if token_weight is None else token_weight.reshape(-1))
-    choice = compact.Choice(linear_weight, tolerance, made.columns)
+    choice = compact.Choice(linear_weight, tolerance, asked.count(v))
     modules = backends.load(backend_name), backends.load_compact(backend_name)
     shared = How(spec, *modules, None if weight is None else weight.to(head.wide), u, memory_budget, choice, shard)
     rows = None if known is None else Known(*(head.rows(t.reshape(-1)) for t in known))  # type: ignore[arg-type]
