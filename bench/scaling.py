@@ -5,7 +5,7 @@
     python bench/scaling.py --dtype bf16 --points 9
 
 The prediction of time is that of `plan.linear_plan`: its FLOPs, at the rate of the three bare products timed in the
-same rounds. That of memory is its `peak_bytes`.
+same rounds. That of memory is its `peak_bytes`, above one copy of the gradients.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def points_of(rows: list[Row], dtype: str, device: str) -> list[Point]:
                 point = replace(
                     point,
                     predicted_seconds=made.flops / products * bare.median,
-                    predicted_peak=made.peak_bytes,
+                    predicted_peak=made.peak_bytes - setting.gradient_bytes,
                 )
             found.append(point)
     return found

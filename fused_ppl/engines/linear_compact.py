@@ -11,6 +11,7 @@ columns alone are computed in full. A shard of the vocabulary has been told lse 
 
 from __future__ import annotations
 
+import functools
 from types import ModuleType
 from typing import NamedTuple
 
@@ -23,6 +24,8 @@ from fused_ppl.engines.head import SLICE, Head, wide_dtype
 from fused_ppl.engines.linear_rows import accumulator_shapes, all_tokens, made_fake, tokens_of
 from fused_ppl.engines.screen import Screen
 from fused_ppl.spec import SPEC_SCHEMA, Columns, Factors, LossSpec, RowStats
+
+LEAST = 4 * 2**20  # bytes of a buffer that waits for the next step
 
 LIBRARY.define(
     "linear_compact(Tensor hidden, Tensor linear_weight, Tensor? linear_bias, Tensor target, Tensor? weight, "
@@ -148,12 +151,12 @@ class _Walk:
         (v, d), device = head.weight.shape, head.target.device
         most = max(how.columns.most, min(rows, v))  # the targets of a group are kept
         self.weight = how.weight if how.shard is None or how.weight is None else how.weight[how.shard[0] :][:v]
-        self.w = memory.empty((most, d), head.dtype, device)
-        self.g = memory.empty((rows * most,), head.dtype, device)
-        self.product = memory.empty((min(most, SLICE), d), head.dtype if head.on_cpu else head.wide, device)
+        empty = functools.partial(memory.empty, device=device, least=LEAST)
+        self.w, self.g = empty((most, d), head.dtype), empty((rows * most,), head.dtype)
+        self.product = empty((min(most, SLICE), d), head.dtype if head.on_cpu else head.wide)
         self.sum = self.product
         if self.product.dtype != self.dw.dtype:
-            self.sum = memory.empty(self.product.shape, self.dw.dtype, device)
+            self.sum = empty(self.product.shape, self.dw.dtype)
 
     def group(self, r: slice, h: Tensor, z: Tensor, target_logit: Tensor) -> None:
         how, y = self.how, self.head.target[r]

@@ -19,7 +19,7 @@ import numpy
 import torch
 from torch import Tensor
 
-LARGE = 4 * 2**20  # bytes; what is much smaller the allocator keeps and hands out again
+LARGE = 32 * 2**20  # bytes; what is smaller the allocator may keep and hand out again
 IDLE_LIMIT = 2**31  # bytes that wait at most; more is given back
 IDLE_REQUESTS = 16  # after so many others a buffer that fitted none is given back
 ALIGNMENT = 64
@@ -29,10 +29,10 @@ _requests = 0
 _lock = threading.RLock()  # a buffer may come back, by garbage collection, while this thread holds it
 
 
-def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """`torch.empty`, out of the buffers that wait where that pays."""
+def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device, least: int | None = None) -> Tensor:
+    """`torch.empty`, out of the buffers that wait where that pays: from LARGE on, or `least`."""
     size = math.prod(shape) * dtype.itemsize
-    if device.type != "cpu" or size < LARGE:
+    if device.type != "cpu" or size < (LARGE if least is None else least):
         return torch.empty(shape, dtype=dtype, device=device)
     buffer = _take(size)
     lent = buffer[:size]  # an object of its own, which lives as long as the tensors over it
