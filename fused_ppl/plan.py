@@ -178,9 +178,8 @@ def linear_plan(case: LinearCase, kind: str) -> LinearPlan:
         "vocab": "backward recomputes the logits: per-token upstream gradients, or too little memory for the "
         "fp32 gradient of the weight",
     }
-    reason, columns, backward = reasons[kind], 0, 0
+    reason, columns, backward, fixed = reasons[kind], 0, 0, wide * n * d * case.grads[0]
     if kind == "vocab":
-        fixed = wide * n * d * case.grads[0]
         columns = max(1, min(COLUMNS, v, CHUNK_BYTES[case.place] // max(1, n * size)))
         if case.memory_budget is not None:
             columns = _within(columns, case.memory_budget - fixed, max(1, n * size), LEAST_COLUMNS)
@@ -198,6 +197,8 @@ def linear_plan(case: LinearCase, kind: str) -> LinearPlan:
     if kind == "compact":
         return _compact_plan(case, rows, saved, gradients, reason)
     at_once = max(rows * v * logit, backward + gradients)
+    if kind == "vocab":  # the buffer of forward waits for backward, which takes it if it is as large
+        at_once = fixed + max(rows * v * logit, columns * n * size) + gradients
     products = {"forward": 1, "rows": 1, "vocab": 2}[kind] + case.grads[0] + case.grads[1]
     return LinearPlan(kind, rows, columns, temporary, saved, product * products, reason, saved + at_once)
 

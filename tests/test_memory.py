@@ -55,6 +55,22 @@ def test_a_buffer_waits_for_the_next_step_and_is_lent_to_one_tensor_at_a_time():
     assert memory.empty((1000,), torch.float32, CPU).data_ptr() != place
 
 
+def test_what_lives_for_a_call_may_lie_in_a_much_larger_buffer():
+    first = memory.empty((2000,), torch.uint8, CPU)
+    place = first.data_ptr()
+    del first
+    assert memory.empty((100,), torch.uint8, CPU, brief=True).data_ptr() == place
+    assert memory.empty((2000,), torch.uint8, CPU).data_ptr() == place  # whole again
+
+
+def test_a_limit_of_its_own(monkeypatch):
+    monkeypatch.setattr(memory, "LARGE", 1000)
+    for least, waits in ((None, 0), (100, 1), (101, 1)):
+        tensor = memory.empty((100,), torch.uint8, CPU, least=least)
+        del tensor
+        assert len(memory._idle) == waits
+
+
 def test_a_tensor_keeps_no_buffer_much_larger_than_itself():
     del_me = memory.empty((2000,), torch.uint8, CPU)
     del del_me

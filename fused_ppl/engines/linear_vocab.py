@@ -45,7 +45,7 @@ def _backward(hidden, linear_weight, linear_bias, target, weight, token_weight, 
     dhidden, dweight, dbias = empty_gradients(hidden, linear_weight, linear_bias, grads)
     h = head.hidden.to(head.dtype)
     dh = torch.zeros((n, d) if grads[0] else (0,), dtype=head.wide, device=hidden.device)
-    buffer = memory.empty((n * columns,), head.dtype, hidden.device)
+    buffer = memory.empty((n * columns,), head.dtype, hidden.device, brief=True)  # that of forward, if it is as large
     for first in range(0, v, columns):
         last = min(first + columns, v)
         g = buffer[: n * (last - first)].view(n, last - first)

@@ -29,24 +29,31 @@ _requests = 0
 _lock = threading.RLock()  # a buffer may come back, by garbage collection, while this thread holds it
 
 
-def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device, least: int | None = None) -> Tensor:
-    """`torch.empty`, out of the buffers that wait where that pays: from LARGE on, or `least`."""
+def empty(
+    shape: Sequence[int], dtype: torch.dtype, device: torch.device, least: int | None = None, brief: bool = False
+) -> Tensor:
+    """`torch.empty`, out of the buffers that wait where that pays: from LARGE on, or `least`. What lives for the length
+    of a call is `brief`, and may lie in a buffer that is much larger."""
     size = math.prod(shape) * dtype.itemsize
     if device.type != "cpu" or size < (LARGE if least is None else least):
         return torch.empty(shape, dtype=dtype, device=device)
-    buffer = _take(size)
+    buffer = _take(size, brief)
     lent = buffer[:size]  # an object of its own, which lives as long as the tensors over it
     weakref.finalize(lent, _give_back, buffer).atexit = False
     return torch.from_numpy(lent).view(dtype).view(shape)
 
 
-def _take(size: int) -> numpy.ndarray:
-    """The smallest buffer that fits and is not much larger, because what is lent may be kept for long."""
+def _take(size: int, brief: bool) -> numpy.ndarray:
+    """The smallest buffer that fits, and is not much larger where it may be kept for long."""
     global _requests
     with _lock:
         _requests += 1
         _idle[:] = [(since, buffer) for since, buffer in _idle if _requests - since <= IDLE_REQUESTS]
-        fits = [i for i, (_, buffer) in enumerate(_idle) if size <= buffer.nbytes <= size * 5 // 4]
+        fits = [
+            i
+            for i, (_, buffer) in enumerate(_idle)
+            if size <= buffer.nbytes and (brief or buffer.nbytes <= size * 5 // 4)
+        ]
         if fits:
             return _idle.pop(min(fits, key=lambda i: _idle[i][1].nbytes))[1]
     raw = numpy.empty(size + ALIGNMENT, dtype=numpy.uint8)
