@@ -153,6 +153,7 @@ class LinearLoss(torch.autograd.Function):
             return (None,) * 15
         *inputs, loss_factor, perplexity_factor, nll, lse, dhidden, dweight, dbias = ctx.saved_tensors
         scalars = (loss_factor, perplexity_factor, grad_loss, grad_perplexity)
+        groups = ctx.groups
         with torch.no_grad():
             if ctx.kind in ("rows", "compact"):
                 args = (*inputs[:3], dhidden, dweight, dbias, *scalars, ctx.grads)
@@ -161,14 +162,14 @@ class LinearLoss(torch.autograd.Function):
                 else:
                     results = _OPS.linear_scale(*args)
             else:
-                groups, columns = ctx.groups, (0, inputs[1].shape[0])
+                columns = (0, inputs[1].shape[0])
                 if groups is not None and groups.vocab:
                     columns = (groups.first, groups.num_classes)
                 how = (ctx.backend, ctx.dtype, ctx.grads, ctx.memory_budget, *columns)
                 results = _OPS.linear_vocab_backward(*inputs, lse, nll, *scalars, *ctx.spec, *how)
-                if groups is not None and groups.sum_hidden and ctx.grads[0]:
-                    # each shard of the vocabulary has made its part
-                    results = (parallel.reduce(results[0], "sum", groups.vocab), *results[1:])
+            if groups is not None and groups.sum_hidden and ctx.grads[0]:
+                # each shard of the vocabulary has made its part, by whatever plan
+                results = (parallel.reduce(results[0], "sum", groups.vocab), *results[1:])
         gradients = [r if needed else None for r, needed in zip(results, ctx.grads, strict=True)]
         if torch.is_grad_enabled():
             parents = (grad_loss, grad_perplexity, *inputs[:3])

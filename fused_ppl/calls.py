@@ -124,7 +124,7 @@ def from_hidden(
     shape = (target.numel(), *linear_weight.shape, dtype.itemsize, device, grads, options.memory_budget)
     asked, case = (options.gradient_tolerance, options.gradient_columns, options.screen), plan.LinearCase(*shape)
     if any(asked):
-        rank_checks.check_no_screen(options.screen, num_classes)
+        checks.check_screen(options.screen, dtype, device, linear_weight.shape, num_classes)
         # under a cap the smoothing's part of the gradient is no product: there nothing is left out
         if not (spec.softcap and spec.label_smoothing):
             case = dataclasses.replace(case, compact=plan.Compact(*asked))

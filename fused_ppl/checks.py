@@ -52,7 +52,8 @@ def check_compact(tolerance: object, columns: object, screen: object) -> None:
         check_number("gradient_tolerance", tolerance, "in (0, 1), or None", lambda a: 0 < a < 1, hint)
     if columns is not None:
         hint = "1/8 keeps an eighth of the vocabulary."
-        check_number("gradient_columns", columns, "a count >= 1 or a share below 1, or None", lambda a: a > 0, hint)
+        allowed = "a finite count >= 1 or a share below 1, or None"
+        check_number("gradient_columns", columns, allowed, lambda a: 0 < a < float("inf"), hint)
         assert isinstance(columns, (int, float))
         if columns >= 1 and columns != int(columns):
             raise ValueError(f"gradient_columns must be a whole number of columns from 1 on; got {columns!r}. {hint}")
@@ -67,6 +68,27 @@ def check_compact(tolerance: object, columns: object, screen: object) -> None:
                 f"screen={screen!r} says how the compact plan finds its columns, and nothing asks for that plan. Set "
                 "gradient_tolerance or gradient_columns as well."
             )
+
+
+def check_screen(screen: str | None, dtype: torch.dtype, device_type: str, shape: Sequence[int], shards: int) -> None:
+    """For the weight (V, D) of a head; `shards`: the classes of all ranks, where each has a part of them."""
+    if screen is None:
+        return
+    if shards:
+        raise NotImplementedError(
+            f"a shard of the {shards} classes computes its logits in full for the loss of all ranks, and a screen only "
+            f"comes on top; got screen={screen!r}. Leave it out; gradient_tolerance and gradient_columns may stay."
+        )
+    if dtype == torch.float64:
+        raise NotImplementedError(
+            f"a screen computes in at most float32, and float64 asks for more; got screen={screen!r}. Leave it out."
+        )
+    multiple = {"int8": 8, "fp8": 16}.get(screen, 1)
+    if device_type == "cuda" and any(size % multiple for size in shape):
+        raise NotImplementedError(
+            f"{screen} products of a GPU want V and D to be multiples of {multiple}; got {tuple(shape)}. Pad the head, "
+            "or use screen='bf16'."
+        )
 
 
 def check_options(options: object, kind: type) -> None:

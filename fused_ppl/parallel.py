@@ -175,16 +175,12 @@ def compact_forward(
     *local, num_items = tensors
     if groups is None or not groups.vocab:
         return _finish(_OPS.linear_compact(*local, *spec, *how), num_items, spec, groups)
-    backend, dtype, grads, memory_budget, *asked, _ = how
+    backend, dtype, _, memory_budget, *asked, _ = how
     shard, wide = (groups.first, groups.num_classes), torch.float64 if dtype == torch.float64 else torch.float32
     parts = _OPS.shard_hidden(*local[:5], *spec, backend, dtype, memory_budget, *shard, groups.layout)
     sums, nll, lse, *others = _merge(parts, local[3:], spec, wide, groups)
-    dhidden, *made, residual = _OPS.linear_compact_shard(*local, lse, nll, *spec, *how[:4], *asked, *shard)
-    if groups.sum_hidden and grads[0]:
-        dhidden = reduce(dhidden, "sum", groups.vocab)  # each shard has made its part
-    return _finish(
-        (sums, nll, lse, *others, dhidden, *made, residual, torch.zeros_like(residual)), num_items, spec, groups
-    )
+    *made, residual = _OPS.linear_compact_shard(*local, lse, nll, *spec, *how[:4], *asked, *shard)
+    return _finish((sums, nll, lse, *others, *made, residual, torch.zeros_like(residual)), num_items, spec, groups)
 
 
 def _merge(

@@ -45,15 +45,6 @@ def check_no_group(group: object) -> None:
         )
 
 
-def check_no_screen(screen: str | None, num_classes: int) -> None:
-    if screen is not None and num_classes:
-        raise NotImplementedError(
-            f"a shard of the {num_classes} classes computes its logits in full for the loss of all ranks, and a screen "
-            f"would only come on top; got screen={screen!r}. Leave it out; gradient_tolerance and gradient_columns may "
-            "stay."
-        )
-
-
 def check_placement(
     name: str, sharded: bool, placements: object, mesh_dims: int, dim: int, vocab_group: object
 ) -> None:

@@ -171,7 +171,7 @@ class Totals(NamedTuple):
 
 class Columns(NamedTuple):
     """Of the softmax part of a gradient, dz[i,v] + C[i] * w[v] * scale (C of the label smoothing), without the
-    targets' entries."""
+    targets' entries. Float64 where the device has it: squares leave float32 soon."""
 
     size: Tensor  # (V,): sum over the rows of |entry|
     square: Tensor  # (V,): sum of squares

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import fused_ppl
-from fused_ppl import Options, plan, rank_checks
+from fused_ppl import Options, checks, plan
 from fused_ppl.spec import LossSpec
 
 N, V, D = 37, 210, 12
@@ -150,6 +150,34 @@ def of_a_shard(
     return found, made, out.residual
 
 
+def of_mixed_plans(group: object, sizes: tuple[int, ...], per_rank: tuple[Options, ...]) -> list[Tensor]:
+    """The gradients where ranks may come to different plans."""
+    (hidden, weight, bias), target = make()
+    rank = torch.distributed.get_rank(group)
+    mine = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+    how = {"options": per_rank[rank], "vocab_group": (group, sizes)}
+    return gradients(fused_ppl.linear_cross_entropy, [hidden, weight[mine], bias[mine]], target, **how)[1]
+
+
+def of_an_idle_shard(group: object, sizes: tuple[int, ...], why: str) -> tuple[Tensor, list[Tensor]]:
+    """All targets are in the first shard, and little or nothing is in the others."""
+    (hidden, weight, bias), target = make(ignored=False)
+    target = target % sizes[0]
+    token_weight = torch.ones(N)
+    if why == "masked":
+        bias[sizes[0] :] = -torch.inf
+    elif why == "confident":
+        bias[: sizes[0]] = 150.0
+    elif why == "nan":
+        hidden[0, 0] = torch.nan
+    else:
+        token_weight.zero_()
+    rank = torch.distributed.get_rank(group)
+    mine = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+    how = {"options": Options(gradient_tolerance=0.01), "vocab_group": (group, sizes), "token_weight": token_weight}
+    return gradients(fused_ppl.linear_cross_entropy, [hidden, weight[mine], bias[mine]], target, **how)
+
+
 def of_a_compiled_shard(group: object, sizes: tuple[int, ...]) -> None:
     (hidden, weight, bias), target = make()
     rank = torch.distributed.get_rank(group)
@@ -176,8 +204,25 @@ ERRORS = [
     ),
     ("check_compact", lambda: Options(screen="int8"), ValueError, "nothing asks", "'int8'", "gradient_tolerance"),
     (
-        "check_no_screen",
-        lambda: rank_checks.check_no_screen("int8", 9),
+        "check_screen",
+        lambda: checks.check_screen("int8", torch.float64, "cpu", (8, 8), 0),
+        NotImplementedError,
+        "float64 asks for more",
+        "'int8'",
+        "Leave it out",
+    ),
+    (
+        "check_screen",
+        lambda: checks.check_screen("fp8", torch.float32, "cuda", (50257, 768), 0),
+        NotImplementedError,
+        "multiples of 16",
+        "50257",
+        "Pad the head",
+    ),
+    ("check_compact", lambda: Options(gradient_columns=float("inf")), ValueError, "finite count", "inf", "an eighth"),
+    (
+        "check_screen",
+        lambda: checks.check_screen("int8", torch.float32, "cpu", (8, 8), 9),
         NotImplementedError,
         "in full",
         "'int8'",

@@ -228,7 +228,7 @@ def test_where_another_plan_runs_it_is_exact():
     [
         ({"gradient_tolerance": 0.0}, ValueError, "gradient_tolerance must be in"),
         ({"gradient_tolerance": "low"}, TypeError, "gradient_tolerance must be a number"),
-        ({"gradient_columns": -1}, ValueError, "gradient_columns must be a count"),
+        ({"gradient_columns": -1}, ValueError, "gradient_columns must be a finite count"),
         ({"gradient_columns": 2.5}, ValueError, "whole number of columns"),
         ({"gradient_columns": 8, "gradient_tolerance": 1e-3}, ValueError, "Leave out one"),
         ({"screen": "int8"}, ValueError, "nothing asks for that plan"),
@@ -291,3 +291,32 @@ def test_autocast_is_for_the_products_alone(dtype):
     truth = torch.nn.functional.cross_entropy(h @ w.t(), y)
     (want,) = torch.autograd.grad(truth, w)
     assert (w.grad - want).norm() < 0.05 * want.norm()
+
+
+@pytest.mark.parametrize("weight", [1e-22, 1e20])
+def test_squares_that_are_no_float32_are_summed_all_the_same(weight, backend, fits):
+    fits(N, V)
+    (hidden, head, _), target = make(ignored=False)
+    said = [
+        linear_cross_entropy_with_stats(
+            hidden,
+            head.requires_grad_(),
+            target,
+            token_weight=torch.full((N,), u),
+            options=Options(backend=backend, gradient_columns=30),
+        ).residual
+        for u in (1.0, weight)
+    ]
+    assert said[0] > 1e-3
+    assert_close(said[1], said[0], rtol=1e-4, atol=0)
+
+
+def test_the_residual_of_nan_is_nan(backend, fits):
+    fits(N, V)
+    (hidden, head, _), target = make(ignored=False)
+    hidden[3, 0] = torch.nan
+    for how in ({"gradient_columns": 30}, {"gradient_tolerance": 0.1}):
+        out = linear_cross_entropy_with_stats(
+            hidden, head.requires_grad_(), target, options=Options(backend=backend, **how)
+        )
+        assert out.loss.isnan() and out.residual.isnan()

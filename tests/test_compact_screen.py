@@ -73,3 +73,61 @@ def test_the_weight_is_converted_once_for_each_of_its_versions(monkeypatch):
     with torch.no_grad():
         weight.mul_(1.5)
     assert [converted(), converted()] == [1, 0]
+
+
+@pytest.mark.parametrize("screen", ["int8", "bf16"])
+@pytest.mark.parametrize("how", ["fused", "data", "numpy", "a row"])
+def test_a_write_that_is_no_version_is_noticed(how, screen):
+    """Fused optimizers leave the version of a parameter as it is, and FSDP2 that of a gathered weight."""
+    (hidden, weight, _), target = make(ignored=False)
+    weight = torch.nn.Parameter(weight)
+    options = Options(backend="torch", gradient_columns=30, screen=screen)
+    optimizer = torch.optim.AdamW([weight], lr=0.1, fused=True)
+    loss = linear_cross_entropy(hidden, weight, target, options=options)
+    loss.backward()
+    if how == "fused":
+        version = weight._version
+        optimizer.step()
+        assert weight._version == version  # else this shows nothing
+    elif how == "data":
+        weight.data.mul_(0.3)
+    elif how == "numpy":
+        weight.detach().numpy()[:] *= 0.3
+    else:
+        weight.data[7] = 5.0
+    again = linear_cross_entropy(hidden, weight, target, options=options)
+    assert torch.equal(again, linear_cross_entropy(hidden, weight.clone(), target, options=options))
+    assert not torch.equal(again, loss)
+
+
+@pytest.mark.parametrize("screen", ["int8", "bf16"])
+def test_a_masked_target_has_an_infinite_loss_and_finite_gradients(screen, backend, fits):
+    fits(N, V)
+    (hidden, weight, bias), target = make(ignored=False)
+    bias[target[0]] = -torch.inf
+    keep = (target != target[0]) | (torch.arange(N) == 0)
+    tensors, target = [hidden[keep], weight, bias], target[keep]
+    options = Options(backend=backend, gradient_columns=60, screen=screen)
+    value, found = gradients(linear_cross_entropy, tensors, target, reduction="sum", options=options)
+    _, true = gradients(linear_cross_entropy, tensors, target, reduction="sum", options=Options(backend=backend))
+    assert value == torch.inf
+    for mine, same in zip(found[:2], true, strict=False):
+        assert (mine - same).norm() <= 5e-2 * same.norm()
+
+
+def test_a_head_of_one_hidden_dimension():
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(9, 1, generator=g), torch.randn(50, 1, generator=g).requires_grad_()
+    target = torch.randint(50, (9,), generator=g)
+    found = linear_cross_entropy(hidden, weight, target, options=Options(gradient_columns=10, screen="int8"))
+    assert abs(found - linear_cross_entropy(hidden, weight, target)) < 1e-2
+
+
+def test_weights_that_sum_to_less_than_nothing_have_an_estimate():
+    (hidden, weight, _), target = make(ignored=False)
+    options = Options(gradient_columns=30, screen="int8")
+    out = linear_cross_entropy_with_stats(
+        hidden, weight.requires_grad_(), target, token_weight=-torch.ones(N), options=options
+    )
+    same = linear_cross_entropy_with_stats(hidden, weight, target, options=options)
+    assert out.loss_error == same.loss_error

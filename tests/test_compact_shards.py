@@ -4,6 +4,8 @@ dense float64 construction of that."""
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from compact_cases import (  # noqa: F401
@@ -18,6 +20,8 @@ from compact_cases import (  # noqa: F401
     named,
     of_a_compiled_shard,
     of_a_shard,
+    of_an_idle_shard,
+    of_mixed_plans,
     small_groups,
 )
 from pool import Pool, WorkerError
@@ -54,6 +58,30 @@ def test_a_tolerance_that_no_columns_meet_runs_exact(pool: Pool) -> None:
         assert_close(grads[0], true[0], rtol=1e-5, atol=1e-5)
         assert said.item() == 0
     assert_close(torch.cat([grads[1] for _, grads, _ in parts]), true[1], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("which", ["budget", "options"])
+def test_ranks_may_come_to_different_plans(pool: Pool, which: str) -> None:
+    """A budget is more for a small shard than for a large one."""
+    sizes, compact = (180, 30), Options(backend="torch", gradient_columns=0.999)
+    small = dataclasses.replace(compact, memory_budget=50_000)
+    per_rank = (small, small) if which == "budget" else (compact, Options(backend="torch"))
+    asked = plan.Compact(None, 0.999, None)
+    cases = (plan.LinearCase(N, v, 12, 4, "cpu", (True,) * 3, small.memory_budget, asked) for v in sizes)
+    kinds = {plan.linear_kind(case, False) for case in cases}
+    assert kinds == {"compact", "vocab"}
+    tensors, target = make()
+    _, true = gradients(linear_cross_entropy, tensors, target)
+    for grads in pool.run(2, of_mixed_plans, sizes, per_rank):
+        assert_close(grads[0], true[0], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("why", ["masked", "confident", "nan", "weightless"])
+def test_a_shard_may_have_nothing_to_keep(pool: Pool, why: str) -> None:
+    for loss, grads in pool.run(2, of_an_idle_shard, (150, 60), why):
+        assert grads[0].shape == (N, 12)
+        assert loss.isfinite() == (why in ("masked", "confident"))
+        assert why == "nan" or bool(grads[0].isfinite().all())
 
 
 def test_it_compiles(pool: Pool) -> None:

@@ -107,7 +107,7 @@ def _sums(
     num_classes: int,
 ) -> tuple[Columns, Factors]:
     spec, v = walk.spec, walk.logits.shape[-1]
-    adds = [_ColumnSums(walk, v) for _ in range(3 if signed else 2)]
+    adds = _ColumnSums(walk, v, signed)
     known = []
     for rows, p, factor, others, lse, derivative in parts:
         of_norm = 2 * spec.z_loss * lse.to(walk.dtype) if spec.z_loss and lse is not None else None
@@ -125,37 +125,61 @@ def _sums(
         # all of a row, and not a shard, sums to what is known
         others_sum = p.sum(1) * of_row if derivative is not None or rows.owned is not None else None
         known.append((c.a, c.rest, c.c, others, slope_y, others_sum))
-        if signed:
-            adds[2].add(p, of_row)
-        adds[0].add(p, of_row.abs())
-        adds[1].add(p.square_(), of_row.square())
-    size, square, *total = (add.sums() for add in adds)
-    columns = Columns(size, square, total[0] if signed else size[:0])
+        adds.add(p, of_row)
+    columns = adds.sums()
     if not known:
-        nothing = size[:0]
+        nothing = walk.buffer.new_zeros(0)
         return columns, Factors(nothing, nothing, nothing, nothing, nothing)
     of_rows = (None if f[0] is None else torch.cat(f) for f in zip(*known, strict=True))
     return columns, _factors(spec, walk.all_rows, *of_rows)  # type: ignore[arg-type]
 
 
 class _ColumnSums:
-    """Sums over rows of factor * p, chunk after chunk.
+    """Sums over rows of factor * p, chunk after chunk, in units of about the largest factor, whose square may be no
+    float32.
 
     On a CPU each thread adds up the rows that it has just computed: the halves of the columns, which a matrix-vector
     product would give to threads, lie in the caches of all of them.
     """
 
-    def __init__(self, walk: Walk, num_classes: int) -> None:
+    def __init__(self, walk: Walk, num_classes: int, signed: bool) -> None:
+        self.wide, self.on_cpu, self.unit = walk.wide, walk.on_cpu, 1.0
         self.parts = math.gcd(walk.rows, torch.get_num_threads()) if walk.on_cpu else 1
-        self.value = walk.buffer.new_zeros(self.parts, 1, num_classes)
+        self.size, self.square = (walk.buffer.new_zeros(self.parts, 1, num_classes) for _ in range(2))
+        self.total = torch.zeros_like(self.size) if signed else None
+        self.empty = True
 
     def add(self, p: Tensor, factor: Tensor) -> None:
+        """`p` is used up."""
+        factor = factor / self._unit(factor)
+        if self.total is not None:
+            self._add(self.total, p, factor)
+        self._add(self.size, p, factor.abs())
+        self._add(self.square, p.square_(), factor.square())
+
+    def _add(self, sums: Tensor, p: Tensor, factor: Tensor) -> None:
         n, v = p.shape
         parts = self.parts if n % self.parts == 0 else 1
-        self.value[:parts].baddbmm_(factor.view(parts, 1, -1), p.view(parts, -1, v))
+        sums[:parts].baddbmm_(factor.view(parts, 1, -1), p.view(parts, -1, v))
 
-    def sums(self) -> Tensor:
-        return self.value.sum(0).squeeze(0)
+    def _unit(self, factor: Tensor) -> float:
+        """A power of two: no digit is lost. A GPU would have to wait for it."""
+        largest = float(factor.abs().max()) if self.on_cpu and factor.numel() else 0.0
+        if 0 < largest < math.inf and (self.empty or largest > 2.0**20 * self.unit):
+            unit = 2.0 ** math.floor(math.log2(largest))
+            for sums, power in ((self.size, 1), (self.square, 2), (self.total, 1)):
+                if sums is not None and not self.empty:
+                    sums.mul_((self.unit / unit) ** power)
+            self.unit, self.empty = unit, False
+        return self.unit
+
+    def sums(self) -> Columns:
+        size, square, total = (
+            None if sums is None else sums.sum(0).squeeze(0).to(self.wide) * self.unit**power
+            for sums, power in ((self.size, 1), (self.square, 2), (self.total, 1))
+        )
+        assert size is not None and square is not None
+        return Columns(size, square, size[:0] if total is None else total)
 
 
 def _factors(
@@ -250,7 +274,7 @@ def nll_rescreen(
         mass = p.sum(1) * scale
         rest = (others_mass(old) - mass_before).clamp_min_(0)
         nll = torch.nn.functional.softplus((rest + mass).log() + old, threshold=40.0)
-        shrink = 1 - others_mass(nll - old)
+        shrink = 1 - others_mass(torch.where(nll == old, 0, nll - old))
         p.mul_((factors.a[i] * shrink * scale).unsqueeze(1))
         c = Coefficients(factors.a[i], factors.rest[i], None)
         finish_gradient(walk, rows, p, c, c.at_target(-others_mass(nll)), None, derivative, 0)
@@ -261,7 +285,7 @@ def nll_rescreen(
     if not parts:
         return stats, factors.a, factors.a
     nll, left, wrong = (torch.cat(x) for x in zip(*parts, strict=True))
-    change = nll - stats.nll
+    change = torch.where(nll == stats.nll, 0, nll - stats.nll)  # inf where the target is masked
     loss = stats.loss + (factors.a - factors.rest) * change
     if factors.pull.numel():
         loss = loss + factors.pull * (change * weight_sum / spec.logit_scale)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fused_ppl.backends import triton_rows
 from fused_ppl.kernels import compact_columns, compact_kept, launch
+from fused_ppl.reduction import sum_dtype
 from fused_ppl.spec import Columns, Factors, LossSpec, RowStats
 
 
@@ -93,15 +94,22 @@ def _sums(
         empty(parts, v) if signed else None,
         empty(-(-v // block), n) if summed else None,
     )
+    # in units of the largest factor, whose square may be no float32
+    unit = made.scaled.abs().amax() if n else made.scaled.new_ones(())
+    unit = torch.where((unit > 0) & (unit < torch.inf), unit, 1)
+    in_units = made._replace(scaled=made.scaled / unit)
     compact_columns.launch_column_sums(
-        logits, target, made, partials, numbers, rows_per_part=part, block=block, num_warps=num_warps
+        logits, target, in_units, partials, numbers, rows_per_part=part, block=block, num_warps=num_warps
     )
-    scale = spec.logit_scale
+    scale, wide = spec.logit_scale, sum_dtype(logits.device)
+    back = unit.to(wide) * scale
     at_target = made.at_target * scale
-    row_sum = made.rest * scale if partials.row_sum is None else partials.row_sum.sum(0) * scale + at_target
+    row_sum = made.rest * scale
+    if partials.row_sum is not None:
+        row_sum = (partials.row_sum.sum(0).to(wide) * back).to(at_target.dtype) + at_target
     pull = made.rest[:0] if pull is None else pull * scale
-    total = partials.size.sum(0)[:0] if partials.total is None else partials.total.sum(0) * scale
-    columns = Columns(partials.size.sum(0) * scale, partials.square.sum(0) * scale**2, total)
+    sizes, square = partials.size.sum(0).to(wide) * back, partials.square.sum(0).to(wide) * back**2
+    columns = Columns(sizes, square, sizes[:0] if partials.total is None else partials.total.sum(0).to(wide) * back)
     return columns, Factors(made.a, made.rest, pull, row_sum, at_target, (made.scaled, made.lse2))
 
 
@@ -149,7 +157,8 @@ def nll_rescreen(
         triton_rows.numbers(spec),
     )
     counted = factors.a != 0
-    change = torch.where(counted, found.nll - stats.nll, 0)
+    same = ~counted | (found.nll == stats.nll)  # as inf is, where the target is masked
+    change = torch.where(same, 0, found.nll - stats.nll)
     loss = stats.loss + (factors.a - factors.rest) * change
     if factors.pull.numel():
         loss = loss + factors.pull * (change * weight_sum / spec.logit_scale)

@@ -57,13 +57,12 @@ class Choice:
         if self.tolerance is None:
             return max(self.most, least)
         need = needed(columns, factors, label, self.tolerance)
-        if not self.waits:
-            self.needs.append(need)
         if self.waits:
-            count = int(need)
-        elif self.expected is None:
-            return None
+            count = max(int(need), 1)
         else:
+            self.needs.append(need)
+            if self.expected is None:
+                return None
             count = max(self.expected, least)
         return None if count > self.most else count
 
@@ -162,7 +161,7 @@ def _score(columns: Columns, label: Tensor) -> Tensor:
 
 
 def error_square(kept: Kept, row_sums: Tensor) -> Tensor:
-    """(): not less than |T - T'|^2, and little more.
+    """(): not less than |T - T'|^2, and little more in a group of many rows.
 
         |T - T'|^2 = |T|^2 + |d|^2 |c|^2 / s^2 - 2 d^T T c / s
 

@@ -191,7 +191,7 @@ class _Walk:
         else:
             self.parts.append(self.exact(r, h, z, target_logit, *rows))
         if factors.pull.numel() and count is not None:
-            w = columns.size.new_ones(columns.size.shape) if self.weight is None else self.weight
+            w = factors.pull.new_ones(columns.size.shape) if self.weight is None else self.weight
             self.thin.append((r, -factors.pull, w))
             if self.needed[2]:
                 self.db.sub_(w * factors.pull.sum())
@@ -266,7 +266,8 @@ class _Walk:
 
     def add(self, r: slice, h: Tensor, w: Tensor, g: Tensor, kept: compact.Kept, left: Tensor) -> None:
         """The products of the kept columns, and what the rest will be made of."""
-        self.thin.append((r, left, kept.tail / kept.tail.sum().clamp_min(torch.finfo(kept.tail.dtype).tiny)))
+        share = kept.tail / kept.tail.sum().clamp_min(torch.finfo(kept.tail.dtype).tiny)
+        self.thin.append((r, left, share.to(left.dtype)))
         if self.needed[0]:
             self.head.add_product(self.dh[r], g, w)
         if not self.needed[1]:
@@ -286,7 +287,7 @@ class _Walk:
         """The column sums, all of them exact; in the kept columns those of a screen would be too coarse."""
         if not self.needed[2]:
             return
-        sums = columns.total if columns.total.numel() else columns.size
+        sums = (columns.total if columns.total.numel() else columns.size).to(self.db.dtype)
         if self.screen is None:
             self.db += sums
             self.db.index_add_(0, label.clamp(max=self.db.shape[0] - 1), factors.at_target)  # 0 from another shard
@@ -311,11 +312,12 @@ class _Walk:
     def residual(self) -> Tensor:
         """(): |G - G'| / |G|, at the end of the step."""
         self.how.columns.report()
-        return (self.error / self.norm).nan_to_num_(0).sqrt_().squeeze(0).to(torch.float32)
+        relative = torch.where(self.norm == 0, 0, (self.error / self.norm).sqrt())
+        return relative.squeeze(0).to(torch.float32)
 
     def mean_loss_error(self, total_weight: Tensor) -> Tensor:
         """(): the estimate of the mean error of nll."""
-        mean = self.loss_error / total_weight.clamp_min(torch.finfo(total_weight.dtype).tiny)
+        mean = torch.where(total_weight == 0, 0, self.loss_error / total_weight.abs())
         return mean.squeeze(0).to(torch.float32)
 
 

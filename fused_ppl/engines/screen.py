@@ -5,7 +5,9 @@
     fp8    the same with s = max |x| / 448                                                     (torch._scaled_mm)
     bf16   z = bf16(h) bf16(W)^T                                                                (torch.mm)
 
-The weight is converted once for each of its versions: micro-batches of a step share it.
+On a CPU the weight is converted once for all micro-batches of a step. That it was not written to since is not asked of
+its version, which fused optimizers and FSDP2 leave alone, but seen by one element of each row. A GPU would have to wait
+for that, and converts it again each time.
 """
 
 from __future__ import annotations
@@ -18,11 +20,13 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from fused_ppl.engines import memory
 
+LEAST_D = 8  # torch._int_mm over one of them returns what is in memory (torch 2.13)
+LEAST_ROWS = 32  # of torch._int_mm on a GPU
 SLICE = 4096  # columns whose integers are turned into logits while they are in cache
 _LARGEST = {"int8": 127.0, "fp8": 448.0}
 _DTYPE = {"int8": torch.int8, "fp8": torch.float8_e4m3fn, "bf16": torch.bfloat16}
 
-# what each weight was converted to: by kind, its version and address then, the values, and the scale of each row
+# what each weight was converted to: by kind, an element of each row then, the values, and the scale of each row
 _converted: Any = WeakTensorKeyDictionary()
 
 
@@ -48,9 +52,12 @@ class Screen:
             if self.bias is not None:
                 out.add_(self.bias)
             return
+        rows = q.shape[0]
+        if q.is_cuda and rows < LEAST_ROWS:
+            q = torch.nn.functional.pad(q, (0, 0, 0, LEAST_ROWS - rows))
         for first in range(0, out.shape[1], SLICE):
             s = slice(first, min(first + SLICE, out.shape[1]))
-            z = torch._int_mm(q, self.weight[s].t()).to(torch.float32)
+            z = torch._int_mm(q, self.weight[s].t())[:rows].to(torch.float32)
             z.mul_(of_row.unsqueeze(1)).mul_(self.scale[s])
             out[:, s] = z if self.bias is None else z.add_(self.bias[s])
 
@@ -69,6 +76,8 @@ def _convert(kind: str, x: Tensor) -> tuple[Tensor, Tensor]:
     """x in the dtype of the screen, and what each row is to be multiplied by."""
     of_row = x.abs().amax(1).to(torch.float32).clamp_min_(1e-30) / _LARGEST[kind]
     q = x.to(torch.float32) / of_row.unsqueeze(1)
+    if kind == "int8" and x.shape[1] < LEAST_D:
+        q = torch.nn.functional.pad(q, (0, LEAST_D - x.shape[1]))
     return (q.round_() if kind == "int8" else q).to(_DTYPE[kind]), of_row
 
 
@@ -76,19 +85,27 @@ def _convert_once(kind: str, weight: Tensor) -> tuple[Tensor, Tensor]:
     """The weight for the screen, out of what is kept unless it was written to since."""
     if kind == "bf16" and weight.dtype == torch.bfloat16:
         return weight, weight
-    now = None if weight.is_inference() else (weight._version, weight.data_ptr())
-    kept = _converted.setdefault(weight, {})
-    if now is not None and kind in kept and kept[kind][0] == now:
+    probe = None if weight.device.type != "cpu" else _probe(weight)
+    kept = {} if probe is None else _converted.setdefault(weight, {})
+    if probe is not None and kind in kept and torch.equal(kept[kind][0], probe):
         _, target, scale = kept[kind]
         return target, scale
     kept.pop(kind, None)  # so that its memory is there for what follows
-    target = memory.empty(weight.shape, _DTYPE[kind], weight.device)
-    scale = torch.empty(weight.shape[0] if kind != "bf16" else 0, dtype=torch.float32, device=weight.device)
-    for first in range(0, weight.shape[0], SLICE):
+    (v, d), narrow = weight.shape, kind == "int8" and weight.shape[1] < LEAST_D
+    target = memory.empty((v, LEAST_D if narrow else d), _DTYPE[kind], weight.device)
+    scale = torch.empty(v if kind != "bf16" else 0, dtype=torch.float32, device=weight.device)
+    for first in range(0, v, SLICE):
         s = slice(first, first + SLICE)
         if kind == "bf16":
             target[s] = weight[s]
         else:
             target[s], scale[s] = _convert(kind, weight[s])
-    kept[kind] = (now, target, scale)
+    kept[kind] = (probe, target, scale)
     return target, scale
+
+
+def _probe(weight: Tensor) -> Tensor:
+    """(V,): an element of each row, at places that differ from row to row. Whatever writes to a row changes it, unless
+    it leaves that very element as it was."""
+    v, d = weight.shape
+    return weight.detach()[torch.arange(v), torch.arange(v) * 7919 % d]
