@@ -190,8 +190,6 @@ def linear_plan(case: LinearCase, kind: str) -> LinearPlan:
     if case.place == "cpu":
         rows = _even(rows, n)
     temporary = max(rows * v * logit, backward)
-    if case.memory_budget is not None and temporary + saved > case.memory_budget:
-        reason += f", over the budget of {case.memory_budget / 2**20:.0f} MiB: its fixed part alone does not fit"
     # accumulators of the right type are handed over themselves, else they are there until the gradients are
     gradients = size * d * (n * case.grads[0] + v * case.grads[1]) if not made_in_forward or wide != size else 0
     if kind == "compact":
@@ -200,7 +198,14 @@ def linear_plan(case: LinearCase, kind: str) -> LinearPlan:
     if kind == "vocab":  # the buffer of forward waits for backward, which takes it if it is as large
         at_once = fixed + max(rows * v * logit, columns * n * size) + gradients
     products = {"forward": 1, "rows": 1, "vocab": 2}[kind] + case.grads[0] + case.grads[1]
+    reason += _over(case, temporary + saved)
     return LinearPlan(kind, rows, columns, temporary, saved, product * products, reason, saved + at_once)
+
+
+def _over(case: LinearCase, size: int) -> str:
+    if case.memory_budget is None or size <= case.memory_budget:
+        return ""
+    return f", over the budget of {case.memory_budget / 2**20:.0f} MiB: its fixed part alone does not fit"
 
 
 def _compact_plan(case: LinearCase, rows: int, saved: int, handed_over: int, reason: str) -> LinearPlan:
@@ -220,6 +225,7 @@ def _compact_plan(case: LinearCase, rows: int, saved: int, handed_over: int, rea
     if screened:
         saved += v * d * (2 if case.compact.screen == "bf16" else 1)
     peak = saved + max(buffers, handed_over)
+    reason += _over(case, buffers + saved)  # the chunk is that of "rows", with the same loss bit for bit
     flops, cheap = (flops, dense) if screened else (dense + flops, 0)
     return LinearPlan("compact", rows, count, buffers, saved, flops, reason, peak, cheap, group)
 

@@ -93,9 +93,10 @@ class Options:
             after backward, a second backward raises, and `input` must not be a leaf.
         gradient_tolerance: of the fused head: the gradient of the logits may be replaced by an approximation that is
             at most this wrong, ||G - G'|| <= tolerance * ||G|| in every group of rows, for about half of the FLOPs.
-            1e-3 is less than what bf16 rounds away. Loss and lse stay exact. docs/compact.md says when to use it.
+            1e-3 is less than what bf16 rounds away. Loss and lse stay exact. The error of a `screen` comes on top.
+            docs/compact.md says when to use it.
         gradient_columns: in the place of a tolerance, the number of columns that are kept exactly in each group of
-            rows, or their share of the vocabulary (below 1).
+            rows (never less than its rows), or their share of the vocabulary (below 1).
         screen: with either of them: the logits are computed in "int8", "fp8" or "bf16", and again in full where they
             matter. Then the loss is approximate too; `LossOutput.loss_error` says how far.
 

@@ -42,6 +42,8 @@ def test_the_plan_explains_itself_with_its_numbers():
     assert made.flops == 2 * 2048 * 768 * (50304 + 2 * 6288)
     screened = plan.linear_plan(dataclasses.replace(case, compact=plan.Compact(None, 1 / 8, "int8")), "compact")
     assert (screened.cheap_flops, screened.flops) == (2 * 2048 * 768 * 50304, 2 * 2048 * 768 * 3 * 6288)
+    tight = dataclasses.replace(case, memory_budget=made.saved_bytes + made.temporary_bytes - 1)
+    assert "over the budget" in plan.linear_plan(tight, "compact").explain() and "over" not in made.explain()
     for words in ("plan compact", "6288 columns kept", "GFLOP"):
         assert words in made.explain()
     assert "of the screen" in screened.explain()
