@@ -69,6 +69,11 @@ class Known(NamedTuple):
     lse: Tensor
     nll: Tensor
 
+    def stats(self, r: slice) -> RowStats:
+        """As the backends take it, who look at lse and nll alone: the loss of these rows has been made elsewhere."""
+        nll = self.nll[r]
+        return RowStats(nll, nll, nll, self.lse[r], None, None)
+
 
 @without_autocast
 def _forward(*args):  # type: ignore[no-untyped-def]
@@ -167,11 +172,10 @@ class _Walk:
         if self.known is None or how.shard is None:
             stats, columns, factors = how.compact.nll_columns(z, target_logit, *rows, signed, how.memory_budget)
         else:
-            lse, nll = self.known.lse[r], self.known.nll[r]
+            stats = self.known.stats(r)
             columns, factors = how.compact.nll_columns_shard(
-                z, target_logit, y, lse, nll, *rows[1:], signed, how.memory_budget, how.shard
+                z, target_logit, y, stats.lse, stats.nll, *rows[1:], signed, how.memory_budget, how.shard
             )
-            stats = RowStats(nll, nll, nll, lse, None, None)
         norm = compact.norm_square(columns, factors)
         self.norm += norm
         count = how.columns.of_group(columns, factors, label)
@@ -221,16 +225,15 @@ class _Walk:
         if self.screen is not None:
             z = torch.empty_like(z, dtype=head.dtype)
             head.logits(h, z)
+        stats: RowStats
         if self.known is None:
-            stats: RowStats = how.backend.nll_forward_backward(
-                z, target_logit, y, spec, weight, u, 1.0, how.memory_budget
-            )
+            stats = how.backend.nll_forward_backward(z, target_logit, y, spec, weight, u, 1.0, how.memory_budget)
         else:
-            lse, nll = self.known.lse[r], self.known.nll[r]
-            of_s = torch.ones_like(nll)
-            of_z = of_s if spec.z_loss else None
-            how.backend.nll_backward(z, y, lse, nll, of_s, of_z, spec, weight, u, z, how.memory_budget, how.shard)
-            stats = RowStats(nll, nll, nll, lse, None, None)
+            stats = self.known.stats(r)
+            of_s = torch.ones_like(stats.nll)
+            upstream = (of_s, of_s if spec.z_loss else None)
+            known = (stats.lse, stats.nll)
+            how.backend.nll_backward(z, y, *known, *upstream, spec, weight, u, z, how.memory_budget, how.shard)
         if self.needed[0]:
             head.add_hidden_gradient(z, self.dh[r])
         if self.needed[1]:
