@@ -148,7 +148,9 @@ def table(record: dict[str, Any]) -> str:
         seen.setdefault((row["text"], row["group"], row["method"]), []).append(row)
     for (text, group, method), rows in seen.items():
         cells = [f"{100 * r['hidden']:.2f} / {100 * r['weight']:.2f}" for r in rows]
-        if len(rows) == 1:
+        if rows[0]["share"] == 0:
+            if group != record["groups"][0]:
+                continue  # the same for every group
             name = f"{text}, perplexity {rows[0]['perplexity']:.1f}"
             lines.append(f"| {name} | | {method} | {cells[0]} | | | | {rows[0]['nll']:.0e} |")
             continue

@@ -39,13 +39,19 @@ def rows() -> list[Row]:
     thin = groups * kept * D * (4 + 4 + 8) + weight * (2 + 8 + 6)
     # stats and column sums read the logits; the kept ones are gathered (32 bytes of a sector each), written, read twice
     passes = logits * (2 + 2) + N * kept * (32 + 6)
+    converted = weight * 3  # W, read and written as fp8 at every call
     return [
         Row("QuACK: three products, logits in bf16 chunks", 3 * product, 0, logits * 4 + weight * 2),
         Row("Liger: three products, chunks of 256 rows", 3 * product, 0, logits * 6 + LIGER_CHUNKS * weight * 4),
         Row("cut-cross-entropy: recomputes, no tile is skipped", 4 * product, 0, weight * 2),
         Row("fused_ppl, rows", 3 * product, 0, logits * 6 + weight * (8 * N // 2048 + 6)),
         Row("fused_ppl, compact", product * (1 + 2 * SHARE), 0, passes + thin),
-        Row("fused_ppl, compact with an fp8 screen", 3 * SHARE * product, product, passes + N * kept * 6 + thin),
+        Row(
+            "fused_ppl, compact with an fp8 screen",
+            3 * SHARE * product,
+            product,
+            passes + N * kept * 6 + thin + converted,
+        ),
     ]
 
 

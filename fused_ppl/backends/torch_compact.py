@@ -143,11 +143,11 @@ class _ColumnSums:
     """
 
     def __init__(self, walk: Walk, num_classes: int, signed: bool) -> None:
-        self.wide, self.on_cpu, self.unit = walk.wide, walk.on_cpu, 1.0
+        self.wide, self.on_cpu = walk.wide, walk.on_cpu
+        self.unit = 0.0 if walk.on_cpu else 1.0
         self.parts = math.gcd(walk.rows, torch.get_num_threads()) if walk.on_cpu else 1
         self.size, self.square = (walk.buffer.new_zeros(self.parts, 1, num_classes) for _ in range(2))
         self.total = torch.zeros_like(self.size) if signed else None
-        self.empty = True
 
     def add(self, p: Tensor, factor: Tensor) -> None:
         """`p` is used up."""
@@ -165,13 +165,12 @@ class _ColumnSums:
     def _unit(self, factor: Tensor) -> float:
         """A power of two: no digit is lost. A GPU would have to wait for it."""
         largest = float(factor.abs().max()) if self.on_cpu and factor.numel() else 0.0
-        if 0 < largest < math.inf and (self.empty or largest > 2.0**20 * self.unit):
-            unit = 2.0 ** math.floor(math.log2(largest))
+        if 2.0**20 * self.unit < largest < math.inf:
+            old, self.unit = self.unit, 2.0 ** math.floor(math.log2(largest))
             for sums, power in ((self.size, 1), (self.square, 2), (self.total, 1)):
-                if sums is not None and not self.empty:
-                    sums.mul_((self.unit / unit) ** power)
-            self.unit, self.empty = unit, False
-        return self.unit
+                if sums is not None:
+                    sums.mul_((old / self.unit) ** power)
+        return self.unit or 1.0
 
     def sums(self) -> Columns:
         size, square, total = (
@@ -274,18 +273,18 @@ def nll_rescreen(
         mass = p.sum(1) * scale
         rest = (others_mass(old) - mass_before).clamp_min_(0)
         nll = torch.nn.functional.softplus((rest + mass).log() + old, threshold=40.0)
-        shrink = 1 - others_mass(torch.where(nll == old, 0, nll - old))
+        change = torch.where(nll == old, 0, nll - old)  # both are inf where the target is masked
+        shrink = 1 - others_mass(change)
         p.mul_((factors.a[i] * shrink * scale).unsqueeze(1))
         c = Coefficients(factors.a[i], factors.rest[i], None)
         finish_gradient(walk, rows, p, c, c.at_target(-others_mass(nll)), None, derivative, 0)
         left = (factors.row_sum[i] - factors.at_target[i] - factors.a[i] * part_before) * shrink
         walk.store(rows, p)
         wrong = rest * shrink * (mass.log() - mass_before.log()).nan_to_num_(0, 0, 0).abs()
-        parts.append((nll, left, wrong))
+        parts.append((nll, change, left, wrong))
     if not parts:
         return stats, factors.a, factors.a
-    nll, left, wrong = (torch.cat(x) for x in zip(*parts, strict=True))
-    change = torch.where(nll == stats.nll, 0, nll - stats.nll)  # inf where the target is masked
+    nll, change, left, wrong = (torch.cat(x) for x in zip(*parts, strict=True))
     loss = stats.loss + (factors.a - factors.rest) * change
     if factors.pull.numel():
         loss = loss + factors.pull * (change * weight_sum / spec.logit_scale)

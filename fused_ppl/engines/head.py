@@ -59,6 +59,24 @@ def scale_into(out: Tensor, gradient: Tensor, factor: Tensor) -> None:
         rounded.copy_(exact * factor)
 
 
+def slices(columns: int, step: int) -> Iterator[slice]:
+    for v in range(0, columns, step):
+        yield slice(v, min(v + step, columns))
+
+
+def logits_into(out: Tensor, h: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """h W^T + bias in the dtype of h. By slices where the weight is to be converted, and in bf16 on a CPU, which is
+    faster so."""
+    columns, dtype = out.shape[1], h.dtype
+    sliced = weight.dtype != dtype or (h.device.type == "cpu" and dtype.itemsize == 2)
+    for s in slices(columns, SLICE if sliced else columns):
+        w = weight[s].to(dtype).t()
+        if bias is None:
+            torch.mm(h, w, out=out[:, s])
+        else:
+            torch.addmm(bias[s].to(dtype), h, w, out=out[:, s])
+
+
 class Head:
     """logits = h W^T + bias for the counted rows, and the two products that lead back."""
 
@@ -103,21 +121,10 @@ class Head:
     def zeros(self, n: int) -> Tensor:
         return torch.zeros(n, dtype=self.wide, device=self.target.device)
 
-    def slices(self, columns: int, step: int) -> Iterator[slice]:
-        for v in range(0, columns, step):
-            yield slice(v, min(v + step, columns))
-
     def logits(self, h: Tensor, out: Tensor, first: int = 0) -> None:
         """h W^T + bias over the columns from `first` on, into a buffer."""
-        columns = out.shape[1]
-        # bf16 products of a CPU are faster over slices, too
-        sliced = self.converted or (self.on_cpu and self.dtype.itemsize == 2)
-        for s in self.slices(columns, SLICE if sliced else columns):
-            w = self.weight[first + s.start : first + s.stop].to(self.dtype).t()
-            if self.bias is None:
-                torch.mm(h, w, out=out[:, s])
-            else:
-                torch.addmm(self.bias[first + s.start : first + s.stop].to(self.dtype), h, w, out=out[:, s])
+        here = slice(first, first + out.shape[1])
+        logits_into(out, h, self.weight[here], None if self.bias is None else self.bias[here])
 
     def target_logits(self, h: Tensor, label: Tensor) -> Tensor:
         """The logit of each row's class as an fp32 dot, not rounded to the dtype of the products."""
@@ -127,7 +134,7 @@ class Head:
 
     def add_hidden_gradient(self, g: Tensor, out: Tensor, first: int = 0) -> None:
         """out += g W, for the columns of g."""
-        for s in self.slices(g.shape[1], SLICE if self.converted else g.shape[1]):
+        for s in slices(g.shape[1], SLICE if self.converted else g.shape[1]):
             self.add_product(out, g[:, s], self.weight[first + s.start : first + s.stop].to(self.dtype))
 
     def add_weight_gradient(self, g: Tensor, h: Tensor, out: Tensor, fresh: bool) -> None:
@@ -136,7 +143,7 @@ class Head:
         A product that a CPU rounds to bf16 is added slice by slice, while it is in cache.
         """
         direct = g.dtype == out.dtype
-        for s in self.slices(g.shape[1], g.shape[1] if direct else SLICE):
+        for s in slices(g.shape[1], g.shape[1] if direct else SLICE):
             self.add_product(out[s], g[:, s].t(), h, fresh)
 
     def add_product(self, out: Tensor, a: Tensor, b: Tensor, fresh: bool = False) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fused_ppl import backends, checks, plan, reduction
 from fused_ppl.engines import LIBRARY, compact, memory, without_autocast
-from fused_ppl.engines.head import SLICE, Head, wide_dtype
+from fused_ppl.engines.head import SLICE, Head, slices, wide_dtype
 from fused_ppl.engines.linear_rows import accumulator_shapes, all_tokens, made_fake, tokens_of
 from fused_ppl.engines.screen import Screen
 from fused_ppl.spec import SPEC_SCHEMA, Columns, Factors, LossSpec, RowStats
@@ -277,7 +277,7 @@ class _Walk:
             return
         # by slices that stay in cache
         index = kept.columns
-        for s in self.head.slices(index.shape[0], SLICE):
+        for s in slices(index.shape[0], SLICE):
             product = self.product[: s.stop - s.start]
             if self.head.on_cpu or product.dtype == g.dtype:
                 torch.mm(g[:, s].t(), h, out=product)

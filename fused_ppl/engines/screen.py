@@ -19,10 +19,10 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fused_ppl.engines import memory
+from fused_ppl.engines.head import SLICE, logits_into, slices
 
 LEAST_D = 8  # torch._int_mm over one of them returns what is in memory (torch 2.13)
 LEAST_ROWS = 32  # of torch._int_mm on a GPU
-SLICE = 4096  # columns whose integers are turned into logits while they are in cache
 _LARGEST = {"int8": 127.0, "fp8": 448.0}
 _DTYPE = {"int8": torch.int8, "fp8": torch.float8_e4m3fn, "bf16": torch.bfloat16}
 
@@ -43,7 +43,7 @@ class Screen:
     def logits(self, h: Tensor, out: Tensor) -> None:
         """(R, V) into a buffer."""
         if self.kind == "bf16":
-            self._bf16_logits(h.to(torch.bfloat16), out)
+            logits_into(out, h.to(torch.bfloat16), self.weight, self.bias)
             return
         q, of_row = _convert(self.kind, h)
         if self.kind == "fp8":
@@ -55,21 +55,10 @@ class Screen:
         rows = q.shape[0]
         if q.is_cuda and rows < LEAST_ROWS:
             q = torch.nn.functional.pad(q, (0, 0, 0, LEAST_ROWS - rows))
-        for first in range(0, out.shape[1], SLICE):
-            s = slice(first, min(first + SLICE, out.shape[1]))
+        for s in slices(out.shape[1], SLICE):
             z = torch._int_mm(q, self.weight[s].t())[:rows].to(torch.float32)
             z.mul_(of_row.unsqueeze(1)).mul_(self.scale[s])
             out[:, s] = z if self.bias is None else z.add_(self.bias[s])
-
-    def _bf16_logits(self, h: Tensor, out: Tensor) -> None:
-        columns = out.shape[1]
-        step = SLICE if h.device.type == "cpu" else columns  # a CPU is faster over slices
-        for first in range(0, columns, step):
-            s = slice(first, min(first + step, columns))
-            if self.bias is None:
-                torch.mm(h, self.weight[s].t(), out=out[:, s])
-            else:
-                torch.addmm(self.bias[s].to(torch.bfloat16), h, self.weight[s].t(), out=out[:, s])
 
 
 def _convert(kind: str, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -94,8 +83,7 @@ def _convert_once(kind: str, weight: Tensor) -> tuple[Tensor, Tensor]:
     (v, d), narrow = weight.shape, kind == "int8" and weight.shape[1] < LEAST_D
     target = memory.empty((v, LEAST_D if narrow else d), _DTYPE[kind], weight.device)
     scale = torch.empty(v if kind != "bf16" else 0, dtype=torch.float32, device=weight.device)
-    for first in range(0, v, SLICE):
-        s = slice(first, first + SLICE)
+    for s in slices(v, SLICE):
         if kind == "bf16":
             target[s] = weight[s]
         else:
