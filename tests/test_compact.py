@@ -66,6 +66,21 @@ def test_nll_is_that_of_rows_wherever_a_group_ends(monkeypatch):
     assert torch.equal(found.nll, exact.nll)
 
 
+def test_lse_of_a_row_is_the_same_wherever_it_stands():
+    """Of one row, which vector instructions leave over, and among many."""
+    from fused_ppl.backends.torch_stats import Others
+    from fused_ppl.backends.torch_walk import Walk
+
+    g = torch.Generator().manual_seed(4)
+    top, excess, z_y = (torch.randn(997, generator=g, dtype=torch.float64) * 3 for _ in range(3))
+    walk = Walk(torch.empty(0, 3), torch.empty(0, dtype=torch.int64), LossSpec(), None)
+    many = Others(top, top, excess, None, None, None).lse(walk, z_y)
+    for i in range(997):
+        one = Others(*(t[i : i + 1] for t in (top, top, excess)), None, None, None).lse(walk, z_y[i : i + 1])
+        assert torch.equal(one, many[i : i + 1])
+    assert_close(many, torch.logsumexp(torch.stack((top + excess, z_y)), 0))
+
+
 def test_rows_sum_to_zero_and_the_bias_gradient_is_exact(backend, fits):
     """The row sums of G show in dh where the weight has a column of ones."""
     fits(N, V)
