@@ -77,7 +77,7 @@ def row_factors_kernel(
     tl.store(factors.scaled + rows, tl.where(counted, a * low, 0.0), mask=inside)
     # p = 0 in rows that are not counted
     tl.store(factors.lse2 + rows, tl.where(counted, lse2, float("inf")), mask=inside)
-    if pull is not None:
+    if factors.pull is not None:
         tl.store(factors.pull + rows, tl.where(counted, pull, 0.0), mask=inside)
 
 

@@ -71,9 +71,9 @@ def kept_kernel(
 def mass(x, places, place, K, lse2, numbers):
     """p of a block against a given lse, without the target; and p times the cap's slope."""
     a, slope = primitives.cap(x, numbers.squash)
-    p = primitives.gradient(a, None, None, numbers.multiplier, lse2, 1.0, None, None, 0.0)
+    p = primitives.gradient(a, 1.0, None, numbers.multiplier, lse2, 1.0, None, None, 0.0)
     p = tl.where((places < K) & (places != place), p, 0.0)
-    return p, p if slope is None else p * slope
+    return p, p * slope
 
 
 @triton.jit

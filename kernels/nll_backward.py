@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fused_ppl.kernels import primitives, walk
+from fused_ppl.kernels import primitives, tiles, walk
 from fused_ppl.kernels import weights as class_weights
 from fused_ppl.kernels.launch import LaunchConfig, Numbers, Upstream, Weights, on_device, same_alignment
 
@@ -36,7 +36,7 @@ def row_factors(of_s, of_z, class_weight, token_weight, weights, nll, lse, numbe
     A, spread, C = primitives.coefficients(
         of_s, of_z, class_weight, token_weight, weight_sum, lse.to(tl.float32), numbers, num_classes
     )
-    at_target = primitives.gradient_at_target(nll, class_weight, A, spread, C)
+    at_target = primitives.gradient_at_target(nll, class_weight, A, spread, None if numbers.smoothing is None else C)
     low, high = low_part(lse)
     return at_target, A * low, C, high
 
@@ -59,7 +59,9 @@ def gradient_row(row_ptr, out_ptr, weight_ptr, hole, x_target, at_target, A, C, 
     """
     L: tl.constexpr = walk.VECTOR_BYTES * 8 // row_ptr.dtype.element_ty.primitive_bitwidth if VECTOR else 1
     TILE: tl.constexpr = K * T * L
-    multiplier, squash = numbers.multiplier, numbers.squash
+    multiplier = numbers.multiplier
+    squash = numbers.squash
+    C = None if numbers.smoothing is None else C
     body_ptr, head, body = walk.find_body(row_ptr, V, VECTOR, L)
     out_body_ptr, _, _ = walk.find_body(out_ptr, V, VECTOR, L)
     last_tile, hole_tile, segments = walk.find_segments(hole, head, body, first_tile, stop_tile, TILE)
@@ -71,7 +73,7 @@ def gradient_row(row_ptr, out_ptr, weight_ptr, hole, x_target, at_target, A, C, 
             g = primitives.gradient(a, slope, w, multiplier, lse2, A, C, None, at_target)
             walk.store_tile(out_body_ptr, g, tile, None, stride_out_v, VECTOR, K, T, L)
         x = walk.load_tile(body_ptr, end, limit, stride_v, VECTOR, K, T, L)
-        is_target = walk.tile_offsets(end, K, T, L) == hole - head
+        is_target = tiles.offsets(end, K, T, L) == hole - head
         a, slope = primitives.cap(x if x_target is None else tl.where(is_target, x_target, x), squash)
         w = class_weights.of_tile(weight_ptr, head, end, limit, K, T, L)
         g = primitives.gradient(a, slope, w, multiplier, lse2, A, C, is_target, at_target)
@@ -111,7 +113,7 @@ def nll_backward_kernel(
     else:
         row_ptr = walk.row_pointer(logits_ptr, row, R, stride_b, stride_r)
         hole = walk.owned_column(target, v0, V)
-        weight_ptr = class_weights.of_smoothing(weights, numbers, v0)
+        weight_ptr = None if weights.per_class is None or numbers.smoothing is None else weights.per_class + v0
         class_weight, token_weight = class_weights.of_target(row, target, weights, num_classes)
         of_s = tl.load(upstream.of_s + row.to(tl.int64) * stride_of_s)
         of_z = None

@@ -108,8 +108,9 @@ def sum_and_store(row, row_ptr, target, weights, rows, shards_ptr, workspace, nu
     ENTROPY: tl.constexpr = SHARD or rows.entropy is not None
     RUNNING_MAX: tl.constexpr = PREDICTED or ENTROPY
     SMOOTHING: tl.constexpr = numbers.smoothing is not None
-    weight_ptr = class_weights.of_smoothing(weights, numbers, v0)
-    multiplier, squash = numbers.multiplier, numbers.squash
+    weight_ptr = None if weights.per_class is None or numbers.smoothing is None else weights.per_class + v0
+    multiplier = numbers.multiplier
+    squash = numbers.squash
 
     # a target out of range makes a row of NaN; a target that another shard owns adds nothing to this one
     hole = walk.owned_column(target, v0, V)
@@ -155,7 +156,7 @@ def nll_forward_kernel(
     numbers, ignore_index,  # scalars
     R, V, v0, num_classes, tiles_per_slice,  # sizes
     stride_b, stride_r, stride_v,  # strides
-    MEAN: tl.constexpr, VECTOR: tl.constexpr, K: tl.constexpr, T: tl.constexpr,
+    SUMS: tl.constexpr, MEAN: tl.constexpr, VECTOR: tl.constexpr, K: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     target = tl.load(target_ptr + row)
@@ -173,7 +174,7 @@ def nll_forward_kernel(
         )  # fmt: skip
 
     # nested, because `and` would let every program arrive
-    if sums is not None:  # noqa: SIM102
+    if SUMS:  # noqa: SIM102
         if finished:  # noqa: SIM102
             if combine.arrive(workspace.counters, tl.num_programs(0)):
                 combine.finish_sums(rows, sums, numbers, tl.num_programs(0), MEAN, T)
@@ -211,6 +212,7 @@ def launch_nll_forward(
             numbers=numbers, ignore_index=ignore_index,
             R=R, V=V, v0=v0, num_classes=num_classes or V, tiles_per_slice=config.tiles_per_slice,
             stride_b=stride_b, stride_r=stride_r, stride_v=stride_v,
-            MEAN=mean, VECTOR=vector, K=config.vectors * (1 if vector else 16 // logits.itemsize), T=config.threads,
+            SUMS=sums is not None, MEAN=mean,
+            VECTOR=vector, K=config.vectors * (1 if vector else 16 // logits.itemsize), T=config.threads,
             num_warps=config.num_warps, enable_fp_fusion=False, **config.compiler_options,
         )  # fmt: skip

@@ -21,8 +21,9 @@ def sum_and_differentiate(row, row_ptr, target, x_target, weights, rows, upstrea
                           T: tl.constexpr):  # fmt: skip
     STATS: tl.constexpr = rows.predicted is not None
     SMOOTHING: tl.constexpr = numbers.smoothing is not None
-    weight_ptr = class_weights.of_smoothing(weights, numbers, 0)
-    multiplier, squash = numbers.multiplier, numbers.squash
+    weight_ptr = None if weights.per_class is None or numbers.smoothing is None else weights.per_class
+    multiplier = numbers.multiplier
+    squash = numbers.squash
 
     # a target out of range makes a row of NaN
     hole = walk.owned_column(target, 0, V)

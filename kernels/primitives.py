@@ -65,9 +65,9 @@ def tanh_and_slope(x):
 
 @triton.jit
 def cap(logits, squash):
-    """The factor `a` of z * log2(e) = a * multiplier, and dz / d logits as a share of logit_scale."""
+    """The factor `a` of z * log2(e) = a * multiplier, and dz / d logits as a share of logit_scale: 1 without a cap."""
     if squash is None:
-        return logits, None
+        return logits, 1.0
     else:
         return tanh_and_slope(logits * squash)
 
@@ -103,7 +103,10 @@ def accumulate(a, valid, class_weight, here, wins_ties, a_max, s, q, d, best, mu
     if RUNNING_MAX:
         tile_max = tl.max(tl.max(a, 2), 0)
         if PREDICTED:
-            best = tl.where((tile_max > a_max) | ((tile_max == a_max) & wins_ties), here, best)
+            wins = tile_max > a_max
+            if wins_ties is not None:
+                wins = wins | ((tile_max == a_max) & wins_ties)
+            best = tl.where(wins, here, best)
         new_max = tl.maximum(a_max, tile_max)
         s, q = rescale(s, q, (a_max - new_max) * multiplier)
         a_max = new_max
@@ -116,7 +119,7 @@ def accumulate(a, valid, class_weight, here, wins_ties, a_max, s, q, d, best, mu
         q += tl.sum(tl.sum(e * tl.maximum(t, -1000.0), 2), 0)  # e = 0 there; 0 * -inf would be NaN
     if SMOOTHING:
         u = a * multiplier if RUNNING_MAX else t
-        u = u if class_weight is None else u * class_weight
+        u *= class_weight
         u = u if valid is None else tl.where(valid, u, 0.0)
         d += tl.sum(tl.sum(u, 2), 0)
     return a_max, s, q, d, best
@@ -158,7 +161,7 @@ def entropy_of_sum(s, q, delta, log2_sum):
 def coefficients(of_s, of_z, class_weight, token_weight, weight_sum, lse, numbers, num_classes):
     """A, A - B and C of  dz[v] = p[v] * A - C * w[v] - B * [v = target],  times logit_scale.
 
-    A - B apart, because B is nearly A.
+    A - B apart, because B is nearly A. C is 0 without label smoothing.
     """
     of_row = of_s * numbers.scale * token_weight
     keep = of_row * class_weight
@@ -166,7 +169,7 @@ def coefficients(of_s, of_z, class_weight, token_weight, weight_sum, lse, number
     if numbers.z_loss is not None:
         spread += of_z * numbers.scale * (token_weight * class_weight) * (2.0 * numbers.z_loss) * lse
     if numbers.smoothing is None:
-        return keep + spread, spread, None
+        return keep + spread, spread, 0.0
     else:
         pull = of_row * (numbers.smoothing / num_classes)
         spread += pull * weight_sum
@@ -177,14 +180,9 @@ def coefficients(of_s, of_z, class_weight, token_weight, weight_sum, lse, number
 def gradient(a, slope, class_weight, multiplier, lse2, A, C, is_target, at_target):
     """(p * A - C * w) * slope of a tile, `at_target` * slope at the target; p = 0 where the logit is -inf."""
     p = tl.exp2(tl.fma(a, multiplier, -lse2))
-    if C is None:
-        g = p * A
-    elif class_weight is None:
-        g = tl.fma(p, A, -C)
-    else:
-        g = tl.fma(p, A, -C * class_weight)
+    g = p * A if C is None else tl.fma(p, A, -C * class_weight)
     g = g if is_target is None else tl.where(is_target, at_target, g)
-    return g if slope is None else g * slope
+    return g * slope
 
 
 @triton.jit

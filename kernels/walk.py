@@ -11,7 +11,7 @@ whose classes are not neighbours (VECTOR is False) are walked in "vectors" of L 
 import triton
 import triton.language as tl
 
-from fused_ppl.kernels import primitives
+from fused_ppl.kernels import primitives, tiles
 from fused_ppl.kernels import weights as class_weights
 
 VECTOR_BYTES = tl.constexpr(16)
@@ -71,38 +71,16 @@ def segment_bounds(segment, segments, first_tile, last_tile, stop_tile, hole_til
 
 
 @triton.jit
-def tile_offsets(tile, K: tl.constexpr, T: tl.constexpr, L: tl.constexpr):
-    vectors = (tile * K + tl.arange(0, K)[:, None, None]) * T + tl.arange(0, T)[None, :, None]
-    return vectors * L + tl.arange(0, L)[None, None, :]
-
-
-@triton.jit
-def tile_ptrs(ptr, tile, K: tl.constexpr, T: tl.constexpr, L: tl.constexpr):
-    """Added in this order, one address serves all K accesses of a thread; the rest are immediate offsets."""
-    thread_ptrs = ptr + tile * (K * T * L) + tl.arange(0, T)[None, :, None] * L
-    return thread_ptrs + tl.arange(0, K)[:, None, None] * (T * L) + tl.arange(0, L)[None, None, :]
-
-
-@triton.jit
-def vector_mask(tile, limit, K: tl.constexpr, T: tl.constexpr, L: tl.constexpr):
-    """One bit a vector, or the compiler cannot see that a whole vector may be loaded."""
-    if limit is None:
-        return None
-    else:
-        return (tile * K + tl.arange(0, K)[:, None, None]) * (T * L) + tl.arange(0, T)[None, :, None] * L < limit
-
-
-@triton.jit
 def load_tile(body_ptr, tile, limit, stride_v, VECTOR: tl.constexpr, K: tl.constexpr, T: tl.constexpr, L: tl.constexpr):
     """A (K, T, L) tile of the body in fp32; -inf from element `limit` of the body on."""
     if VECTOR:
-        mask = vector_mask(tile, limit, K, T, L)
+        mask = None if limit is None else tiles.vector_mask(tile, limit, K, T, L)
         if L == 8:
             # as words: one instruction widens a logit, where a conversion takes two
             words_ptr = tl.multiple_of(body_ptr.to(tl.pointer_type(tl.int32)), VECTOR_BYTES)
             BF16: tl.constexpr = body_ptr.dtype.element_ty == tl.bfloat16
             other = None if limit is None else (_INF_BF16 if BF16 else _INF_FP16)
-            words = tl.load(tile_ptrs(words_ptr, tile, K, T, L // 2), mask=mask, other=other)
+            words = tl.load(tiles.addresses(words_ptr, tile, K, T, L // 2), mask=mask, other=other)
             if BF16:
                 low = (words << 16).to(tl.float32, bitcast=True)
                 high = (words & -65536).to(tl.float32, bitcast=True)
@@ -112,12 +90,13 @@ def load_tile(body_ptr, tile, limit, stride_v, VECTOR: tl.constexpr, K: tl.const
             return tl.reshape(tl.join(low, high), (K, T, L))
         else:
             other = None if limit is None else float("-inf")
-            return tl.load(tile_ptrs(body_ptr, tile, K, T, L), mask=mask, other=other).to(tl.float32)
+            return tl.load(tiles.addresses(body_ptr, tile, K, T, L), mask=mask, other=other).to(tl.float32)
     else:
-        offs_v = tile_offsets(tile, K, T, L)
+        offs_v = tiles.offsets(tile, K, T, L)
         mask = None if limit is None else offs_v < limit
         other = None if limit is None else float("-inf")
-        return tl.load(body_ptr + offs_v.to(tl.int64) * stride_v, mask=mask, other=other).to(tl.float32)
+        ptrs = tiles.threads_before_vectors(body_ptr + offs_v.to(tl.int64) * stride_v, 1)
+        return tl.load(ptrs, mask=mask, other=other).to(tl.float32)
 
 
 @triton.jit
@@ -127,11 +106,13 @@ def store_tile(
     """Rounds once to the dtype of the row; writes nothing from element `limit` of the body on."""
     values = values.to(body_ptr.dtype.element_ty)
     if VECTOR:
-        tl.store(tile_ptrs(body_ptr, tile, K, T, L), values, mask=vector_mask(tile, limit, K, T, L))
+        mask = None if limit is None else tiles.vector_mask(tile, limit, K, T, L)
+        tl.store(tiles.addresses(body_ptr, tile, K, T, L), values, mask=mask)
     else:
-        offs_v = tile_offsets(tile, K, T, L)
+        offs_v = tiles.offsets(tile, K, T, L)
         mask = None if limit is None else offs_v < limit
-        tl.store(body_ptr + offs_v.to(tl.int64) * stride_v, values, mask=mask)
+        ptrs = tiles.threads_before_vectors(body_ptr + offs_v.to(tl.int64) * stride_v, 1)
+        tl.store(ptrs, values, mask=mask)
 
 
 @triton.jit
@@ -151,7 +132,7 @@ def find_column(
 
     What stands in the hole is not looked at: it may be another number than the target's logit.
     """
-    offs_v = best[None, :, None] + tile_offsets(0, K, T, L)
+    offs_v = best[None, :, None] + tiles.offsets(0, K, T, L)
     mask = (offs_v < V) & (offs_v != hole) & (a_max == top)[None, :, None]
     a, _ = primitives.cap(tl.load(row_ptr + offs_v.to(tl.int64) * stride_v, mask=mask).to(tl.float32), squash)
     return tl.min(tl.min(tl.min(tl.where(mask & (a == top), offs_v, V), 2), 0), 0)
@@ -182,17 +163,17 @@ def sum_row(row_ptr, weight_ptr, hole, a_target, multiplier, squash, V, stride_v
             a, _ = primitives.cap(load_tile(body_ptr, tile, None, stride_v, VECTOR, K, T, L), squash)
             w = class_weights.of_tile(weight_ptr, head, tile, None, K, T, L)
             reference, s, q, d, best = primitives.accumulate(
-                a, None, w, head + tile * TILE, False, reference, s, q, d, best, multiplier,
+                a, None, w, head + tile * TILE, None, reference, s, q, d, best, multiplier,
                 RUNNING_MAX, ENTROPY, PREDICTED, SMOOTHING,
             )  # fmt: skip
         a, _ = primitives.cap(load_tile(body_ptr, end, limit, stride_v, VECTOR, K, T, L), squash)
-        offs_v = tile_offsets(end, K, T, L)
+        offs_v = tiles.offsets(end, K, T, L)
         valid = offs_v != hole - head
         if SMOOTHING or squash is not None:
             valid = valid & (offs_v < limit)  # elsewhere the -inf of load_tile adds nothing, for fewer registers
         w = class_weights.of_tile(weight_ptr, head, end, limit, K, T, L)
         reference, s, q, d, best = primitives.accumulate(
-            a, valid, w, head + end * TILE, False, reference, s, q, d, best, multiplier,
+            a, valid, w, head + end * TILE, None, reference, s, q, d, best, multiplier,
             RUNNING_MAX, ENTROPY, PREDICTED, SMOOTHING,
         )  # fmt: skip
     if VECTOR:

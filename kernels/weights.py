@@ -4,6 +4,8 @@
 import triton
 import triton.language as tl
 
+from fused_ppl.kernels import tiles
+
 
 @triton.jit
 def of_target(row, target, weights, num_classes):
@@ -27,19 +29,10 @@ def total(weights, num_classes):
 
 
 @triton.jit
-def of_smoothing(weights, numbers, v0):
-    """The weights of the columns, where label smoothing asks for them; a slice of the vocabulary begins at v0."""
-    if weights.per_class is None or numbers.smoothing is None:
-        return None
-    else:
-        return weights.per_class + v0
-
-
-@triton.jit
 def of_tile(weight_ptr, head, tile, limit, K: tl.constexpr, T: tl.constexpr, L: tl.constexpr):
-    """The class weights of a tile, or None where there are none to apply."""
+    """The class weights of a tile, or 1 where there are none to apply."""
     if weight_ptr is None:
-        return None
+        return 1.0
     elif L == 8:
         # two halves of 4 stay in the thread that holds their 8 logits; 8 at once would be shuffled there
         first = of_vectors(weight_ptr, head, 0, tile, limit, K, T, L)
@@ -53,15 +46,17 @@ def of_tile(weight_ptr, head, tile, limit, K: tl.constexpr, T: tl.constexpr, L: 
 def of_vectors(weight_ptr, head, begin, tile, limit, K: tl.constexpr, T: tl.constexpr, L: tl.constexpr):
     """The weights of up to 4 logits of every vector, from the one at `begin` on."""
     vectors = (tile * K + tl.arange(0, K)[:, None, None]) * T + tl.arange(0, T)[None, :, None]
-    offs_v = vectors * L + begin + tl.arange(0, min(L, 4))[None, None, :]
+    PART: tl.constexpr = min(L, 4)
+    offs_v = vectors * L + begin + tl.arange(0, PART)[None, None, :]
     mask = None if limit is None else offs_v < limit
-    return tl.load(weight_ptr + head + offs_v, mask=mask).to(tl.float32)
+    ptrs = tiles.threads_before_vectors(weight_ptr + head + offs_v, PART)
+    return tl.load(ptrs, mask=mask).to(tl.float32)
 
 
 @triton.jit
 def of_columns(weight_ptr, columns, mask):
-    """The class weights of columns of any shape, or None where there are none to apply."""
+    """The class weights of columns of any shape, or 1 where there are none to apply."""
     if weight_ptr is None:
-        return None
+        return 1.0
     else:
         return tl.load(weight_ptr + columns, mask=mask).to(tl.float32)
