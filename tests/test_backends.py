@@ -3,15 +3,20 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.machinery
 import inspect
 from dataclasses import FrozenInstanceError
+from importlib.machinery import ModuleSpec
+from pathlib import Path
 
 import pytest
 import torch
 
 import fused_ppl
 from fused_ppl import Options, backends, perplexity, spec
+from fused_ppl.backends import presence
+from fused_ppl.cli import machine
+from fused_ppl.engines import head
 
 CPU, CUDA, MPS = torch.device("cpu"), torch.device("cuda"), torch.device("mps")
 FP32, FP64 = torch.float32, torch.float64
@@ -20,7 +25,7 @@ FP32, FP64 = torch.float32, torch.float64
 @pytest.fixture
 def kernels_there(monkeypatch):
     """As if the Triton kernels and Triton were installed, outside of the interpreter."""
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(presence, "TRITON_PROBLEM", None)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
 
 
@@ -38,9 +43,86 @@ def test_a_gpu_takes_triton_where_it_can(kernels_there):
     assert backends.choose(None, MPS, FP32) == "torch"
 
 
-def test_without_triton_everything_takes_torch(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "triton" else object())
-    assert backends.choose(None, CUDA, FP32) == "torch"
+@pytest.fixture
+def nothing_told(monkeypatch):
+    """As at the start of a process: no fallback has been warned of."""
+    backends._warn_once.cache_clear()
+    yield
+    backends._warn_once.cache_clear()
+
+
+def test_without_triton_a_gpu_takes_torch_and_says_so_once(monkeypatch, nothing_told):
+    monkeypatch.setattr(presence, "TRITON_PROBLEM", presence.triton_problem(None))
+    with pytest.warns(UserWarning, match="the package triton is not installed") as told:
+        assert [backends.choose(None, CUDA, FP32) for _ in range(3)] == ["torch"] * 3
+    assert len(told) == 1 and 'Options(backend="torch")' in str(told[0].message)
+
+
+@pytest.mark.parametrize("kind", ["privateuseone", "hpu", "mps", "meta", "cpu"])  # an NPU is a privateuseone
+def test_devices_that_triton_has_no_code_for_take_torch_without_a_word(kind, kernels_there, recwarn):
+    assert backends.choose(None, torch.device(kind), FP32) == "torch" and not recwarn.list
+
+
+def installed_triton(folder: Path, version: str | None) -> ModuleSpec:
+    """A package triton of this version, or the folder that a broken removal leaves behind."""
+    package = folder / "triton"
+    package.mkdir()
+    if version is not None:
+        (package / "__init__.py").write_text(f'"""doc"""\n__version__ = \'{version}\'\n')
+    found = importlib.machinery.PathFinder.find_spec("triton", [str(folder)])
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize("version", ["3.3.1", "3.6.0", "3.10.0+git12ab", "4.0.0"])
+def test_a_new_enough_triton_has_no_problem(version, tmp_path):
+    assert presence.triton_problem(installed_triton(tmp_path, version)) is None
+
+
+@pytest.mark.parametrize("version", ["3.2.0", "3.3.0+gitffff", "2.3.1"])
+def test_an_old_triton_is_refused_in_a_sentence(version, tmp_path, monkeypatch, nothing_told):
+    problem = presence.triton_problem(installed_triton(tmp_path, version))
+    assert "need Triton 3.3.1 or newer" in problem and f"{version} is installed" in problem
+    monkeypatch.setattr(presence, "TRITON_PROBLEM", problem)
+    with pytest.warns(UserWarning, match="need Triton 3"):
+        assert backends.choose(None, CUDA, FP32) == "torch"
+    with pytest.raises(NotImplementedError, match="need Triton 3"):
+        backends.choose("triton", CUDA, FP32)
+    assert problem in machine.choice(None, CUDA, FP32).sentence()
+
+
+def test_a_folder_without_a_package_is_a_broken_installation(tmp_path):
+    assert "broken" in presence.triton_problem(installed_triton(tmp_path, None))
+
+
+def test_a_triton_that_does_not_compile_is_refused_and_told_of_once(kernels_there, monkeypatch, nothing_told):
+    """A container without a C compiler, or with a half-installed Triton."""
+    probe = pytest.importorskip("fused_ppl.kernels.probe", reason="it imports triton")
+    tries = []
+
+    def fails(out):
+        tries.append(out)
+        raise RuntimeError("Failed to find C compiler. Please specify via CC.\nmore")
+
+    monkeypatch.setattr(probe, "launch_probe", fails)
+    monkeypatch.setattr(presence, "_compiler_problems", {})
+    monkeypatch.setattr(presence, "_is_there", lambda kind: True)
+    monkeypatch.setattr(torch, "empty", lambda *size, dtype, device: torch.zeros(*size, dtype=dtype))
+    with pytest.warns(UserWarning, match="RuntimeError: Failed to find C compiler"):
+        assert [backends.choose(None, CUDA, FP32) for _ in range(2)] == ["torch"] * 2
+    with pytest.raises(NotImplementedError, match="compiles no kernel here"):
+        backends.choose("triton", CUDA, FP32)
+    assert len(tries) == 1
+
+
+def test_products_of_bf16_are_fp32_where_they_cannot_be_summed_in_fp32(monkeypatch):
+    """mm(out_dtype=) came with torch 2.8, for CUDA alone."""
+    assert head.product_dtype(torch.bfloat16, torch.device("xpu")) == FP32
+    assert head.product_dtype(torch.bfloat16, MPS) == FP32
+    presence.widens_half_products.cache_clear()
+    monkeypatch.setattr(type(torch.ops.aten.mm), "overloads", lambda self: ["default", "out"])
+    assert head.product_dtype(torch.bfloat16, CUDA) == FP32
+    presence.widens_half_products.cache_clear()
 
 
 @pytest.mark.parametrize("name", ["torch", "reference"])
@@ -51,7 +133,7 @@ def test_a_name_is_that_backend_on_any_device(name, kernels_there):
 
 @pytest.mark.parametrize(
     ("device", "dtype", "reason"),
-    [(CPU, FP32, "TRITON_INTERPRET=1"), (CUDA, FP64, "float64"), (MPS, FP32, "Apple")],
+    [(CPU, FP32, "TRITON_INTERPRET=1"), (CUDA, FP64, "float64"), (MPS, FP32, "no code for mps")],
 )
 def test_a_name_that_cannot_run_says_why_and_what_can(device, dtype, reason, kernels_there):
     with pytest.raises(NotImplementedError) as caught:
@@ -61,7 +143,7 @@ def test_a_name_that_cannot_run_says_why_and_what_can(device, dtype, reason, ker
 
 
 def test_missing_triton_is_named(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "triton" else object())
+    monkeypatch.setattr(presence, "TRITON_PROBLEM", presence.triton_problem(None))
     with pytest.raises(NotImplementedError, match="package triton is not installed"):
         backends.choose("triton", CUDA, FP32)
 

@@ -27,13 +27,14 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.util
 import os
+import warnings
 from types import ModuleType
 
 import torch
 
 from fused_ppl import checks
+from fused_ppl.backends import presence
 from fused_ppl.spec import BACKENDS
 
 MODULES = {"torch": "fused_ppl.backends.torch_rows", "triton": "fused_ppl.backends.triton_rows"}
@@ -53,7 +54,7 @@ def choose(name: str | None, device: torch.device, dtype: torch.dtype) -> str:
         if name is not None:
             checks.check_choice("FUSED_PPL_BACKEND", name, BACKENDS, "Unset it to let each call choose.")
     if name is None:
-        return "triton" if device.type not in ("cpu", "mps") and refusal("triton", device, dtype) is None else "torch"
+        return _best(device, dtype)
     reason = refusal(name, device, dtype)
     if reason is not None:
         able = [b for b in BACKENDS if refusal(b, device, dtype) is None]
@@ -64,19 +65,44 @@ def choose(name: str | None, device: torch.device, dtype: torch.dtype) -> str:
     return name
 
 
+def _best(device: torch.device, dtype: torch.dtype) -> str:
+    """Triton on a GPU where it can run. An installation that keeps it from running is told of once."""
+    if device.type not in presence.TRITON_DEVICES or refusal("triton", device, dtype) is not None:
+        problem = _installation_problem(device) if device.type in presence.TRITON_DEVICES else None
+        if problem is not None and not torch.compiler.is_compiling():
+            _warn_once(device.type, problem)
+        return "torch"
+    return "triton"
+
+
+def _installation_problem(device: torch.device) -> str | None:
+    return presence.TRITON_PROBLEM or presence.compiler_problem(device)
+
+
+@functools.cache
+def _warn_once(kind: str, problem: str) -> None:
+    warnings.warn(
+        f"fused_ppl computes with PyTorch's operators instead of its kernels on {kind}, which is slower: {problem}. "
+        'Options(backend="torch") chooses this without a warning.',
+        stacklevel=6,
+    )
+
+
 def refusal(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why a backend cannot run here, or None where it can."""
     if name != "triton":
         return None
-    if importlib.util.find_spec("triton") is None:
-        return "the package triton is not installed (it comes with every GPU build of torch)"
+    if presence.TRITON_PROBLEM is not None:
+        return presence.TRITON_PROBLEM
     if dtype == torch.float64:
         return "the kernels compute in float32, and float64 would be rounded"
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET", "0") != "1":
         return "there is no GPU behind it, and the interpreter runs only under TRITON_INTERPRET=1"
-    if device.type == "mps":
-        return "Triton has no code for Apple's GPUs"
-    return None
+    if device.type == "cpu":
+        return None
+    if device.type not in presence.TRITON_DEVICES:
+        return f"Triton generates no code for {device.type}"
+    return presence.compiler_problem(device)
 
 
 @functools.cache

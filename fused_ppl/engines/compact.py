@@ -21,6 +21,7 @@ from fused_ppl.spec import Columns, Factors
 STATES = 64  # heads that are remembered
 COUNT_STEPS = 64  # sizes of the kept columns on a GPU: few, so that its allocator finds them again
 MARGIN = 0.9  # of the tolerance that the kept columns are chosen for: the rank-one term has a length of its own
+UNITS = 2**40  # that what may be left out is counted in
 
 
 class Kept(NamedTuple):
@@ -135,9 +136,19 @@ def needed(columns: Columns, factors: Factors, label: Tensor, tolerance: float) 
     """(): the least number of columns whose rest is short enough, |T| <= tolerance * |G| with some margin."""
     square, allowed = _score(columns, label), (MARGIN * tolerance) ** 2 * norm_square(columns, factors)
     rising = torch.where(square.isinf(), 0, square).sort().values.to(allowed.dtype)
-    dropped = torch.searchsorted(rising.cumsum(0), allowed.unsqueeze(0), right=True).squeeze(0)
+    # in whole units of allowed / UNITS, rounded up: a GPU adds floats in another order each time, whole numbers exactly
+    shares = torch.where(rising == 0, 0, rising / allowed).nan_to_num(nan=2, posinf=2).clamp_(max=2)
+    dropped = torch.searchsorted(shares.mul_(UNITS).ceil_().long().cumsum(0), UNITS, right=True)
     # targets are at the lower end, as zeros, and always kept
     return torch.maximum(square.numel() - dropped, square.isinf().sum())
+
+
+def add_repeated(out: Tensor, index: Tensor, values: Tensor) -> None:
+    """out[index[i]] += values[i] in a fixed order, also where an index occurs more than once."""
+    if out.device.type == "cpu":
+        out.index_add_(0, index, values)
+    else:  # a GPU sorts the indices for this, where index_add_ adds in the order in which threads arrive
+        out.index_put_((index,), values, accumulate=True)
 
 
 def norm_square(columns: Columns, factors: Factors) -> Tensor:

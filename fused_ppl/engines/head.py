@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The matrix products of an LM head, and the rows that take part in them.
 
-Products run in one dtype: that of the hidden states, or what autocast says. fp16 does not hold the gradient of a logit
-(p < 3e-8 is flushed, a large token weight overflows), and a CPU may have no instructions for bf16: these compute in
-fp32, from slices of the weight converted on the way. What a product adds to is fp32 (fp64 for fp64).
+Products run in one dtype: that of the hidden states, or what autocast says. Three kinds of half precision compute in
+fp32 instead, from slices of the weight that are converted on the way. fp16 does not hold the gradient of a logit
+(p < 3e-8 is flushed, a large token weight overflows). A CPU may have no instructions for bf16. A GPU, or its torch, may
+have no product of bf16 that is summed in fp32. What a product adds to is fp32 (fp64 for fp64).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from fused_ppl.backends import presence
 from fused_ppl.engines import memory
 from fused_ppl.spec import LossSpec
 
@@ -24,8 +26,11 @@ def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """What the products of this dtype run in on this device."""
     if dtype == torch.float16:
         return torch.float32
-    if dtype == torch.bfloat16 and device.type == "cpu":
-        native = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if dtype == torch.bfloat16:
+        if device.type == "cpu":
+            native = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        else:
+            native = presence.widens_half_products(device.type)
         return dtype if native else torch.float32
     return dtype
 

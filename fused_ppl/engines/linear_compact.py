@@ -293,7 +293,7 @@ class _Walk:
         sums = (columns.total if columns.total.numel() else columns.size).to(self.db.dtype)
         if self.screen is None:
             self.db += sums
-            self.db.index_add_(0, label.clamp(max=self.db.shape[0] - 1), factors.at_target)  # 0 from another shard
+            compact.add_repeated(self.db, label.clamp(max=self.db.shape[0] - 1), factors.at_target)  # 0 from elsewhere
         else:
             self.db += sums.index_fill(0, kept.columns, 0)
             self.db.index_add_(0, kept.columns, g.sum(0, dtype=self.db.dtype))

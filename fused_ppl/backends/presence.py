@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What this machine has that the backends need: a Triton that compiles, and half-precision products summed in fp32.
+
+Facts that never change are read once, at import, because torch.compile cannot trace the looking up. Triton itself is
+imported at the first call that could use it.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import re
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+
+import torch
+
+OLDEST_TRITON = (3, 3, 1)  # of torch 2.7
+TRITON_DEVICES = ("cuda", "xpu")  # a ROCm GPU is "cuda" to torch
+
+
+def triton_problem(spec: ModuleSpec | None) -> str | None:
+    """Why the package triton cannot run the kernels, or None where nothing is known against it; does not import it."""
+    if spec is None:
+        return "the package triton is not installed (it comes with every GPU build of torch)"
+    if spec.origin is None:
+        where = ", ".join(spec.submodule_search_locations or ())
+        return f"the installation of triton is broken: {where} has no __init__.py. Install torch again"
+    found = re.search(r"^__version__ = ['\"]((\d+)\.(\d+)\.(\d+)\S*)['\"]", Path(spec.origin).read_text(), re.M)
+    if found is not None and tuple(map(int, found.groups()[1:])) < OLDEST_TRITON:
+        oldest = ".".join(map(str, OLDEST_TRITON))
+        return f"the kernels need Triton {oldest} or newer, as torch 2.7 brings it, and {found[1]} is installed"
+    return None
+
+
+TRITON_PROBLEM = triton_problem(importlib.util.find_spec("triton"))
+_compiler_problems: dict[str, str | None] = {}  # by type of device
+
+
+def compiler_problem(device: torch.device) -> str | None:
+    """Why Triton compiles nothing for this device, which the smallest kernel shows once a process.
+
+    None where that cannot be tried: while torch.compile traces, while a CUDA graph captures, and over fake tensors.
+    """
+    kind = device.type
+    if kind not in _compiler_problems:
+        if torch.compiler.is_compiling() or not _is_there(kind):
+            return None
+        out = torch.empty(1, dtype=torch.float32, device=device)
+        if type(out) is not torch.Tensor:
+            return None
+        try:
+            importlib.import_module("fused_ppl.kernels.probe").launch_probe(out)
+            _compiler_problems[kind] = None
+        except Exception as error:  # whatever a broken installation raises
+            said = next(iter(str(error).strip().splitlines()), "")
+            _compiler_problems[kind] = f"Triton compiles no kernel here: {type(error).__name__}: {said}"
+    return _compiler_problems[kind]
+
+
+def _is_there(kind: str) -> bool:
+    if kind == "cuda":
+        return torch.cuda.is_available() and not torch.cuda.is_current_stream_capturing()
+    return kind == "xpu" and torch.xpu.is_available()
+
+
+@functools.cache
+def widens_half_products(kind: str) -> bool:
+    """Whether torch.mm(out_dtype=torch.float32) takes bf16 on this type of device: torch has it for CUDA from 2.8 on.
+
+    ROCm builds have the overload, and some versions refuse it when it runs; so it is tried where a device is there.
+    """
+    if kind != "cuda" or "dtype" not in torch.ops.aten.mm.overloads():
+        return False
+    if not torch.cuda.is_available():  # fake tensors
+        return True
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("aten::mm.dtype", "CUDA"):
+        return False
+    if torch.version.hip is None:
+        return True
+    try:
+        a = torch.ones(8, 8, dtype=torch.bfloat16, device="cuda")
+        torch.mm(a, a, out_dtype=torch.float32)
+    except (RuntimeError, NotImplementedError):
+        return False
+    return True
