@@ -2,7 +2,8 @@
 """The machine code that each kernel is allowed, and what a launch of it compiles.
 
 A limit is the measured value of triton 3.9 plus a few per cent, so that a version of Triton that does worse is seen.
-`python bench/static.py` compiles all of it, and holds it to this.
+Older versions may take a quarter more, and may spill outside of the hot loops. No version may spill, cross threads, or
+load less than 16 bytes at a time in a hot loop. `python bench/static.py` compiles all of it, and holds it to this.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any
 
 import aot
 import torch
+import triton
 from torch import Tensor
 
 from fused_ppl.kernels import launch, nll_backward, nll_forward, nll_forward_backward
@@ -18,6 +20,11 @@ from fused_ppl.kernels import launch, nll_backward, nll_forward, nll_forward_bac
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 NAMES = {BF16: "bf16", FP16: "fp16", FP32: "fp32"}
 NUM_ROWS, NUM_SMS = 8192, 132
+IS_NEWEST = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (
+    3,
+    9,
+)  # what the limits are measured with
+ALLOWANCE = 1.0 if IS_NEWEST else 1.25
 ODD, LARGE = 50257, 151643
 
 
@@ -187,13 +194,13 @@ def report(kernel: str, dtype: torch.dtype = BF16, v: int = ODD, target: str = "
 
 def violations(found: aot.Report, budget: tuple[float, ...], itemsize: int) -> list[str]:
     """What is over the budget, in words."""
-    *limits, registers = budget
-    checks = {f"{found.registers} registers, {registers} allowed": found.registers <= registers}
+    *limits, registers = (limit * ALLOWANCE for limit in budget)
+    checks = {f"{found.registers} registers, {registers:g} allowed": found.registers <= registers}
     for (name, loop), limit in zip(found.passes.items(), limits, strict=True):
         per_logit, mufu = loop.per_logit(itemsize), loop.mufu / loop.logits(itemsize)
         accesses = loop.loads + loop.stores
         checks |= {
-            f"{name}: {per_logit:.2f} instructions a logit, {limit} allowed": per_logit <= limit,
+            f"{name}: {per_logit:.2f} instructions a logit, {limit:g} allowed": per_logit <= limit,
             f"{name}: {mufu:.2f} special functions a logit, {MUFU} allowed": mufu <= MUFU,
             f"{name}: accesses of {set(accesses)}, not 16 bytes": all(map(_is_wide, accesses)),
         }
@@ -202,9 +209,11 @@ def violations(found: aot.Report, budget: tuple[float, ...], itemsize: int) -> l
 
 def broken_promises(found: aot.Report, contiguous: bool = True) -> list[str]:
     """What no option may cost either."""
-    checks = {f"{found.spills} spills, {found.stack} bytes of stack": not (found.spills or found.stack)}
+    spilled = IS_NEWEST and (found.spills or found.stack)
+    checks = {f"{found.spills} spills, {found.stack} bytes of stack": not spilled}
     for name, loop in found.passes.items():
         checks |= {
+            f"{name}: {loop.local} spills in the hot loop": not loop.local,
             f"{name}: {loop.barriers} barriers or shuffles in the hot loop": not loop.barriers,
             f"{name}: no load of 16 bytes in the hot loop": not contiguous or any(map(_is_wide, loop.loads)),
         }

@@ -15,23 +15,21 @@ def offsets(tile, K: tl.constexpr, T: tl.constexpr, L: tl.constexpr):
 
 
 @triton.jit
-def threads_before_vectors(ptrs, L: tl.constexpr):
-    """Addresses of a (K, T, L) tile, laid out so that lanes lie along T and registers along K.
+def addresses(ptr, offs, L: tl.constexpr):
+    """ptr + offs of a (K, T, L) tile, laid out so that lanes lie along T and registers along K.
 
     Triton orders the dimensions by contiguity. Before version 3.7 it resolves the tie of K and T the other way round,
-    and every reduction over K then crosses lanes. The 2 ends the tie. The width of an access does not follow from it:
-    that is set by the last dimension, and by the alignment, which is known for whole vectors only.
+    and every reduction over K then crosses lanes. The 2 is not true, and ends the tie. The width of an access does not
+    follow from it: that is set by the last dimension, and by the alignment, which is known for whole vectors only.
     """
-    return tl.max_contiguous(ptrs, [1, 2, L])
+    return tl.max_contiguous(ptr + offs, [1, 2, L])
 
 
 @triton.jit
-def addresses(ptr, tile, K: tl.constexpr, T: tl.constexpr, L: tl.constexpr):
+def vector_addresses(ptr, tile, K: tl.constexpr, T: tl.constexpr, L: tl.constexpr):
     """Added in this order, one address serves all K accesses of a thread; the rest are immediate offsets."""
     thread_ptrs = ptr + tile * (K * T * L) + tl.arange(0, T)[None, :, None] * L
-    return threads_before_vectors(
-        thread_ptrs + tl.arange(0, K)[:, None, None] * (T * L) + tl.arange(0, L)[None, None, :], L
-    )
+    return addresses(thread_ptrs + tl.arange(0, K)[:, None, None] * (T * L), tl.arange(0, L)[None, None, :], L)
 
 
 @triton.jit

@@ -80,7 +80,7 @@ def load_tile(body_ptr, tile, limit, stride_v, VECTOR: tl.constexpr, K: tl.const
             words_ptr = tl.multiple_of(body_ptr.to(tl.pointer_type(tl.int32)), VECTOR_BYTES)
             BF16: tl.constexpr = body_ptr.dtype.element_ty == tl.bfloat16
             other = None if limit is None else (_INF_BF16 if BF16 else _INF_FP16)
-            words = tl.load(tiles.addresses(words_ptr, tile, K, T, L // 2), mask=mask, other=other)
+            words = tl.load(tiles.vector_addresses(words_ptr, tile, K, T, L // 2), mask=mask, other=other)
             if BF16:
                 low = (words << 16).to(tl.float32, bitcast=True)
                 high = (words & -65536).to(tl.float32, bitcast=True)
@@ -90,12 +90,12 @@ def load_tile(body_ptr, tile, limit, stride_v, VECTOR: tl.constexpr, K: tl.const
             return tl.reshape(tl.join(low, high), (K, T, L))
         else:
             other = None if limit is None else float("-inf")
-            return tl.load(tiles.addresses(body_ptr, tile, K, T, L), mask=mask, other=other).to(tl.float32)
+            return tl.load(tiles.vector_addresses(body_ptr, tile, K, T, L), mask=mask, other=other).to(tl.float32)
     else:
         offs_v = tiles.offsets(tile, K, T, L)
         mask = None if limit is None else offs_v < limit
         other = None if limit is None else float("-inf")
-        ptrs = tiles.threads_before_vectors(body_ptr + offs_v.to(tl.int64) * stride_v, 1)
+        ptrs = tiles.addresses(body_ptr, offs_v.to(tl.int64) * stride_v, 1)
         return tl.load(ptrs, mask=mask, other=other).to(tl.float32)
 
 
@@ -107,11 +107,11 @@ def store_tile(
     values = values.to(body_ptr.dtype.element_ty)
     if VECTOR:
         mask = None if limit is None else tiles.vector_mask(tile, limit, K, T, L)
-        tl.store(tiles.addresses(body_ptr, tile, K, T, L), values, mask=mask)
+        tl.store(tiles.vector_addresses(body_ptr, tile, K, T, L), values, mask=mask)
     else:
         offs_v = tiles.offsets(tile, K, T, L)
         mask = None if limit is None else offs_v < limit
-        ptrs = tiles.threads_before_vectors(body_ptr + offs_v.to(tl.int64) * stride_v, 1)
+        ptrs = tiles.addresses(body_ptr, offs_v.to(tl.int64) * stride_v, 1)
         tl.store(ptrs, values, mask=mask)
 
 

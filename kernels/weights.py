@@ -49,7 +49,7 @@ def of_vectors(weight_ptr, head, begin, tile, limit, K: tl.constexpr, T: tl.cons
     PART: tl.constexpr = min(L, 4)
     offs_v = vectors * L + begin + tl.arange(0, PART)[None, None, :]
     mask = None if limit is None else offs_v < limit
-    ptrs = tiles.threads_before_vectors(weight_ptr + head + offs_v, PART)
+    ptrs = tiles.addresses(weight_ptr + head, offs_v, PART)
     return tl.load(ptrs, mask=mask).to(tl.float32)
 
 

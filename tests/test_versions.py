@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import versions
 
+from fused_ppl.backends import presence
+
 pytest.importorskip("triton", reason="the kernels are compiled by triton; it is in the extra `test`")
 BENCH = Path(__file__).parents[1] / "bench"
 
@@ -69,9 +71,32 @@ def test_the_hot_loops_gain_nothing_from_fusion(target, tmp_path):
     assert fused and fused == unfused
 
 
-def test_the_oldest_and_the_last_of_every_minor_version_are_chosen():
-    there = ["3.10.0", "3.9.1", "3.9.0", "3.8.0", "3.7.1", "3.7.0", "3.6.0", "2.3.1"]
-    assert versions.chosen(there, (3, 7)) == ["3.7.0", "3.7.1", "3.8.0", "3.9.1", "3.10.0"]
-    with pytest.raises(RuntimeError, match=r"3\.11 or newer is needed"):
-        versions.chosen(there, (3, 11))
-    assert versions.floor() >= (3, 7) and versions.pinned("torch").startswith("torch==")
+def test_the_pairs_begin_at_the_oldest_that_are_supported():
+    project = (BENCH.parent / "pyproject.toml").read_text()
+    pairs = versions.PAIRS
+    assert f'"torch>={pairs[0].torch.rpartition(".")[0]}"' in project
+    oldest = next(pair.triton for pair in pairs if pair.compiles)
+    assert f'"triton>={oldest};' in project and versions.number(oldest) == presence.OLDEST_TRITON
+    assert all(pair.compiles == (versions.number(pair.triton) >= presence.OLDEST_TRITON) for pair in pairs)
+    assert [p.torch for p in pairs] == sorted((p.torch for p in pairs), key=versions.number)
+
+
+def test_a_version_that_cannot_be_installed_is_named_and_fails_nothing(tmp_path, monkeypatch, capsys):
+    def refuses(folder, pair):
+        raise RuntimeError("no matching distribution")
+
+    monkeypatch.setattr(versions, "make_environment", refuses)
+    monkeypatch.setattr(sys, "argv", ["versions.py", "--torch", "2.7.1", "--out", str(tmp_path / "table.md")])
+    assert versions.main() == 0
+    assert "| 2.7.1 | 3.3.1 | not installed: no matching distribution |" in capsys.readouterr().out
+    assert "no matching distribution" in (tmp_path / "table.md").read_text()
+
+
+def test_a_pair_that_fails_is_told(monkeypatch):
+    monkeypatch.setattr(
+        versions, "run", lambda python, arguments, **env: versions.Found("tests" not in arguments, "x", 1)
+    )
+    ok, row = versions.check(Path("python"), versions.PAIRS[1])
+    assert not ok and row == "| 2.7.1 | 3.3.1 | x | x | FAILED: x | 3 |"
+    ok, row = versions.check(Path("python"), versions.PAIRS[0])
+    assert not ok and row == "| 2.6.0 | 3.2.0 | refused | refused | FAILED: x | 1 |"
