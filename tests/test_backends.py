@@ -205,3 +205,18 @@ def test_the_schema_of_the_ops_spells_the_spec():
     assert len(spec.LossSpec().op_args()) == len(names)
     given = spec.LossSpec("none", 7, 0.1, 0.2, 0.3, 0.4, 0.5, True)
     assert spec.LossSpec(*given.op_args()) == given
+
+
+@pytest.mark.parametrize(("problem", "expected"), [(None, "triton"), ("none here", "torch")])
+def test_the_choice_is_traced_in_one_graph(problem, expected, monkeypatch, recwarn):
+    """torch 2.8 to 2.12 cannot trace importlib.util.find_spec, nor a warning."""
+    monkeypatch.setattr(presence, "TRITON_PROBLEM", problem)
+    monkeypatch.setattr(presence, "_compiler_problems", {})
+    chosen = []
+
+    def f(x):
+        chosen.append(backends.choose(None, CUDA, torch.bfloat16))
+        return x + 1
+
+    torch.compile(f, backend="eager", fullgraph=True)(torch.zeros(2))
+    assert chosen == [expected] and not [w for w in recwarn if "fused_ppl" in str(w.message)]

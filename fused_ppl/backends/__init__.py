@@ -54,7 +54,7 @@ def choose(name: str | None, device: torch.device, dtype: torch.dtype) -> str:
         if name is not None:
             checks.check_choice("FUSED_PPL_BACKEND", name, BACKENDS, "Unset it to let each call choose.")
     if name is None:
-        return _best(device, dtype)
+        return "torch" if device.type not in presence.TRITON_DEVICES else _best(device, dtype)
     reason = refusal(name, device, dtype)
     if reason is not None:
         able = [b for b in BACKENDS if refusal(b, device, dtype) is None]
@@ -66,17 +66,13 @@ def choose(name: str | None, device: torch.device, dtype: torch.dtype) -> str:
 
 
 def _best(device: torch.device, dtype: torch.dtype) -> str:
-    """Triton on a GPU where it can run. An installation that keeps it from running is told of once."""
-    if device.type not in presence.TRITON_DEVICES or refusal("triton", device, dtype) is not None:
-        problem = _installation_problem(device) if device.type in presence.TRITON_DEVICES else None
-        if problem is not None and not torch.compiler.is_compiling():
-            _warn_once(device.type, problem)
-        return "torch"
-    return "triton"
-
-
-def _installation_problem(device: torch.device) -> str | None:
-    return presence.TRITON_PROBLEM or presence.compiler_problem(device)
+    """On a GPU, Triton where it can run. An installation that keeps it from running is told of once."""
+    if refusal("triton", device, dtype) is None:
+        return "triton"
+    problem = presence.TRITON_PROBLEM or presence.compiler_problem(device)
+    if problem is not None and not torch.compiler.is_compiling():
+        _warn_once(device.type, problem)
+    return "torch"
 
 
 @functools.cache
