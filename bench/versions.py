@@ -23,8 +23,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 TAIL = 40  # lines shown of a command that fails
-NEEDED = ("hypothesis", "matplotlib", "psutil", "pytest", "pytest-benchmark", "pytest-xdist", "rich", "setuptools",
-          "tokenizers", "tqdm")  # fmt: skip
+NEEDED = ("hypothesis", "matplotlib", "psutil", "pytest", "pytest-benchmark", "pytest-xdist", "rich",
+          "setuptools>=68", "tokenizers", "tqdm", "wheel")  # fmt: skip
 KERNEL_TESTS = ("tests/test_launch.py", "tests/test_kernels.py", "tests/test_kernels_head.py")
 HEADER = "| torch | triton | instructions a logit, sm_90, bf16 | tests of the kernels | fast tests | s |"
 
@@ -53,6 +53,10 @@ PAIRS = (
 )
 
 
+class NotInstallable(Exception):
+    """The registry, or this machine, has no such version; and what pip said."""
+
+
 @dataclass(frozen=True)
 class Found:
     """What a command ended with."""
@@ -72,17 +76,14 @@ def make_environment(folder: Path, pair: Pair) -> Path:
     if not python.exists():
         subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
         pip = [str(python), "-m", "pip", "install", "--quiet", "--quiet"]
-        run_or_raise([*pip, f"torch=={pair.torch}", pair.numpy, *NEEDED])
-        # by itself: a torch asks for the one Triton that it was built with
-        run_or_raise([*pip, "--no-deps", f"triton=={pair.triton}"])
-        run_or_raise([*pip, "--no-deps", "--no-build-isolation", "--editable", str(ROOT)])
+        # Triton by itself: a torch asks for the one that it was built with
+        for what in ((f"torch=={pair.torch}", pair.numpy, *NEEDED), ("--no-deps", f"triton=={pair.triton}")):
+            done = subprocess.run([*pip, *what], capture_output=True, text=True, check=False)
+            if done.returncode:
+                said = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
+                raise NotInstallable(" ".join(said) or "pip failed without a word")
+        subprocess.run([*pip, "--no-deps", "--no-build-isolation", "--editable", str(ROOT)], check=True)
     return python
-
-
-def run_or_raise(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError((done.stderr.strip().splitlines() or ["pip failed"])[-1])
 
 
 def compile_all() -> list[str]:
@@ -162,7 +163,7 @@ def main() -> int:
         with tempfile.TemporaryDirectory() as scratch:
             try:
                 python = make_environment((args.keep or Path(scratch)) / f"torch-{pair.torch}", pair)
-            except RuntimeError as why:
+            except NotInstallable as why:
                 ok, row = True, f"| {pair.torch} | {pair.triton} | not installed: {why} | | | |"
             else:
                 ok, row = check(python, pair)

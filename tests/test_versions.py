@@ -83,7 +83,7 @@ def test_the_pairs_begin_at_the_oldest_that_are_supported():
 
 def test_a_version_that_cannot_be_installed_is_named_and_fails_nothing(tmp_path, monkeypatch, capsys):
     def refuses(folder, pair):
-        raise RuntimeError("no matching distribution")
+        raise versions.NotInstallable("no matching distribution")
 
     monkeypatch.setattr(versions, "make_environment", refuses)
     monkeypatch.setattr(sys, "argv", ["versions.py", "--torch", "2.7.1", "--out", str(tmp_path / "table.md")])
