@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 
 import torch
@@ -121,13 +120,14 @@ def from_hidden(
         return reference.logits_loss(logits, target, spec, weight, token_weight, num_items)
     tensors = (input, linear_weight, linear_bias)
     grads = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in tensors)
-    shape = (target.numel(), *linear_weight.shape, dtype.itemsize, device, grads, options.memory_budget)
-    asked, case = (options.gradient_tolerance, options.gradient_columns, options.screen), plan.LinearCase(*shape)
+    asked, compact = (options.gradient_tolerance, options.gradient_columns, options.screen), None
     if any(asked):
         checks.check_screen(options.screen, dtype, device, linear_weight.shape, num_classes)
         # under a cap the smoothing's part of the gradient is no product: there nothing is left out
         if not (spec.softcap and spec.label_smoothing):
-            case = dataclasses.replace(case, compact=plan.Compact(*asked))
+            compact = plan.Compact(*asked)
+    shape = (target.numel(), *linear_weight.shape, dtype.itemsize, device, grads, options.memory_budget)
+    case = plan.LinearCase(*shape, compact)
     per_token = spec.reduction in ("none", "sequence") or (spec.stats and spec.z_loss > 0)
     # a shard of the vocabulary knows its gradients only when the others have been heard
     kind = plan.linear_kind(case, per_token or (num_classes > 0 and case.compact is None))

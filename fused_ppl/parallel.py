@@ -60,13 +60,8 @@ def add_shards(groups: Groups | None, name: str, rank: int, sizes: Sequence[int]
     layout = 0
     for size in sizes:  # a polynomial hash: torch.compile traces it, and float64 holds it
         layout = (layout * 1_000_003 + size + 1) % (2**32 - 5)
-    return (groups or Groups())._replace(
-        vocab=name,
-        first=sum(sizes[:rank]),
-        num_classes=sum(sizes),
-        layout=layout,
-        sum_hidden=sum_hidden,
-    )
+    tokens, ranks = ("", 1) if groups is None else groups[:2]
+    return Groups(tokens, ranks, name, sum(sizes[:rank]), sum(sizes), layout, sum_hidden)
 
 
 def plain_shards(groups: Groups | None, vocab_group: VocabGroup, local: int, sum_hidden: bool) -> Groups | None:
@@ -107,7 +102,8 @@ def compare_ranks(name: str, facts: Mapping[str, object]) -> None:
     if torch.compiler.is_compiling():
         return
     group: Any = torch._C._distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
-    store, rank, ranks = group.get_group_store(), group.rank(), group.size()
+    store = torch.distributed.distributed_c10d._get_process_group_store(group)
+    rank, ranks = group.rank(), group.size()
     patience = group._get_backend(group._device_types[0]).options._timeout
     call = _calls[name] = _calls.get(name, -1) + 1
     keys = [f"fused_ppl/{name}/{call}/{r}" for r in range(ranks)]
