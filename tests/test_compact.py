@@ -4,9 +4,10 @@ its own residual as the bound."""
 
 from __future__ import annotations
 
+import on_device
 import pytest
 import torch
-from compact_cases import ROWS, D, N, V, dense, expand, gradients, make, named, small_groups  # noqa: F401
+from compact_cases import ROWS, WHOLE, D, N, V, dense, expand, gradients, make, named, small_groups  # noqa: F401
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -212,7 +213,7 @@ def test_compiles_into_one_graph_for_any_number_of_tokens():
 @pytest.mark.parametrize("screen", [None, "int8"])
 def test_opcheck(screen, backend, fits):
     fits(N, V)
-    (hidden, weight, bias), target = make()
+    (hidden, weight, bias), target = make(v=WHOLE[0], d=WHOLE[1]) if screen else make()
     how = (*LossSpec(stats=True).op_args(), backend, torch.float32, (True, True, True), None, None, 30.0, screen)
     torch.library.opcheck(torch.ops.fused_ppl.linear_compact, (hidden, weight, bias, target, None, None, *how))
 
@@ -300,7 +301,7 @@ def test_it_waits_for_no_device(fake_gpu, monkeypatch):
 def test_autocast_is_for_the_products_alone(dtype):
     torch.manual_seed(0)
     h, w, y = torch.randn(40, 16), (torch.randn(2000, 16) * 0.3).requires_grad_(), torch.randint(2000, (40,))
-    with torch.autocast("cpu", dtype):
+    with torch.autocast(on_device.device.type, dtype):
         loss = linear_cross_entropy(h, w, y, options=Options(gradient_columns=0.25))
     loss.backward()
     truth = torch.nn.functional.cross_entropy(h @ w.t(), y)
@@ -311,6 +312,8 @@ def test_autocast_is_for_the_products_alone(dtype):
 @pytest.mark.parametrize("weight", [1e-22, 1e20])
 def test_squares_that_are_no_float32_are_summed_all_the_same(weight, backend, fits):
     fits(N, V)
+    if on_device.compiled() and backend == "torch":
+        pytest.skip("on a GPU the torch backend would have to wait for the largest factor, and takes 1 for it")
     (hidden, head, _), target = make(ignored=False)
     said = [
         linear_cross_entropy_with_stats(
