@@ -14,7 +14,7 @@ from fused_ppl.spec import LossSpec
 
 N, V, D = 37, 210, 12
 # (V, D) of a screened head: products in int8 of a GPU want multiples of 8
-WHOLE = (208, 16) if on_device.compiled() else (V, D)
+WHOLE = (208, 16) if on_device.elsewhere() else (V, D)
 ROWS = 20  # of a group: 37 rows in two, and then whole walks of 4 or of 2
 WEIGHTED = {"weight": True, "token_weight": True, "logit_scale": 0.6}
 OPTIONS = {

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator
 
 import hypothesis
+import interpreter_fma
 import on_device
 import pytest
 import torch
@@ -44,7 +45,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if on_device.compiled():
+    if on_device.elsewhere():
         on_device.leave_out(items)
 
 
@@ -97,15 +98,8 @@ def _fma_that_rounds_once() -> None:
     """Before 3.9 the interpreter's tl.fma rounds its product as well, which no GPU does."""
     if not on_device.interpreted():
         return
-    interpreter = pytest.importorskip("triton.runtime.interpreter")
-    if hasattr(interpreter._interpreter, "fma_fp32"):
-        return
-
-    def fma(self, x, y, z):  # type: ignore[no-untyped-def]
-        exact = x.data.astype("float64") * y.data + z.data
-        return interpreter.TensorHandle(exact.astype(z.data.dtype), z.dtype.scalar)
-
-    interpreter.InterpreterBuilder.create_fma = fma
+    pytest.importorskip("triton.runtime.interpreter")
+    interpreter_fma.round_once()
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -3,9 +3,10 @@
 
 The tests say nothing of a device. torch's default device is the one asked for, from before the first test module is
 imported, so that the constants of modules are there too; random numbers are drawn on the CPU and moved, so that a test
-has the same input everywhere. fused_ppl is called as always, and a tensor that it made in the wrong place would only
-show where the default device does not reach: in backward on a GPU, which is another thread, and under
-bench/gpu_acceptance.py.
+has the same input everywhere. `--device elsewhere` is a device for machines that have no other: tests/stand_in.py.
+
+A tensor that fused_ppl forgets to place lands on the default device as well, and shows only where that does not reach:
+in backward on a GPU, which is another thread, and under bench/gpu_acceptance.py.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import os
 from collections.abc import Callable
 
 import pytest
+import stand_in
 import torch
 from torch import Tensor
 
@@ -39,6 +41,7 @@ ON_THE_CPU = {
     "test_launch": "the choice of a launch needs no device",
     "test_layout": "it reads source code",
     "test_memory": "the buffers of a CPU",
+    "test_on_device": "it starts processes on devices of their own",
     "test_packaging": "it builds archives",
     "test_plan": "a plan needs no device, and its bytes are measured by the profiler of the CPU",
     "test_sanitize": "it watches Triton's interpreter",
@@ -55,20 +58,25 @@ def interpreted() -> bool:
     return device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def compiled() -> bool:
+def elsewhere() -> bool:
+    """Whether the tensors are not on the CPU."""
     return device.type != "cpu"
 
 
 def backends() -> list[str]:
     """Those that every test of this process runs over."""
-    return ["torch", "triton"] if compiled() else ["triton"] if interpreted() else ["torch"]
+    if interpreted():
+        return ["triton"]
+    return ["torch"] if device.type in ("cpu", stand_in.NAME) else ["torch", "triton"]
 
 
 def place(name: str, collect_only: bool) -> None:
     """From here on tensors are made on this device, or nowhere where tests are only collected."""
     global device
+    if name == stand_in.NAME:
+        stand_in.install()
     device = torch.device(name)
-    if not compiled():
+    if not elsewhere():
         return
     if os.environ.get("TRITON_INTERPRET", "0") != "0":
         raise pytest.UsageError(
@@ -110,5 +118,5 @@ def leave_out(items: list[pytest.Item]) -> None:
 
 def only_on_the_cpu(reason: str) -> None:
     """For fixtures."""
-    if compiled():
+    if elsewhere():
         pytest.skip(f"{reason}: run it without --device")
