@@ -52,7 +52,7 @@ def empty_gradients(
 def scale_into(out: Tensor, gradient: Tensor, factor: Tensor) -> None:
     """out = gradient * factor, rounded once; by slices where a CPU would first make all of it in the wider dtype."""
     factor = factor.to(gradient.dtype)
-    if out.dtype == gradient.dtype or out.device.type != "cpu":
+    if out.dtype == gradient.dtype or out.device.type != "cpu" or factor.ndim:
         torch.mul(gradient, factor, out=out)
         return
     for rounded, exact in zip(out.view(-1).split(SLICE_ELEMENTS), gradient.view(-1).split(SLICE_ELEMENTS), strict=True):

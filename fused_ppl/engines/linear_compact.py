@@ -81,7 +81,7 @@ def _forward(*args):  # type: ignore[no-untyped-def]
     head, walk, gradients = _over_rows(args[:6], spec, args[14:-1], args[-1], None, None)  # type: ignore[no-untyped-call]
     rows = all_tokens(head, walk.parts, spec, target.numel(), dtype)
     sums = reduction.stack_sums(rows, spec, target.shape)
-    return sums, *tokens_of(rows, target.shape), *gradients, walk.residual(), walk.mean_loss_error(sums[1])
+    return sums, *tokens_of(rows, target.shape), *gradients, walk.residual(), walk.mean_loss_error(rows.weight)
 
 
 @without_autocast
@@ -318,9 +318,10 @@ class _Walk:
         relative = torch.where(self.norm == 0, 0, (self.error / self.norm).sqrt())
         return relative.squeeze(0).to(torch.float32)
 
-    def mean_loss_error(self, total_weight: Tensor) -> Tensor:
-        """(): the estimate of the mean error of nll."""
-        mean = torch.where(total_weight == 0, 0, self.loss_error / total_weight.abs())
+    def mean_loss_error(self, weight: Tensor) -> Tensor:
+        """(): the estimate of the mean error of nll, each by the size of its weight."""
+        total = weight.abs().sum(dtype=self.loss_error.dtype)
+        mean = torch.where(total == 0, 0, self.loss_error / total)
         return mean.squeeze(0).to(torch.float32)
 
 
