@@ -124,7 +124,7 @@ def may_wait(tensor: Tensor) -> bool:
 
 def to_host(value: Tensor) -> tuple[Tensor, Callable[[], bool]]:
     """A number on its way to the host, and whether it has arrived."""
-    host = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
+    host = torch.empty(value.shape, dtype=value.dtype, device="cpu", pin_memory=True)
     host.copy_(value, non_blocking=True)
     event = torch.Event(value.device)
     event.record()
@@ -149,8 +149,8 @@ def norm_square(columns: Columns, factors: Factors) -> Tensor:
 def keep(columns: Columns, label: Tensor, count: int) -> Kept:
     """The `count` columns with the largest sum of squares, the targets of the rows (at most `count`) among them."""
     chosen = _score(columns, label).topk(count, sorted=False).indices.sort().values
-    place = torch.full((columns.square.shape[0] + 1,), count, device=label.device)
-    place[chosen] = torch.arange(count, device=label.device)
+    place = torch.full((columns.square.shape[0] + 1,), count, dtype=torch.int64, device=label.device)
+    place[chosen] = torch.arange(count, dtype=torch.int64, device=label.device)
     rest = columns.square.index_fill(0, chosen, 0).sum(dtype=sum_dtype(label.device))
     return Kept(chosen, place[label], columns.size.index_fill(0, chosen, 0), rest)
 
