@@ -62,10 +62,12 @@ def _unhooked(saved: Tensor) -> bool:
 
 
 def _untraced(tensor: Tensor) -> bool:
-    """Whether an op may be left out for what it does: nothing traces, counts or fakes what is dispatched."""
+    """Whether an op may be left out for what it does: nothing traces, counts or fakes what is dispatched,
+    and there is something to compute."""
     return (
         not torch.compiler.is_compiling()
         and type(tensor) in (Tensor, torch.nn.Parameter)
+        and not tensor.is_meta
         and torch._C._len_torch_dispatch_stack() == 0
         and not torch._C._are_functorch_transforms_active()
     )

@@ -109,7 +109,7 @@ def from_hidden(
     checks.check_num_items(num_items, spec.reduction)
     checks.check_no_inplace(options.inplace_backward)
     device = input.device.type
-    cast = torch.is_autocast_enabled(device) and input.dtype != torch.float64  # which autocast leaves alone
+    cast = checks.autocast(device) and input.dtype != torch.float64  # which autocast leaves alone
     dtype = torch.get_autocast_dtype(device) if cast else input.dtype
     backend = backends.choose(options.backend, input.device, dtype)
     if num_items is not None:

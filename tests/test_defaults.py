@@ -18,29 +18,17 @@ from fused_ppl.testing import make_logits, make_target
 
 PACKAGE = Path(fused_ppl.__file__).parent
 FACTORIES = {
-    *(
-        "arange",
-        "as_tensor",
-        "empty",
-        "empty_strided",
-        "eye",
-        "full",
-        "linspace",
-        "logspace",
-        "ones",
-        "rand",
-        "randint",
-    ),
-    *("randn", "randperm", "range", "scalar_tensor", "tensor", "zeros"),
+    *("arange", "as_tensor", "empty", "empty_strided", "eye", "full", "linspace", "logspace", "ones", "rand"),
+    *("randint", "randn", "randperm", "range", "scalar_tensor", "tensor", "zeros"),
 }
 
 
 def allocations(source: str) -> Iterator[tuple[int, str, set[str | None]]]:
     """(line, what is called, names of its keywords) of each call that takes dtype and device from the process."""
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in FACTORIES:
-            if isinstance(node.func.value, ast.Name) and node.func.value.id == "torch":
-                yield node.lineno, node.func.attr, {k.arg for k in node.keywords}
+        match node:
+            case ast.Call(func=ast.Attribute(value=ast.Name(id="torch"), attr=name)) if name in FACTORIES:
+                yield node.lineno, name, {k.arg for k in node.keywords}
 
 
 def test_every_allocation_names_its_dtype_and_device():

@@ -35,6 +35,7 @@ ERRORS = {
     "two dtypes": ((HIDDEN.half(), HEAD, {}), TypeError, "one dtype outside autocast.*float16.*use torch.autocast"),
     "in place": ((HIDDEN, HEAD, {"options": Options(inplace_backward=True)}), ValueError, "for logits"),
     "integer hidden": ((HIDDEN.long(), HEAD, {}), TypeError, "input must be float16"),
+    "no columns": ((HIDDEN[:, :0], HEAD[:, :0], {}), ValueError, r"at least one column; got shape \(5, 0\)"),
     "no classes": ((HIDDEN, HEAD[:0], {}), ValueError, "at least one class"),
 }
 

@@ -68,7 +68,7 @@ def _sums(
         return torch.empty(shape, dtype=torch.float32, device=logits.device)
 
     pull = empty(n) if spec.label_smoothing else None
-    made = compact_columns.RowFactors(*(empty(n) for _ in range(6)), pull)
+    made = compact_columns.RowFactors(empty(n), empty(n), empty(n), empty(n), empty(n), empty(n), pull)
     compact_columns.launch_row_factors(
         target_logit.contiguous(),
         target,
