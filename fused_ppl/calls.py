@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from fused_ppl import backends, checks, dtensors, parallel, plan, rank_checks, reference
 from fused_ppl.autograd import LinearLoss, LogitsLoss, run
+from fused_ppl.engines.head import product_dtype
 from fused_ppl.reduction import sum_dtype
 from fused_ppl.spec import LossOutput, LossSpec, Options
 
@@ -121,8 +123,8 @@ def from_hidden(
         return reference.logits_loss(logits, target, spec, weight, token_weight, num_items)
     tensors = (input, linear_weight, linear_bias)
     grads = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in tensors)
-    shape = (target.numel(), *linear_weight.shape, dtype.itemsize, device, grads, options.memory_budget)
-    asked, case = (options.gradient_tolerance, options.gradient_columns, options.screen), plan.LinearCase(*shape)
+    case = _case(input, linear_weight, dtype, grads, options.memory_budget)
+    asked = (options.gradient_tolerance, options.gradient_columns, options.screen)
     if any(asked):
         checks.check_screen(options.screen, dtype, device, linear_weight.shape, num_classes)
         # under a cap the smoothing's part of the gradient is no product: there nothing is left out
@@ -154,6 +156,23 @@ def from_hidden(
     if spec.stats:
         lse = lse.to(nll.dtype)
     return LossOutput(loss, perplexity_, nll, lse, entropy, predicted, total_weight, *out[12:])
+
+
+def _case(
+    input: Tensor, linear_weight: Tensor, dtype: torch.dtype, grads: tuple[bool, ...], memory_budget: int | None
+) -> plan.LinearCase:
+    """What the kind of plan depends on: the element size is that of the products, as in the engines."""
+    products, (v, d) = product_dtype(dtype, input.device), linear_weight.shape
+    return plan.LinearCase(
+        math.prod(input.shape[:-1]),
+        v,
+        d,
+        products.itemsize,
+        input.device.type,
+        grads,  # type: ignore[arg-type]
+        memory_budget,
+        converts=linear_weight.dtype != products,
+    )
 
 
 def _compare(

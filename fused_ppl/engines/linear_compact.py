@@ -96,10 +96,10 @@ def _over_rows(tensors, spec, how, screen, known, shard):  # type: ignore[no-unt
     backend_name, dtype, grads, memory_budget, tolerance, share = how
     (v, d), n = linear_weight.shape, target.numel()
     flat, labels = hidden.reshape(-1, d), target.reshape(-1)
-    head = Head(flat, linear_weight, linear_bias, labels, spec, dtype)
+    head = Head(flat, linear_weight, linear_bias, labels, spec, dtype, memory_budget)
     size = head.dtype.itemsize
     asked = plan.Compact(tolerance, share, screen)
-    case = plan.LinearCase(n, v, d, size, hidden.device.type, tuple(grads), memory_budget, asked)
+    case = plan.LinearCase(n, v, d, size, hidden.device.type, tuple(grads), memory_budget, asked, head.converts)
     made = plan.linear_plan(case, "compact")
     row_bytes = max(4, size) * (1 + (spec.stats or spec.softcap is not None))
     group = plan.whole_chunks(made.group, v, row_bytes, case, torch.get_num_threads())

@@ -65,8 +65,10 @@ def _walk(hidden, linear_weight, linear_bias, target, weight, token_weight, *res
     spec, backend = LossSpec.of(*spec_args), backends.load(backend_name)
     (v, d), n = linear_weight.shape, target.numel()
     flat, labels = hidden.reshape(-1, d), target.reshape(-1)
-    head = Head(flat, linear_weight, linear_bias, labels, spec, dtype)
-    case = plan.LinearCase(n, v, d, head.dtype.itemsize, hidden.device.type, tuple(grads), memory_budget)
+    head = Head(flat, linear_weight, linear_bias, labels, spec, dtype, memory_budget)
+    case = plan.LinearCase(
+        n, v, d, head.dtype.itemsize, hidden.device.type, tuple(grads), memory_budget, converts=head.converts
+    )
     chunk = plan.linear_plan(case, "rows" if any(grads) else "forward").rows
     shapes = accumulator_shapes(hidden, linear_weight, grads)
     dhidden, dweight, dbias = (memory.empty(s, wide_dtype(dtype), hidden.device) for s in shapes)
