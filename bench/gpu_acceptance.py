@@ -146,9 +146,9 @@ def main() -> int:
     args = parse()
     if args.dry_run:
         os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
-        import interpreter
+        import interpreter_fma
 
-        interpreter.round_fma_once()
+        interpreter_fma.round_once()
     import torch
 
     there = torch.cuda.is_available()

@@ -4,6 +4,8 @@ its own residual as the bound."""
 
 from __future__ import annotations
 
+import gc
+
 import on_device
 import pytest
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from fused_ppl import Options, linear_cross_entropy, linear_cross_entropy_with_stats, linear_perplexity, plan
-from fused_ppl.engines import linear_compact
+from fused_ppl.engines import compact, linear_compact
 from fused_ppl.spec import LossSpec
 
 
@@ -258,7 +260,6 @@ def test_bad_options_are_errors_in_words(keywords, error, words):
 
 def test_where_nothing_may_wait_the_last_step_tells_the_next_what_to_keep(monkeypatch):
     """As on a GPU: exact until a number has arrived, then compact, and exact again when a step needs too much."""
-    from fused_ppl.engines import compact
 
     arrived = []
     monkeypatch.setattr(compact, "may_wait", lambda tensor: False)
@@ -283,8 +284,40 @@ def test_where_nothing_may_wait_the_last_step_tells_the_next_what_to_keep(monkey
     assert residual(flat) == 0
 
 
+def test_what_is_known_of_a_head_dies_with_its_weight(monkeypatch):
+    """Another head may be given its address."""
+    monkeypatch.setattr(compact, "may_wait", lambda tensor: False)
+    monkeypatch.setattr(compact, "to_host", lambda value: (value.clone(), lambda: True))
+    (hidden, weight, _), target = make(ignored=False)
+    before = len(compact._last_steps)
+    options = Options(backend="torch", gradient_tolerance=0.05)
+    for head in (weight.clone().requires_grad_() for _ in range(3)):
+        for _ in range(2):
+            linear_cross_entropy_with_stats(hidden, head, target, options=options)
+        assert len(compact._last_steps) == before + 1
+    del head
+    gc.collect()
+    assert len(compact._last_steps) == before
+
+
+def test_no_event_is_asked_for_while_a_graph_captures(monkeypatch):
+    asked, under_capture = [], []
+    monkeypatch.setattr(compact, "may_wait", lambda tensor: False)
+    monkeypatch.setattr(compact, "capturing", lambda: bool(under_capture))
+    monkeypatch.setattr(compact, "to_host", lambda value: (value.clone(), lambda: not asked.append(1)))
+    (hidden, weight, _), target = make(ignored=False)
+    weight.requires_grad_()
+    options = Options(backend="torch", gradient_tolerance=0.05)
+    linear_cross_entropy_with_stats(hidden, weight, target, options=options)
+    under_capture.append(True)
+    linear_cross_entropy_with_stats(hidden, weight, target, options=options)
+    assert not asked
+    under_capture.clear()
+    linear_cross_entropy_with_stats(hidden, weight, target, options=options)
+    assert asked
+
+
 def test_it_waits_for_no_device(fake_gpu, monkeypatch):
-    from fused_ppl.engines import compact
 
     monkeypatch.setattr(compact, "to_host", lambda value: (value, lambda: False))
     with fake_gpu():

@@ -363,7 +363,7 @@ def test_opcheck(grads, backend):
     out = torch.ops.fused_ppl.linear_forward(*args)
     factors, (nll, lse), made = out[3:5], out[5:7], out[9:]
     one = torch.ones(())
-    scale = (hidden, weight, bias, *made, *factors, one, None, grads)
+    scale = (hidden, weight, bias, target, *made, *factors, one, None, -100, grads)
     torch.library.opcheck(torch.ops.fused_ppl.linear_scale, scale)
     vocab = (hidden, weight, bias, target, None, None, lse, nll, *factors, None, one, *how, 0, weight.shape[0])
     torch.library.opcheck(torch.ops.fused_ppl.linear_vocab_backward, vocab)

@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+
 import on_device
 import pytest
 import torch
@@ -33,6 +36,7 @@ ERRORS = {
     "two dtypes": ((HIDDEN.half(), HEAD, {}), TypeError, "one dtype outside autocast.*float16.*use torch.autocast"),
     "in place": ((HIDDEN, HEAD, {"options": Options(inplace_backward=True)}), ValueError, "for logits"),
     "integer hidden": ((HIDDEN.long(), HEAD, {}), TypeError, "input must be float16"),
+    "no columns": ((HIDDEN[:, :0], HEAD[:, :0], {}), ValueError, r"at least one column; got shape \(5, 0\)"),
     "no classes": ((HIDDEN, HEAD[:0], {}), ValueError, "at least one class"),
 }
 
@@ -142,3 +146,81 @@ def test_autocast_reaches_no_sum(dtype, options):
             loss.backward()
         grads.append(weight.grad)
     assert torch.equal(*grads)
+
+
+PLANS = {
+    "rows": Options(),
+    "vocab": Options(memory_budget=1),
+    "compact": Options(gradient_columns=4),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("plan", PLANS)
+def test_ignored_rows_have_a_gradient_of_zero_where_the_perplexity_is_inf(plan, dtype, backend):
+    """0 * inf would be NaN. What stands beside them is inf or NaN, as plain autograd has it."""
+    (hidden, weight, bias), target = make_head(6, 11, 4)
+    target[[0, 4]] = -100
+    leaves = [(40 * t).to(dtype).requires_grad_() for t in (hidden, weight, bias)]
+    options = dataclasses.replace(PLANS[plan], backend=backend)
+    value = fused_ppl.linear_perplexity(*leaves[:2], target, linear_bias=leaves[2], options=options)
+    assert value.isinf()
+    gradients = torch.autograd.grad(value, leaves)
+    assert not gradients[0][[0, 4]].any()
+    assert not gradients[0][[1, 2, 3, 5]].isfinite().all(1).any()
+    assert not gradients[1].isfinite().all()
+
+
+@pytest.mark.parametrize("factor", [torch.inf, torch.nan, -torch.inf])
+@pytest.mark.parametrize("plan", PLANS)
+def test_nothing_counted_gives_zeros_whatever_the_gradient_is_multiplied_by(plan, factor, backend):
+    tensors, _ = make_head(6, 11, 4)
+    leaves = [t.requires_grad_() for t in tensors]
+    options = dataclasses.replace(PLANS[plan], backend=backend)
+    target = torch.full((6,), -100)
+    loss = linear_cross_entropy(*leaves[:2], target, linear_bias=leaves[2], num_items=3, options=options)
+    for gradient in torch.autograd.grad(loss * factor, leaves):
+        assert not gradient.any()
+
+
+@pytest.mark.parametrize("plan", ["rows", "compact"])
+@pytest.mark.parametrize("when", ["while the graph is made", "afterwards"])
+def test_no_hook_sees_a_saved_tensor_change(plan, when, backend):
+    """The last backward scales the gradients in their own memory where nobody can tell."""
+    (hidden, weight, bias), target = make_head(6, 11, 4)
+    leaves = [t.requires_grad_() for t in (hidden, weight, bias)]
+    seen = []
+
+    def pack(tensor):
+        seen.append((tensor, tensor.clone()))
+        return tensor
+
+    def unpack(tensor):
+        return tensor
+
+    options = dataclasses.replace(PLANS[plan], backend=backend)
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+    with hooks if when == "while the graph is made" else contextlib.nullcontext():
+        loss = linear_cross_entropy(*leaves[:2], target, linear_bias=leaves[2], options=options)
+    if when == "afterwards":
+        for saved in loss.grad_fn._raw_saved_tensors:
+            if saved.data is not None:
+                saved.register_hooks(pack, unpack)
+    gradients = torch.autograd.grad(loss * 3, leaves)
+    assert len(seen) >= 6
+    for tensor, before in seen:
+        assert torch.equal(tensor, before)
+    loss = linear_cross_entropy(*leaves[:2], target, linear_bias=leaves[2], options=options)
+    for a, b in zip(gradients, torch.autograd.grad(loss * 3, leaves), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_last_backward_scales_in_the_memory_of_what_was_saved(backend):
+    (hidden, weight, _), target = make_head(6, 11, 4)
+    weight.requires_grad_()
+    loss = linear_cross_entropy(hidden, weight, target, options=Options(backend=backend))
+    (saved,) = (t for t in loss.grad_fn.saved_tensors if t is not None and t.shape == weight.shape and t is not weight)
+    place = saved.data_ptr()
+    del saved
+    loss.backward()
+    assert weight.grad.data_ptr() == place

@@ -96,4 +96,5 @@ def _probe(weight: Tensor) -> Tensor:
     """(V,): an element of each row, at places that differ from row to row. Whatever writes to a row changes it, unless
     it leaves that very element as it was."""
     v, d = weight.shape
-    return weight.detach()[torch.arange(v), torch.arange(v) * 7919 % d]
+    rows = torch.arange(v, dtype=torch.int64, device=weight.device)
+    return weight.detach()[rows, rows * 7919 % d]
