@@ -32,13 +32,16 @@ def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return dtype
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _has_bf16(kind: str) -> bool:
     if kind == "meta":  # as on the device that it stands for
         return True
     if kind != "cpu":
         return presence.widens_half_products(kind)
     return bool(torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+# what torch.compiler.assume_constant_result does, without the second that importing Dynamo takes
+_has_bf16._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
