@@ -19,6 +19,8 @@ from fused_ppl.spec import LossSpec
 
 SLICE = 4096  # columns of a product that is converted or added in cache
 SLICE_ELEMENTS = 2**19  # of a gradient that is scaled and rounded in cache
+# a constant, which torch.compile need not trace
+CPU_HAS_BF16: bool = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -26,13 +28,8 @@ def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     if dtype == torch.float16:
         return torch.float32
     if dtype == torch.bfloat16 and device.type == "cpu":
-        return dtype if _cpu_has_bf16() else torch.float32
+        return dtype if CPU_HAS_BF16 else torch.float32
     return dtype
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _cpu_has_bf16() -> bool:
-    return bool(torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
