@@ -21,6 +21,8 @@ from fused_ppl.spec import LossSpec
 
 SLICE = 4096  # columns of a product that is converted or added in cache
 SLICE_ELEMENTS = 2**19  # of a gradient that is scaled and rounded in cache
+# a constant, which torch.compile need not trace
+CPU_HAS_BF16: bool = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -37,7 +39,7 @@ def _has_bf16(kind: str) -> bool:
         return True
     if kind != "cpu":
         return presence.widens_half_products(kind)
-    return bool(torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return CPU_HAS_BF16
 
 
 # what torch.compiler.assume_constant_result does, without the second that importing Dynamo takes
