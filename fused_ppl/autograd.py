@@ -28,12 +28,13 @@ def run(function: type[torch.autograd.Function], *args: Any) -> tuple[Tensor, ..
 
     Dynamo would take a forward of one variadic parameter for one that wants a ctx.
     """
-    compiling = torch.compiler.is_compiling()
-    if not compiling and (torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0):
+    compiling, transformed = torch.compiler.is_compiling(), torch._C._are_functorch_transforms_active()
+    if compiling and (transformed or _exporting()):
+        # the autograd of the ops is the one that stays: Dynamo takes a Function apart, and may lose what it has left
+        return function.forward(*args)  # type: ignore[no-any-return]
+    if not compiling and (transformed or torch.autograd.forward_ad._current_level >= 0):
         return _transformed(function).apply(*args)  # type: ignore[no-any-return]
     if not torch.is_grad_enabled() or not any(isinstance(a, Tensor) and a.requires_grad for a in args):
-        return function.forward(*args)  # type: ignore[no-any-return]
-    if compiling and _exporting():  # which would keep the forward alone, as one without gradients
         return function.forward(*args)  # type: ignore[no-any-return]
     return (function if compiling else _eager(function)).apply(*args)  # type: ignore[no-any-return]
 
@@ -61,7 +62,7 @@ def _eager(function: type[torch.autograd.Function]) -> type[torch.autograd.Funct
 def _transformed(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
     """The same for transforms of torch.func, which asks it for more; Dynamo takes none that has a `jvp`."""
     methods = {"jvp": staticmethod(checks.fail_jvp), "vmap": staticmethod(checks.fail_vmap)}
-    return type(torch.autograd.Function)(function.__name__, (function,), methods)  # type: ignore[no-any-return]
+    return type(torch.autograd.Function)(function.__name__, (function,), methods)  # type: ignore[misc, no-any-return]
 
 
 def _kept() -> bool:
@@ -163,7 +164,8 @@ class LinearLoss(torch.autograd.Function):
         made = grads if kind == "rows" else (False,) * 3
         if groups is not None:
             return parallel.hidden_forward(tensors, spec, backend, dtype, made, memory_budget, groups)
-        return tuple(_OPS.linear_forward(*tensors, *spec, backend, dtype, made, memory_budget))
+        op: Any = linear_rows.forward if _unwatched(tensors[0]) else _OPS.linear_forward
+        return tuple(op(*tensors, *spec, backend, dtype, made, memory_budget))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -100,7 +100,7 @@ def fail_second_derivative() -> NoReturn:
 
 def fail_jvp(*_: object) -> NoReturn:
     raise NotImplementedError(
-        "fused_ppl has no forward-mode derivative (torch.func.jvp, jacfwd, hessian, torch.autograd.forward_ad). Use "
+        "fused_ppl has no forward-mode derivative (torch.func.jvp, jacfwd, hessian, forward_ad). Use "
         "Options(backend='reference'), or torch.func.grad and vjp, which go backwards."
     )
 

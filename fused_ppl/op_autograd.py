@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._functorch.autograd_function import enable_single_level_autograd_function
+from torch._functorch import autograd_function
 from torch.autograd.function import _SingleLevelFunction
 
 from fused_ppl import checks
@@ -38,7 +38,7 @@ def _linear_inputs(args: tuple[Any, ...], needed: tuple[bool, ...]) -> tuple[Any
     return (*tensors, rest[:_SPEC], kind, grads, dtype, backend, memory_budget, None, None)
 
 
-def _of_loss(name: str) -> type[_SingleLevelFunction]:
+def _of_loss(name: str) -> Any:
     """The Function of an op that does what the forward of one of ours does."""
     function, inputs, tensors = _LOSSES[name]
     op = getattr(_OPS, name).default
@@ -56,7 +56,7 @@ def _of_loss(name: str) -> type[_SingleLevelFunction]:
     return _function(name, forward, backward)
 
 
-def _without(name: str) -> type[_SingleLevelFunction]:
+def _without(name: str) -> Any:
     """The Function of an op whose results nobody can differentiate."""
     op = getattr(_OPS, name).default
 
@@ -64,17 +64,17 @@ def _without(name: str) -> type[_SingleLevelFunction]:
         return _below(op, keyset, args)
 
     def backward(ctx: Any, *upstream: Tensor | None) -> None:
-        if "backward" in name or name == "linear_scale":
+        if _is_gradient(name):
             checks.fail_second_derivative()
         checks.fail_op_gradient(name)
 
     return _function(name, forward, backward)
 
 
-def _function(name: str, forward: Callable[..., Any], backward: Callable[..., Any]) -> type[_SingleLevelFunction]:
+def _function(name: str, forward: Callable[..., Any], backward: Callable[..., Any]) -> Any:
     """Below a transform of torch.func it is applied at the level that the dispatcher has come to."""
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    return type(torch.autograd.Function)(name, (_SingleLevelFunction,), methods)  # type: ignore[no-any-return]
+    return type(torch.autograd.Function)(name, (_SingleLevelFunction,), methods)  # type: ignore[misc, no-any-return]
 
 
 def _below(op: Any, keyset: Any, args: tuple[Any, ...]) -> Any:
@@ -85,23 +85,35 @@ def _below(op: Any, keyset: Any, args: tuple[Any, ...]) -> Any:
 def _kernel(name: str) -> Callable[..., Any]:
     op = getattr(_OPS, name).default
     function = (_of_loss if name in _LOSSES else _without)(name)
+    first_order = _is_gradient(name)
 
     def kernel(keyset: Any, *args: Any) -> Any:
-        if any(_is_dual(a) for a in args if isinstance(a, Tensor)):
+        tensors = [a for a in args if isinstance(a, Tensor)]
+        if any(_is_dual(t) for t in tensors):
             checks.fail_jvp()
-        if not torch.is_grad_enabled() or not torch._C._any_requires_grad(*args):
+        if not torch.is_grad_enabled():
+            return _below(op, keyset, args)
+        if not any(t.requires_grad for t in tensors):
+            # a compiled backward with create_graph=True: before torch 2.13 it may have lost what it depends on
+            if first_order and torch._C._current_graph_task_id() != -1:
+                checks.fail_second_derivative()
             return _below(op, keyset, args)
         if op._schema.is_mutable:
             checks.fail_op_gradient(name)
-        with enable_single_level_autograd_function():
+        with autograd_function.enable_single_level_autograd_function():  # type: ignore[attr-defined]
             return function.apply(keyset, *args)
 
     return kernel
 
 
+def _is_gradient(name: str) -> bool:
+    """Whether it is an op of a backward."""
+    return "backward" in name or name == "linear_scale"
+
+
 def _is_dual(tensor: Tensor) -> bool:
     """Whether forward-mode differentiation has come here."""
-    return torch._VF._unpack_dual(tensor, level=0).tangent is not None  # type: ignore[attr-defined,no-any-return]
+    return torch._VF._unpack_dual(tensor, level=0).tangent is not None
 
 
 _LOSSES: dict[str, tuple[Any, Callable[..., tuple[Any, ...]], int]] = {
