@@ -17,7 +17,7 @@ import fused_ppl.engines.linear_vocab
 import fused_ppl.engines.totals
 import fused_ppl.engines.vocab_parallel  # noqa: F401  (they register their ops)
 from fused_ppl import checks, parallel
-from fused_ppl.engines import linear_rows
+from fused_ppl.engines import flops, linear_rows
 from fused_ppl.engines import logits as logits_engine
 
 _OPS = torch.ops.fused_ppl
@@ -32,6 +32,8 @@ def run(function: type[torch.autograd.Function], *args: Any) -> tuple[Tensor, ..
     if compiling and (transformed or _exporting()):
         # the autograd of the ops is the one that stays: Dynamo takes a Function apart, and may lose what it has left
         return function.forward(*args)  # type: ignore[no-any-return]
+    if not compiling and torch._C._len_torch_dispatch_stack():
+        flops.register()
     if not compiling and (transformed or torch.autograd.forward_ad._current_level >= 0):
         return _transformed(function).apply(*args)  # type: ignore[no-any-return]
     if not torch.is_grad_enabled() or not any(isinstance(a, Tensor) and a.requires_grad for a in args):

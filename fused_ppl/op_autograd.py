@@ -17,7 +17,7 @@ from torch.autograd.function import _SingleLevelFunction
 
 from fused_ppl import checks
 from fused_ppl.autograd import LinearLoss, LogitsLoss
-from fused_ppl.engines import LIBRARY
+from fused_ppl.engines import LIBRARY, flops
 
 _OPS = torch.ops.fused_ppl
 _SPEC = 8  # fields in the schema
@@ -74,7 +74,7 @@ def _without(name: str) -> Any:
 def _function(name: str, forward: Callable[..., Any], backward: Callable[..., Any]) -> Any:
     """Below a transform of torch.func it is applied at the level that the dispatcher has come to."""
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    return type(torch.autograd.Function)(name, (_SingleLevelFunction,), methods)  # type: ignore[misc, no-any-return]
+    return type(torch.autograd.Function)(name, (_SingleLevelFunction,), methods)  # type: ignore[misc]
 
 
 def _below(op: Any, keyset: Any, args: tuple[Any, ...]) -> Any:
@@ -88,6 +88,8 @@ def _kernel(name: str) -> Callable[..., Any]:
     first_order = _is_gradient(name)
 
     def kernel(keyset: Any, *args: Any) -> Any:
+        if torch._C._len_torch_dispatch_stack():  # of which one may count
+            flops.register()
         tensors = [a for a in args if isinstance(a, Tensor)]
         if any(_is_dual(t) for t in tensors):
             checks.fail_jvp()
