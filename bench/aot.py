@@ -73,8 +73,11 @@ class Report:
 
     @property
     def passes(self) -> dict[str, Loop]:
-        """The hot loops: the first that only reads, before any that redoes its row, and the first that writes."""
-        loops = {"gradient" if loop.stores else "sum": loop for loop in reversed(self.loops)}
+        """The hot loops: the first that only reads, before any that redoes its row, and the first that writes most at
+        once, not that of rows with the largest of numbers."""
+        most = max((len(loop.stores) for loop in self.loops), default=0)
+        hot = [loop for loop in self.loops if len(loop.stores) in (0, most)]
+        loops = {"gradient" if loop.stores else "sum": loop for loop in reversed(hot)}
         return {name: loops[name] for name in ("sum", "gradient") if name in loops}
 
 

@@ -39,7 +39,7 @@ def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def _factors() -> compact_columns.RowFactors:
-    return compact_columns.RowFactors(*(_meta(NUM_ROWS) for _ in range(5)))  # type: ignore[call-arg]
+    return compact_columns.RowFactors(*(_meta(NUM_ROWS) for _ in range(6)))  # type: ignore[call-arg]
 
 
 def columns(dtype: torch.dtype, numbers: launch.Numbers = PLAIN, warp_size: int = 32) -> tuple[Any, dict[str, Any]]:

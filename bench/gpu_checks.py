@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What gpu_acceptance.py checks before it times anything: values at real sizes, and the promises about streams,
-graphs, determinism and memory. A check is a name and a function; it returns a few words, raises, or is `Skipped`.
+graphs, determinism and memory. A check is a step that returns a few words, raises, or is `Skipped`. The promises that
+streams and graphs change no bit are also asked of a bare torch.mm: what cuBLAS does not keep, no head can keep.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ from typing import Any, NamedTuple
 
 import torch
 from gpu_device import Card, Skipped, StandIn
+from gpu_process import Found, Step
 from gpu_truth import IGNORED, TRITON, fill_logits, head_options, judge_head, judge_logits, make_target
 from torch import Tensor
 
 import fused_ppl
+from fused_ppl import Options
 from fused_ppl.testing import make_logits, value_and_gradient
 
 
@@ -34,6 +37,7 @@ class Sizes:
     chunk: int  # rows of the truth at a time
     timed: tuple[tuple[int, int], ...]
     timed_head: tuple[int, int, int]
+    few: tuple[int, ...]  # rows of small calls, whose latency is timed
 
     @property
     def widest(self) -> int:
@@ -51,6 +55,7 @@ REAL = Sizes(
     chunk=256,
     timed=((8192, 128256), (8192, 151643), (16384, 50257)),
     timed_head=(8192, 128256, 4096),
+    few=(1, 8, 64, 512),
 )
 DRY = Sizes(
     beyond_int32=((4, 272), (3, 301)),
@@ -63,13 +68,9 @@ DRY = Sizes(
     chunk=2,
     timed=((4, 131),),
     timed_head=(5, 67, 16),
+    few=(1,),
 )
 HALF_AND_FULL = (torch.bfloat16, torch.float16, torch.float32)
-
-
-class Check(NamedTuple):
-    name: str
-    run: Callable[[], str | None]
 
 
 class Work(NamedTuple):
@@ -183,6 +184,40 @@ def head_work(card: Card | StandIn, n: int, v: int, d: int, loss: Callable[..., 
     return Work(refill, run)
 
 
+def compact_work(card: Card | StandIn, n: int, v: int, d: int) -> Work:
+    """With labels that occur many times, whose gradients of the bias are added up."""
+    hidden, weight, _ = head_inputs(card, n, v, d)
+    target = torch.arange(n, device=card.device) % max(2, min(7, v))
+    bias = torch.zeros(v, dtype=hidden.dtype, device=card.device)
+    leaves = [t.requires_grad_() for t in (hidden, weight, bias)]
+    options = Options(backend=head_options().backend, gradient_columns=0.125)
+
+    def run() -> tuple[Tensor, ...]:
+        value = fused_ppl.linear_cross_entropy(*leaves[:2], target, linear_bias=bias, options=options)
+        return value.detach(), *torch.autograd.grad(value, leaves)
+
+    def refill(seed: int) -> None:
+        with torch.no_grad():
+            for leaf, fresh in zip(leaves, head_inputs(card, n, v, d, seed)[:2], strict=False):
+                leaf.copy_(fresh)
+
+    return Work(refill, run)
+
+
+def product_work(card: Card | StandIn, n: int, v: int, d: int) -> Work:
+    """What a head is made of, without us."""
+    hidden, weight, _ = head_inputs(card, n, v, d)
+
+    def refill(seed: int) -> None:
+        for tensor, fresh in zip((hidden, weight), head_inputs(card, n, v, d, seed), strict=False):
+            tensor.copy_(fresh)
+
+    return Work(refill, lambda: (torch.mm(hidden, weight.t()),))
+
+
+CONTROL = "torch.mm alone, as a control"
+
+
 def works(card: Card | StandIn, sizes: Sizes) -> dict[str, Callable[[], Work]]:
     n, v = sizes.rows, sizes.widest
     few = sizes.few_rows[-1]
@@ -199,6 +234,8 @@ def works(card: Card | StandIn, sizes: Sizes) -> dict[str, Callable[[], Work]]:
         "statistics, rows split": lambda: of_logits(few, v, fused_ppl.cross_entropy_with_stats),
         "linear_perplexity": lambda: of_head(n, *of, fused_ppl.linear_perplexity),
         "linear_cross_entropy, per token": lambda: of_head(n, *of, fused_ppl.linear_cross_entropy, reduction="none"),
+        "compact head, repeated labels": lambda: compact_work(card, n, *of),
+        CONTROL: lambda: product_work(card, n, *of),
     }
 
 
@@ -297,22 +334,63 @@ def other_device(card: Card | StandIn, sizes: Sizes) -> str:
     return "tensors on cuda:1 while cuda:0 is current"
 
 
-def all_checks(card: Card | StandIn, sizes: Sizes) -> Iterator[Check]:
-    def check(name: str, function: Callable[..., str | None], *args: Any) -> Check:
-        return Check(name, functools.partial(function, card, sizes, *args))
+def compact_head(card: Card | StandIn, sizes: Sizes) -> str:
+    """The loss is that of the exact head; after a few steps the gradient is as near as was asked for."""
+    n, v, d = sizes.heads[0]
+    hidden, weight, target = head_inputs(card, min(n, 4 * sizes.rows), v, d)
+    leaves, tolerance = [t.requires_grad_() for t in (hidden, weight)], 1e-2
+    backend = head_options().backend
+    exact = fused_ppl.linear_cross_entropy(*leaves, target, options=Options(backend=backend))
+    want = torch.autograd.grad(exact, leaves)
+    for _ in range(4):  # on a GPU the number of columns follows from earlier steps
+        out = fused_ppl.linear_cross_entropy_with_stats(
+            *leaves, target, options=Options(backend=backend, gradient_tolerance=tolerance)
+        )
+        got = torch.autograd.grad(out.loss, leaves)
+        card.synchronize()
+    loss, want_loss = out.loss.item(), exact.item()
+    assert abs(loss - want_loss) <= 2e-6 * abs(want_loss), f"the loss is {loss!r}, that of the exact head {want_loss!r}"
+    residual = float("nan") if out.residual is None else float(out.residual)
+    assert residual <= tolerance, f"a residual of {residual:.2e}, {tolerance} asked for"
+    for name, a, b in zip(("hidden states", "weight"), got, want, strict=True):
+        error = float((a.float() - b.float()).norm() / b.float().norm())
+        assert error <= 4 * tolerance, f"the gradient of the {name} is off by {error:.2e}"
+    return f"residual {residual:.1e} for a tolerance of {tolerance}"
 
+
+SECONDS = {large: 4.0, misaligned: 3.0, split_rows: 3.0, head: 6.0, deterministic: 3.0, compact_head: 6.0}
+
+
+def check_steps(card: Card | StandIn, sizes: Sizes) -> Iterator[Step]:
+    """One check of each kind, then the others of every kind."""
+    seen: set[Any] = set()
+    found = list(all_checks(card, sizes))
+    for name, function, *args in found:
+        group = "more checks" if function in seen else "checks"
+        seen.add(function)
+        run = functools.partial(_found, functools.partial(function, card, sizes, *args))
+        yield Step(name, group, SECONDS.get(function, 1.5), run, CONTROL not in name)
+
+
+def _found(run: Callable[[], str | None]) -> Found:
+    return Found(run() or "")
+
+
+def all_checks(card: Card | StandIn, sizes: Sizes) -> Iterator[tuple[Any, ...]]:
+    """(name, function, arguments behind card and sizes)."""
     for n, v in sizes.beyond_int32:
         for loss in (fused_ppl.perplexity, fused_ppl.cross_entropy):
             for options in (False, True):
                 with_options = ", every option" if options else ""
-                yield check(f"{loss.__name__}, N={n}, V={v}, bf16{with_options}", large, n, v, loss, options)
+                yield f"{loss.__name__}, N={n}, V={v}, bf16{with_options}", large, n, v, loss, options
     for dtype in HALF_AND_FULL:
-        yield check(f"odd V, misaligned views, {torch.finfo(dtype).dtype}", misaligned, dtype)
-    yield check("few rows, split over the vocabulary", split_rows)
-    yield check("wild logits", wild)
+        yield f"odd V, misaligned views, {torch.finfo(dtype).dtype}", misaligned, dtype
+    yield "few rows, split over the vocabulary", split_rows
+    yield "wild logits", wild
     for n, v, d in sizes.heads:
         for loss in (fused_ppl.linear_perplexity, fused_ppl.linear_cross_entropy):
-            yield check(f"{loss.__name__}, N={n}, V={v}, D={d}, bf16", head, n, v, d, loss)
+            yield f"{loss.__name__}, N={n}, V={v}, D={d}, bf16", head, n, v, d, loss
+    yield "compact head", compact_head
     promises = {
         "determinism": deterministic,
         "no host synchronisation": nothing_waits,
@@ -322,7 +400,7 @@ def all_checks(card: Card | StandIn, sizes: Sizes) -> Iterator[Check]:
     }
     for title, promise in promises.items():
         for name, make in works(card, sizes).items():
-            yield check(f"{title}: {name}", promise, make)
-    yield check("memory of perplexity, forward and backward", little_memory)
-    yield check("torch.compile", compiled)
-    yield check("a GPU that is not the current one", other_device)
+            yield f"{title}: {name}", promise, make
+    yield "memory of perplexity, forward and backward", little_memory
+    yield "torch.compile", compiled
+    yield "a GPU that is not the current one", other_device

@@ -1,87 +1,194 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What gpu_acceptance.py times: our kernels against the roofline, and our losses against the peers.
+"""What gpu_acceptance.py times, as steps: our kernels, and whole losses beside the peers'.
 
-A roofline is the bytes that must move over the bandwidth of the card. Every loss is first asked for its value on the
-same inputs, and one that is wrong gets no time.
+Every loss is first asked for its value on the same inputs, and one that is wrong gets no time. "forward" is timed with
+leaves that need no gradient, because some peers compute gradients in their forward where a leaf asks for one.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib
-import importlib.util
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import gpu_truth
 import torch
 import torch.nn.functional as F
 from gpu_checks import Sizes, head_inputs
-from gpu_device import Card, StandIn
+from gpu_device import Card, Skipped, StandIn
+from gpu_peers import Loss, Peer, head_peers, logits_peers
+from gpu_process import Found, Step
 from gpu_truth import TRITON, fill_logits, head_options, make_target
-from roofline import CARDS as DATA_SHEETS
 from torch import Tensor
 
 import fused_ppl
-from fused_ppl import backends
+from fused_ppl import Options, backends, plan
 from fused_ppl.spec import LossSpec
 
-# words of a card's name -> bytes a second, from its data sheet; the first that fits
-CARDS = (
-    (("H100", "NVL"), 3.9e12),
-    (("H100", "PCIe"), 2.0e12),
-    (("A100", "40GB"), 1.555e12),
-    (("A100", "PCIe", "80GB"), 1.935e12),
-    *(((name.split()[0],), card.bandwidth) for name, card in DATA_SHEETS.items()),
-)
-UNKNOWN = "unknown card: share of measured copy bandwidth"
 KERNEL_PASSES = {"nll_forward": 1, "nll_backward": 2, "nll_forward_backward": 2}  # over N * V; reads and writes
-DISTANCE = 0.02  # of a peer's perplexity from ours; some sum in bf16
+DISTANCE = 0.02  # of a peer's perplexity from the truth; some sum in bf16
+NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+MODES = ("forward", "forward + backward")
+PRODUCTS = dict(zip(MODES, (1, 3), strict=True))  # of N x V x D
+PASSES = PRODUCTS  # over N x V, from logits
+BARE = "the matrix products alone"
 
 
 @dataclass(frozen=True)
 class Timing:
-    group: str  # "kernels", "logits" or "head"
+    group: str
     provider: str
     mode: str
     shape: tuple[int, ...]
-    note: str = ""  # why there is no time
-    milliseconds: tuple[float, float, float] | None = None  # 20 %, 50 %, 80 %
+    dtype: str
+    milliseconds: tuple[float, float, float]  # 20 %, 50 %, 80 %
+    objective: str = ""
     bytes: int = 0  # that must move
     flops: int = 0
-    share: float | None = None  # of the roofline: least possible time over the median
+    peak_bytes: int | None = None  # beyond inputs
+    planned_bytes: int | None = None  # the same, as the plan says
+    graph_milliseconds: float | None = None
+    host_microseconds: float | None = None
+    residual: float | None = None  # of a compact head: |G - G'| / |G|
 
 
 @dataclass(frozen=True)
-class Roofline:
-    bandwidth: float  # bytes a second
-    source: str
+class Case:
+    """One loss over given inputs."""
 
-    def share(self, moved: int, milliseconds: float) -> float:
-        return moved / self.bandwidth / (milliseconds * 1e-3)
+    group: str
+    tensors: list[Tensor]  # what gradients are computed of
+    target: Tensor
+    objective: str  # "perplexity" or "cross_entropy"
+    truth: float
+    moved: dict[str, int] = field(default_factory=dict)  # bytes, by mode
+    flops: dict[str, int] = field(default_factory=dict)
+    planned: dict[str, int] = field(default_factory=dict)
+    modes: tuple[str, ...] = MODES
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        n, *rest = self.tensors[0].shape
+        return (n, *rest) if len(self.tensors) == 1 else (n, *self.tensors[1].shape)
 
 
-def roofline(card: Card | StandIn) -> Roofline:
-    """Of the card's data sheet, or what a copy reaches on it."""
-    for words, bandwidth in CARDS:
-        if all(word.lower() in card.name.lower() for word in words):
-            return Roofline(bandwidth, f"data sheet of {' '.join(words)}: {bandwidth / 1e12:.2f} TB/s")
-    measured = card.copy_bandwidth()
-    return Roofline(measured, f"{UNKNOWN}, {measured / 1e12:.3f} TB/s")
+# --- timing a loss -------------------------------------------------------------------------------------------------
 
 
-# --- the kernels by themselves -----------------------------------------------------------------------------------
+def time_loss(card: Card | StandIn, name: str, loss: Loss, case: Case, *, latency: bool = False) -> Found:
+    """The times of a loss in every mode, and the memory that it takes."""
+
+    def leaves(gradient: bool) -> list[Tensor]:
+        # a peer may destroy the values
+        return [t.detach().clone().requires_grad_(gradient) for t in case.tensors]
+
+    value = float(loss(*leaves(False), case.target).detach())
+    log = (lambda x: torch.tensor(x).log().item()) if case.objective == "perplexity" else (lambda x: x)
+    if not abs(log(value) - log(case.truth)) <= DISTANCE:
+        raise AssertionError(f"no time for a wrong value: {value:.6g}, should be {case.truth:.6g}")
+    rows = []
+    for mode in case.modes:
+        inputs = leaves(mode != "forward")
+        run = functools.partial(_forward if mode == "forward" else _both, loss, inputs, case.target)
+        times = card.milliseconds(run)
+        try:
+            peak = card.peak_bytes(run)
+        except Skipped:
+            peak = None
+        row = Timing(
+            case.group, name, mode, case.shape, NAMES[case.tensors[0].dtype], times, case.objective,
+            case.moved.get(mode, 0), case.flops.get(mode, 0), peak, case.planned.get(mode),
+            card.graph_milliseconds(run) if latency else None, card.host_microseconds(run) if latency else None,
+        )  # fmt: skip
+        rows.append(asdict(row))
+    return Found(", ".join(f"{r['mode']} {r['milliseconds'][1]:.3f} ms" for r in rows), rows)
 
 
-def row_functions(logits: Tensor, target: Tensor) -> dict[str, Callable[[], object]]:
-    """Those of backends/triton_rows.py, which allocate and launch, ready to be called again and again."""
-    backend, spec = backends.load("triton"), LossSpec()
-    rows, out = logits.unsqueeze(0), logits.clone()
+def _forward(loss: Loss, inputs: list[Tensor], target: Tensor) -> Tensor:
+    with torch.no_grad():
+        return loss(*inputs, target)
+
+
+def _both(loss: Loss, inputs: list[Tensor], target: Tensor) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(loss(*inputs, target), inputs)
+
+
+def time_peer(card: Card | StandIn, peer: Peer, case: Case) -> Found:
+    if (why := peer.missing()) is not None:
+        raise Skipped(why)
+    if card.stand_in and peer.name.startswith("torch.compile"):
+        raise Skipped("not run in a dry run: it compiles for minutes")
+    return time_loss(card, peer.name, peer.make(case.objective), case)
+
+
+# --- inputs ----------------------------------------------------------------------------------------------------------
+
+
+def logits_case(
+    card: Card | StandIn, sizes: Sizes, n: int, v: int, *,
+    group: str = "logits", objective: str = "perplexity", dtype: torch.dtype = torch.bfloat16,
+) -> Case:  # fmt: skip
+    target = make_target(n, v, card.device, 1)
+    logits = fill_logits(torch.empty(n, v, dtype=dtype, device=card.device), target, 0)
+    truth = mean_nll(lambda rows: logits[rows], target, sizes.chunk)
+    moved = {mode: passes * logits.nbytes for mode, passes in PASSES.items()}
+    planned = dict(zip(MODES, (0, logits.nbytes), strict=True))
+    return Case(group, [logits], target, objective, _value(truth, objective), moved, {}, planned)
+
+
+def head_case(
+    card: Card | StandIn, sizes: Sizes, *, group: str = "head", objective: str = "perplexity", kind: str = "rows"
+) -> Case:
+    n, v, d = sizes.timed_head
+    hidden, weight, target = head_inputs(card, n, v, d)
+    truth = mean_nll(lambda rows: hidden[rows] @ weight.t(), target, sizes.chunk)
+    flops = {mode: 2 * n * v * d * products for mode, products in PRODUCTS.items()}
+    return Case(
+        group, [hidden, weight], target, objective, _value(truth, objective), {}, flops, planned_bytes(sizes, kind)
+    )
+
+
+def planned_bytes(sizes: Sizes, kind: str, memory_budget: int | None = None) -> dict[str, int]:
+    """What the plan of the head says that a call takes, by mode."""
+    found = {}
+    for mode, needed in zip(MODES, (False, True), strict=True):
+        case = plan.LinearCase(*sizes.timed_head, 2, "cuda", (needed, needed, False), memory_budget)
+        found[mode] = plan.linear_plan(case, kind if needed else "forward").peak_bytes
+    return found
+
+
+def mean_nll(logits: Callable[[slice], Tensor], target: Tensor, chunk: int) -> float:
+    parts = [
+        F.cross_entropy(logits(rows).double(), target[rows], reduction="sum")
+        for rows in gpu_truth.chunks(len(target), chunk)
+    ]
+    return float(sum(parts) / (target != gpu_truth.IGNORED).sum())
+
+
+def _value(mean: float, objective: str) -> float:
+    return float(torch.tensor(mean).exp()) if objective == "perplexity" else mean
+
+
+# --- the steps -------------------------------------------------------------------------------------------------------
+
+
+def kernel_steps(card: Card | StandIn, sizes: Sizes) -> Iterator[Step]:
+    for n, v in sizes.timed:
+        for name in KERNEL_PASSES:
+            yield Step(f"kernel {name}, N={n}, V={v}", "kernels", 2, functools.partial(_kernel, card, name, n, v))
+
+
+def _kernel(card: Card | StandIn, name: str, n: int, v: int) -> Found:
+    """One of backends/triton_rows.py, which allocates and launches."""
+    target = make_target(n, v, card.device, 1)
+    logits = fill_logits(torch.empty(n, v, dtype=torch.bfloat16, device=card.device), target, 0)
+    backend, spec, rows, out = backends.load("triton"), LossSpec(), logits.unsqueeze(0), logits.clone()
     at_target = logits.gather(1, target.clamp(min=0).unsqueeze(1)).squeeze(1).float()
     stats, totals = backend.nll_forward(rows, target, spec, None, None, None, None)
     of_s = totals.perplexity_factor.float().expand(len(target))
     saved = (rows, target, stats.lse, stats.nll, of_s, None, spec, None, None)
-    return {
+    runs = {
         "nll_forward": lambda: backend.nll_forward(rows, target, spec, None, None, None, None),
         "nll_backward": lambda: backend.nll_backward(*saved, torch.empty_like(rows), None),
         # over its own result: its time does not depend on what the logits are
@@ -89,153 +196,133 @@ def row_functions(logits: Tensor, target: Tensor) -> dict[str, Callable[[], obje
             out, at_target, target, spec, None, None, 1.0, None
         ),
     }
+    times = card.milliseconds(runs[name])
+    row = Timing("kernels", name, "", (n, v), "bf16", times, "", KERNEL_PASSES[name] * logits.nbytes)
+    return Found(f"{times[1]:.3f} ms", [asdict(row)])
 
 
-def kernel_timings(card: Card | StandIn, sizes: Sizes, limit: Roofline) -> Iterator[Timing]:
-    for n, v in sizes.timed:
-        target = make_target(n, v, card.device, 1)
-        logits = fill_logits(torch.empty(n, v, dtype=torch.bfloat16, device=card.device), target, 0)
-        for name, run in row_functions(logits, target).items():
-            times, moved = card.milliseconds(run), KERNEL_PASSES[name] * n * v * logits.itemsize
-            yield Timing("kernels", name, "", (n, v), "", times, moved, 0, limit.share(moved, times[1]))
-
-
-# --- whole losses, ours and the peers' ---------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Peer:
-    """A perplexity of somebody; `package` has to be installed for it."""
-
-    name: str
-    package: str | None
-    make: Callable[[], Callable[..., Tensor]]
-
-    def missing(self) -> str | None:
-        if self.package is None or importlib.util.find_spec(self.package.split()[0]) is not None:
-            return None
-        return f"not installed (pip install {self.package.split()[1]})"
-
-
-def eager(x: Tensor, target: Tensor) -> Tensor:
-    return F.cross_entropy(x.float(), target).exp()
-
-
-def eager_head(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    return F.cross_entropy(F.linear(hidden, weight).float(), target).exp()
-
-
-def _exp_of(module: str, name: str) -> Callable[..., Tensor]:
-    loss = getattr(importlib.import_module(module), name)
-    return lambda *args: loss(*args).exp()
-
-
-def _torch_chunked() -> Callable[..., Tensor]:
-    options = torch.nn.LinearCrossEntropyOptions()  # torch >= 2.13
-    return lambda h, w, t: F.linear_cross_entropy(h, w, t, options=options).exp()
-
-
-def logits_peers() -> list[Peer]:
-    ours = functools.partial(fused_ppl.perplexity, options=TRITON)
-    return [
-        Peer("fused_ppl", None, lambda: ours),
-        Peer("torch eager", None, lambda: eager),
-        Peer("torch.compile", None, lambda: torch.compile(eager)),
-        # writes its gradient over the logits, so that the second call sees others, which take it as long
-        Peer("Liger", "liger_kernel liger-kernel", lambda: _exp_of("liger_kernel.transformers.functional", "liger_cross_entropy")),  # noqa: E501
-        Peer("quack", "quack quack-kernels", lambda: _exp_of("quack.cross_entropy", "cross_entropy")),
-    ]  # fmt: skip
-
-
-def head_peers() -> list[Peer]:
-    ours = functools.partial(fused_ppl.linear_perplexity, options=head_options())
-    return [
-        Peer("fused_ppl", None, lambda: ours),
-        Peer("torch eager", None, lambda: eager_head),
-        Peer("torch.compile", None, lambda: torch.compile(eager_head)),
-        Peer("F.linear_cross_entropy, chunked", None, _torch_chunked),
-        Peer("Liger", "liger_kernel liger-kernel", lambda: _exp_of("liger_kernel.transformers.functional", "liger_fused_linear_cross_entropy")),  # noqa: E501
-        Peer("cut-cross-entropy", "cut_cross_entropy cut-cross-entropy", lambda: _exp_of("cut_cross_entropy", "linear_cross_entropy")),  # noqa: E501
-        Peer("quack", "quack quack-kernels", lambda: _exp_of("quack.linear_cross_entropy", "chunked_linear_cross_entropy")),  # noqa: E501
-    ]  # fmt: skip
-
-
-def _time(
-    card: Card | StandIn,
-    peer: Peer,
-    fresh: Callable[[], list[Tensor]],  # leaves, of which a peer may destroy the values
-    target: Tensor,
-    truth: float,
-) -> dict[str, tuple[float, float, float]] | str:
-    """Times of the modes, or why there are none. A peer's failure is its own: it is stated, and the rest is timed."""
-    if (why := peer.missing()) is not None:
-        return why
-    if card.stand_in and peer.name == "torch.compile":
-        return "not run in a dry run: it compiles for minutes"
-    try:
-        loss, leaves = peer.make(), fresh()
-        value = float(loss(*leaves, target).detach())
-        if not abs(value / truth - 1) <= DISTANCE:
-            return f"no time for a wrong value: {value:.6g}, should be {truth:.6g}"
-
-        def forward() -> Tensor:
-            with torch.no_grad():
-                return loss(*leaves, target)
-
-        def both() -> tuple[Tensor, ...]:
-            return torch.autograd.grad(loss(*leaves, target), leaves)
-
-        return {"forward": card.milliseconds(forward), "forward + backward": card.milliseconds(both)}
-    except Exception as error:
-        return f"failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-
-
-def logits_timings(card: Card | StandIn, sizes: Sizes, limit: Roofline) -> Iterator[Timing]:
-    for n, v in sizes.timed:
-        target = make_target(n, v, card.device, 1)
-        logits = fill_logits(torch.empty(n, v, dtype=torch.bfloat16, device=card.device), target, 0)
-        truth = _perplexity_in_chunks(lambda rows, x=logits: x[rows], target, sizes.chunk)
-        for peer in logits_peers():
-            found = _time(card, peer, lambda x=logits: [x.clone().requires_grad_()], target, truth)
-            if isinstance(found, str):
-                yield Timing("logits", peer.name, "", (n, v), found)
-                continue
-            for (mode, times), passes in zip(found.items(), (1, 3), strict=True):
-                moved = passes * n * v * logits.itemsize
-                yield Timing("logits", peer.name, mode, (n, v), "", times, moved, 0, limit.share(moved, times[1]))
-
-
-def head_timings(card: Card | StandIn, sizes: Sizes) -> Iterator[Timing]:
-    """The roofline of the head is the matrix products alone, timed beside it: one forward, three with gradients."""
-    n, v, d = sizes.timed_head
-    hidden, weight, target = head_inputs(card, n, v, d)
-    truth = _perplexity_in_chunks(lambda rows: hidden[rows] @ weight.t(), target, sizes.chunk)
-    bare = _bare_products(card, hidden, weight)
-    flops = dict(zip(bare, (2 * n * v * d, 6 * n * v * d), strict=True))
-    for mode, times in bare.items():
-        yield Timing("head", "the matrix products alone", mode, (n, v, d), "", times, 0, flops[mode], 1.0)
+def loss_steps(card: Card | StandIn, sizes: Sizes) -> Iterator[Step]:
+    """Ours and the peers', from logits and through a head: the perplexity of all, the cross-entropy of the nearest."""
+    for peer in logits_peers():
+        shapes = sizes.timed[:1] if peer.compiles else sizes.timed
+        for objective, (n, v) in [*(("perplexity", shape) for shape in shapes), ("cross_entropy", sizes.timed[0])]:
+            if objective == "perplexity" or peer.is_near:
+                run = functools.partial(_logits_peer, card, sizes, peer, n=n, v=v, objective=objective)
+                key = f"{objective} from logits, {peer.name}, N={n}, V={v}"
+                yield Step(key, peer.group("logits"), peer.seconds, run, peer.is_ours)
     for peer in head_peers():
-        found = _time(card, peer, lambda: [t.clone().requires_grad_() for t in (hidden, weight)], target, truth)
-        if isinstance(found, str):
-            yield Timing("head", peer.name, "", (n, v, d), found)
-            continue
-        for mode, times in found.items():
-            share = bare[mode][1] / times[1]
-            yield Timing("head", peer.name, mode, (n, v, d), "", times, 0, flops[mode], share)
+        for objective in ("perplexity", "cross_entropy") if peer.is_near else ("perplexity",):
+            run = functools.partial(_head_peer, card, sizes, peer, objective=objective)
+            key = f"{objective} of a head, {peer.name}"
+            yield Step(key, peer.group("head"), peer.seconds + 1, run, peer.is_ours)
+    yield Step(BARE, "head", 3, functools.partial(_bare_products, card, sizes))
 
 
-def _bare_products(card: Card | StandIn, hidden: Tensor, weight: Tensor) -> dict[str, tuple[float, float, float]]:
+def _logits_peer(card: Card | StandIn, sizes: Sizes, peer: Peer, *, n: int, v: int, objective: str) -> Found:
+    return time_peer(card, peer, logits_case(card, sizes, n, v, objective=objective))
+
+
+def _head_peer(card: Card | StandIn, sizes: Sizes, peer: Peer, *, objective: str) -> Found:
+    case = head_case(card, sizes, objective=objective)
+    return time_peer(card, peer, case)
+
+
+def _bare_products(card: Card | StandIn, sizes: Sizes) -> Found:
+    """One product forward, three with the gradients: what every head has to do at least."""
+    hidden, weight, _ = head_inputs(card, *sizes.timed_head)
     gradient = hidden @ weight.t()
 
     def three() -> tuple[Tensor, ...]:
         return hidden @ weight.t(), gradient @ weight, gradient.t() @ hidden
 
-    return {"forward": card.milliseconds(lambda: hidden @ weight.t()), "forward + backward": card.milliseconds(three)}
+    n, v, d = sizes.timed_head
+    rows = []
+    for mode, run in zip(MODES, (lambda: hidden @ weight.t(), three), strict=True):
+        flops = 2 * n * v * d * PRODUCTS[mode]
+        rows.append(asdict(Timing("head", BARE, mode, (n, v, d), "bf16", card.milliseconds(run), flops=flops)))
+    return Found(", ".join(f"{r['mode']} {r['milliseconds'][1]:.3f} ms" for r in rows), rows)
 
 
-def _perplexity_in_chunks(logits: Callable[[slice], Tensor], target: Tensor, chunk: int) -> float:
-    parts = [
-        F.cross_entropy(logits(rows).double(), target[rows], reduction="sum")
-        for rows in gpu_truth.chunks(len(target), chunk)
-    ]
-    return float((sum(parts) / (target != gpu_truth.IGNORED).sum()).exp())
+def variant_steps(card: Card | StandIn, sizes: Sizes) -> Iterator[Step]:
+    """Ours alone: other dtypes, what each option costs, few rows, the plans of the head."""
+    v = sizes.timed[0][1]
+    for dtype in (torch.float16, torch.float32):
+        run = functools.partial(_logits_dtype, card, sizes, dtype)
+        yield Step(f"perplexity from logits, {NAMES[dtype]}", "dtypes", 3, run)
+    for name in OPTIONS:
+        yield Step(f"perplexity from logits with {name}", "options", 3, functools.partial(_option, card, sizes, name))
+    for rows in sizes.few:
+        run = functools.partial(_few_rows, card, sizes, rows)
+        yield Step(f"perplexity from logits, N={rows}, V={v}, latency", "rows", 2, run)
+    for name in HEADS:
+        yield Step(f"perplexity of a head, {name}", "plans", 5, functools.partial(_head_plan, card, sizes, name))
+
+
+def _logits_dtype(card: Card | StandIn, sizes: Sizes, dtype: torch.dtype) -> Found:
+    case = logits_case(card, sizes, *sizes.timed[0], group="dtypes", dtype=dtype)
+    return time_loss(card, "fused_ppl", functools.partial(fused_ppl.perplexity, options=TRITON), case)
+
+
+# name -> keywords of fused_ppl.cross_entropy, tensors made of (N, V)
+OPTIONS: dict[str, Callable[[int, int, torch.device], dict[str, Any]]] = {
+    "no option": lambda n, v, device: {},
+    "label_smoothing": lambda n, v, device: {"label_smoothing": 0.1},
+    "softcap": lambda n, v, device: {"softcap": 30.0},
+    "z_loss": lambda n, v, device: {"z_loss": 1e-4},
+    "weight": lambda n, v, device: {"weight": torch.ones(v, device=device)},
+    "weight, label_smoothing": lambda n, v, device: {"weight": torch.ones(v, device=device), "label_smoothing": 0.1},
+    "token_weight": lambda n, v, device: {"token_weight": torch.ones(n, device=device)},
+    "every statistic": lambda n, v, device: {},
+}
+
+
+def _option(card: Card | StandIn, sizes: Sizes, name: str) -> Found:
+    case = logits_case(card, sizes, *sizes.timed[0], group="options", objective="cross_entropy")
+    keywords = OPTIONS[name](*sizes.timed[0], card.device)
+
+    def loss(x: Tensor, target: Tensor) -> Tensor:
+        if name == "every statistic":
+            return fused_ppl.cross_entropy_with_stats(x, target, options=TRITON).loss
+        return fused_ppl.cross_entropy(x, target, options=TRITON, **keywords)
+
+    changes = name in ("label_smoothing", "softcap", "z_loss", "weight, label_smoothing")
+    truth = float(loss(case.tensors[0], case.target)) if changes else case.truth  # its value is judged by the checks
+    case = Case(case.group, case.tensors, case.target, case.objective, truth, case.moved)
+    return time_loss(card, name, loss, case)
+
+
+def _few_rows(card: Card | StandIn, sizes: Sizes, n: int) -> Found:
+    """With the time inside a CUDA graph, and that of the host: which of them limits a small call."""
+    case = logits_case(card, sizes, n, sizes.timed[0][1], group="rows")
+    return time_loss(card, "fused_ppl", functools.partial(fused_ppl.perplexity, options=TRITON), case, latency=True)
+
+
+# name -> options, and the kind of plan; "vocab" is what a tight budget leads to
+HEADS: dict[str, tuple[dict[str, Any], str]] = {
+    "plan rows": ({}, "rows"),
+    "plan vocab": ({"memory_budget": 2**20}, "vocab"),
+    "compact, tolerance 1e-3": ({"gradient_tolerance": 1e-3}, "compact"),
+    "compact, an eighth of the columns": ({"gradient_columns": 0.125}, "compact"),
+    "compact, screen bf16": ({"gradient_columns": 0.125, "screen": "bf16"}, "compact"),
+    "compact, screen int8": ({"gradient_columns": 0.125, "screen": "int8"}, "compact"),
+    "compact, screen fp8": ({"gradient_columns": 0.125, "screen": "fp8"}, "compact"),
+}
+
+
+def _head_plan(card: Card | StandIn, sizes: Sizes, name: str) -> Found:
+    keywords, kind = HEADS[name]
+    backend = head_options().backend
+    options = Options(backend=backend, **keywords)
+    case = head_case(card, sizes, group="plans", kind="rows" if kind == "compact" else kind)
+    planned = planned_bytes(sizes, kind, keywords.get("memory_budget")) if kind != "compact" else {}
+    # a cheap forward alone is not what a compact head is for
+    modes = MODES if kind != "compact" else MODES[1:]
+    case = Case("plans", case.tensors, case.target, case.objective, case.truth, {}, case.flops, planned, modes)
+    loss = functools.partial(fused_ppl.linear_perplexity, options=options)
+    found = time_loss(card, f"fused_ppl, {name}", loss, case)
+    if kind == "compact":
+        leaves = [t.detach().clone().requires_grad_() for t in case.tensors]
+        out = fused_ppl.linear_cross_entropy_with_stats(*leaves, case.target, options=options)
+        if out.residual is not None:
+            found.rows[-1]["residual"] = float(out.residual)
+    return found

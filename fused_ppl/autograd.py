@@ -73,11 +73,19 @@ def _kept() -> bool:
     return kept is None or bool(kept())
 
 
+def _unhooked(saved: Tensor) -> bool:
+    """Whether no hook on saved tensors has seen this one: else the graph holds what its hook has made of it, and not
+    the tensor itself beside us."""
+    return saved._use_count() > 1  # type: ignore[attr-defined, no-any-return]
+
+
 def _untraced(tensor: Tensor) -> bool:
-    """Whether an op may be left out for what it does: nothing traces, counts or fakes what is dispatched."""
+    """Whether an op may be left out for what it does: nothing traces, counts or fakes what is dispatched,
+    and there is something to compute."""
     return (
         not torch.compiler.is_compiling()
         and type(tensor) in (Tensor, torch.nn.Parameter)
+        and not tensor.is_meta
         and torch._C._len_torch_dispatch_stack() == 0
         and not torch._C._are_functorch_transforms_active()
     )
@@ -186,8 +194,14 @@ class LinearLoss(torch.autograd.Function):
         groups = ctx.groups
         with torch.no_grad():
             if ctx.kind in ("rows", "compact"):
-                args = (*inputs[:3], dhidden, dweight, dbias, *scalars, ctx.grads)
-                if _untraced(inputs[0]) and not (torch.is_grad_enabled() or _kept() or _batched(*upstream[:2])):
+                args = (*inputs[:4], dhidden, dweight, dbias, *scalars, ctx.spec[1], ctx.grads)
+                if (
+                    _untraced(inputs[0])
+                    and not torch.is_grad_enabled()
+                    and not _kept()
+                    and not _batched(*upstream[:2])
+                    and all(_unhooked(t) for t in (dhidden, dweight, dbias))
+                ):
                     results = linear_rows.scale(*args, last=True)  # type: ignore[no-untyped-call]
                 else:
                     results = _OPS.linear_scale(*args)

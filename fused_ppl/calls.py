@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -19,6 +20,7 @@ from fused_ppl import (  # noqa: F401  (op_autograd registers)
     reference,
 )
 from fused_ppl.autograd import LinearLoss, LogitsLoss, run
+from fused_ppl.engines.head import product_dtype
 from fused_ppl.reduction import sum_dtype
 from fused_ppl.spec import LossOutput, LossSpec, Options
 
@@ -118,7 +120,7 @@ def from_hidden(
     checks.check_num_items(num_items, spec.reduction)
     checks.check_no_inplace(options.inplace_backward)
     device = input.device.type
-    cast = torch.is_autocast_enabled(device) and input.dtype != torch.float64  # which autocast leaves alone
+    cast = checks.autocast(device) and input.dtype != torch.float64  # which autocast leaves alone
     dtype = torch.get_autocast_dtype(device) if cast else input.dtype
     backend = backends.choose(options.backend, input.device, dtype)
     if num_items is not None:
@@ -137,8 +139,7 @@ def from_hidden(
         # under a cap the smoothing's part of the gradient is no product: there nothing is left out
         if not (spec.softcap and spec.label_smoothing):
             compact = plan.Compact(*asked)
-    shape = (target.numel(), *linear_weight.shape, dtype.itemsize, device, grads, options.memory_budget)
-    case = plan.LinearCase(*shape, compact)
+    case = _case(input, linear_weight, dtype=dtype, grads=grads, memory_budget=options.memory_budget, compact=compact)
     per_token = spec.reduction in ("none", "sequence") or (spec.stats and spec.z_loss > 0)
     # a shard of the vocabulary knows its gradients only when the others have been heard
     kind = plan.linear_kind(case, per_token or (num_classes > 0 and case.compact is None))
@@ -165,6 +166,30 @@ def from_hidden(
     if spec.stats:
         lse = lse.to(nll.dtype)
     return LossOutput(loss, perplexity_, nll, lse, entropy, predicted, total_weight, *out[12:])
+
+
+def _case(
+    input: Tensor,
+    linear_weight: Tensor,
+    *,
+    dtype: torch.dtype,
+    grads: tuple[bool, ...],
+    memory_budget: int | None,
+    compact: plan.Compact | None,
+) -> plan.LinearCase:
+    """What the kind of plan depends on: the element size is that of the products, as in the engines."""
+    products, (v, d) = product_dtype(dtype, input.device), linear_weight.shape
+    return plan.LinearCase(
+        math.prod(input.shape[:-1]),
+        v,
+        d,
+        products.itemsize,
+        input.device.type,
+        grads,  # type: ignore[arg-type]
+        memory_budget,
+        compact,
+        converts=linear_weight.dtype != products,
+    )
 
 
 def _compare(

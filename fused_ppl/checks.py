@@ -20,6 +20,11 @@ def debug() -> bool:
     return os.environ.get("FUSED_PPL_DEBUG", "0") not in ("", "0")
 
 
+def autocast(device_type: str) -> bool:
+    """Whether autocast is on for these tensors; torch raises where it does not know the type, as that of meta."""
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
+
+
 def check_choice(name: str, value: object, choices: Sequence[str], hint: str = "") -> None:
     if value not in choices:
         allowed = ", ".join(repr(c) for c in choices)
@@ -276,6 +281,11 @@ def check_head(input: object, linear_weight: object, linear_bias: object) -> Non
             f"{tuple(linear_weight.shape)}; got {tuple(input.shape)}."
         )
     check_classes(linear_weight.shape[0])
+    if linear_weight.shape[1] == 0:
+        raise ValueError(
+            f"linear_weight must have at least one column; got shape {tuple(linear_weight.shape)}. Hidden states of "
+            "size 0 say nothing: pass logits, to cross_entropy, if they come from somewhere else."
+        )
     check_device("linear_weight", linear_weight, input)
     if linear_bias is not None:
         check_float_input("linear_bias", linear_bias)
@@ -286,7 +296,7 @@ def check_head(input: object, linear_weight: object, linear_bias: object) -> Non
             )
         check_device("linear_bias", linear_bias, input)
     dtypes = {t.dtype for t in (input, linear_weight, linear_bias) if isinstance(t, Tensor)}
-    if len(dtypes) > 1 and not torch.is_autocast_enabled(input.device.type):
+    if len(dtypes) > 1 and not autocast(input.device.type):
         raise TypeError(
             f"input, linear_weight and linear_bias must have one dtype outside autocast; "
             f"got {', '.join(sorted(str(d) for d in dtypes))}. Convert one of them, or use torch.autocast."
@@ -347,7 +357,7 @@ def readable(tensor: Tensor) -> bool:
 
 def check_target_range(target: Tensor, num_classes: int, ignore_index: int | None) -> tuple[int, int]:
     """The lowest and the highest target. Asked on a CPU, and anywhere under FUSED_PPL_DEBUG=1 (it synchronises)."""
-    if target.numel() == 0:
+    if target.numel() == 0 or target.is_meta:
         return 0, 0
     low, high = (int(a) for a in target.aminmax())
     if low < 0 or high >= num_classes:

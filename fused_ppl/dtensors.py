@@ -93,7 +93,8 @@ def _of_spec(
     rank_checks.check_placement(name, sharded, placements, mesh.ndim, dim, vocab_group)
     group, ranks = mesh.get_group(), mesh.size()
     sizes = _chunks(tensor.shape[dim], ranks)
-    rank = mesh.get_local_rank()
+    coordinate = mesh.get_coordinate()
+    rank = 0 if coordinate is None else coordinate[0]
     rank_checks.check_shard_sizes(sizes, rank, ranks, tensor.to_local().shape[dim])
     return parallel.add_shards(groups, group.group_name, rank, sizes, sum_hidden)
 

@@ -55,9 +55,10 @@ def cross_entropy(
         class_dim: where the classes are; -1 for logits of shape (B, T, V).
         logit_scale: > 0, multiplies the logits (1 / temperature).
         softcap: > 0, or None for no cap (Gemma 2 uses 30).
-        token_weight: the shape of `target`, a weight for each token.
+        token_weight: the shape of `target`, a weight for each token, of any sign.
         z_loss: >= 0, the factor of lse^2 (PaLM, arXiv:2204.02311, uses 1e-4).
-        num_items: replaces M in "mean", for sums over several micro-batches (`num_items_in_batch` of Hugging Face).
+        num_items: replaces M in "mean", for sums over several micro-batches (`num_items_in_batch` of Hugging Face), and
+            for weights that may add up to 0.
         group: the ranks that hold the other parts of the batch (data, context or sequence parallel): a ProcessGroup,
             or one dimension of a DeviceMesh. S and M are those of all of them, on each, and so is the loss; see
             docs/distributed.md. The gradient is multiplied by the number of ranks, so that DDP and FSDP, which
@@ -69,7 +70,8 @@ def cross_entropy(
 
     Returns:
         Nats, float32 (float64 for float64 input), of shape () for "mean" and "sum", of `target` for "none", of
-        `target.shape[:-1]` for "sequence". With no counted token the mean is NaN and every gradient exactly zero.
+        `target.shape[:-1]` for "sequence". With no counted token the mean is NaN and every gradient exactly zero; so it
+        is where M = 0 for other reasons, unless `num_items` stands in its place.
 
     Raises:
         ValueError: a shape, device or option does not fit.

@@ -57,8 +57,8 @@ class Perplexity:
 
     def reset(self) -> None:
         """Forget everything."""
-        self.nll_sum: Tensor = torch.zeros((), dtype=torch.float64)
-        self.total_weight: Tensor = torch.zeros((), dtype=torch.float64)
+        self.nll_sum: Tensor = torch.zeros((), dtype=torch.float64, device="cpu")
+        self.total_weight: Tensor = torch.zeros((), dtype=torch.float64, device="cpu")
 
     @torch.no_grad()
     def update(self, input: Tensor, target: Tensor, *, token_weight: Tensor | None = None) -> None:

@@ -53,6 +53,7 @@ MAX_ROWS = {"cpu": 1024, "gpu": 4096}
 CHUNK_BYTES = {"cpu": 256 * 2**20, "gpu": 512 * 2**20}
 COLUMNS = 8192  # of a slice of the vocabulary
 LEAST_COLUMNS = 256
+CONVERTED = 4096  # columns of the weight at most, in fp32 products: as many as stay in cache
 
 
 # that share their kept columns, at most: fewer need fewer columns, and read and write more of the weight; the products
@@ -88,6 +89,15 @@ class LinearCase:
     grads: tuple[bool, bool, bool]  # whether hidden states, weight and bias need a gradient
     memory_budget: int | None = None
     compact: Compact | None = None
+    converts: bool = False  # the weight to the dtype of the products, as under autocast
+
+    @property
+    def converted_bytes(self) -> int:
+        """Of the weight, in the dtype of the products where it has another."""
+        if not self.converts:
+            return 0
+        columns = converted_columns(self.num_classes, self.hidden_size, self.itemsize, self.memory_budget)
+        return columns * self.hidden_size * self.itemsize
 
     @property
     def place(self) -> str:
@@ -136,6 +146,16 @@ def _within(wanted: int, room: int, size: int, least: int) -> int:
     return min(wanted, room // size) if room >= size else min(wanted, least)
 
 
+def converted_columns(num_classes: int, hidden_size: int, itemsize: int, memory_budget: int | None) -> int:
+    """Columns of the weight that are converted at once. All, because every chunk of rows needs them, unless they take
+    over half of the budget; in fp32, which is fast to convert to, no more than stay in cache."""
+    column = max(1, hidden_size * itemsize)
+    most = num_classes if itemsize == 2 else min(num_classes, CONVERTED)
+    if memory_budget is None or 2 * most * column <= memory_budget:
+        return most
+    return _within(min(most, CONVERTED), memory_budget // 4, column, LEAST_COLUMNS)
+
+
 def _even(rows: int, n: int) -> int:
     """At most `rows`, so that the last chunk is as large as the others."""
     return math.ceil(n / math.ceil(n / rows)) if n else rows
@@ -150,7 +170,8 @@ def linear_kind(case: LinearCase, per_token: bool) -> str:
         return "forward"
     if per_token:
         return "vocab"
-    least = case.accumulator_bytes + MIN_ROWS[case.place][case.itemsize] * case.num_classes * case.itemsize
+    chunk = MIN_ROWS[case.place][case.itemsize] * case.num_classes * case.itemsize
+    least = case.accumulator_bytes + chunk + case.converted_bytes
     if case.memory_budget is not None and least > case.memory_budget:
         return "vocab"
     return "rows" if case.compact is None else "compact"
@@ -178,25 +199,27 @@ def linear_plan(case: LinearCase, kind: str) -> LinearPlan:
         "vocab": "backward recomputes the logits: per-token upstream gradients, or too little memory for the "
         "fp32 gradient of the weight",
     }
-    reason, columns, backward, fixed = reasons[kind], 0, 0, wide * n * d * case.grads[0]
+    weight = case.converted_bytes
+    reason, columns, backward, fixed = reasons[kind], 0, 0, wide * n * d * case.grads[0] + weight
     if kind == "vocab":
+        column = n * size + d * size * (case.converts and case.grads[1])  # a product that is rounded on its way into dW
         columns = max(1, min(COLUMNS, v, CHUNK_BYTES[case.place] // max(1, n * size)))
         if case.memory_budget is not None:
-            columns = _within(columns, case.memory_budget - fixed, max(1, n * size), LEAST_COLUMNS)
-        backward = fixed + columns * n * size
+            columns = _within(columns, case.memory_budget - fixed, max(1, column), LEAST_COLUMNS)
+        backward = fixed + columns * column
     if case.memory_budget is not None:
-        rows = _within(rows, case.memory_budget - (saved if made_in_forward else 0), v * logit, least)
+        rows = _within(rows, case.memory_budget - weight - (saved if made_in_forward else 0), v * logit, least)
     rows = max(1, min(rows, n))
     if case.place == "cpu":
         rows = _even(rows, n)
-    temporary = max(rows * v * logit, backward)
+    temporary = max(rows * v * logit + weight, backward)
     # accumulators of the right type are handed over themselves, else they are there until the gradients are
     gradients = size * d * (n * case.grads[0] + v * case.grads[1]) if not made_in_forward or wide != size else 0
     if kind == "compact":
         return _compact_plan(case, rows, saved, gradients, reason)
-    at_once = max(rows * v * logit, backward + gradients)
+    at_once = max(rows * v * logit + weight, backward + gradients)
     if kind == "vocab":  # the buffer of forward waits for backward, which takes it if it is as large
-        at_once = fixed + max(rows * v * logit, columns * n * size) + gradients
+        at_once = fixed + max(rows * v * logit, columns * column) + gradients
     products = {"forward": 1, "rows": 1, "vocab": 2}[kind] + case.grads[0] + case.grads[1]
     reason += _over(case, temporary + saved)
     return LinearPlan(kind, rows, columns, temporary, saved, product * products, reason, saved + at_once)
@@ -219,7 +242,7 @@ def _compact_plan(case: LinearCase, rows: int, saved: int, handed_over: int, rea
         count = max(count, min(group, v))  # the targets are kept
     # the chunk of logits, kept columns of the weight, of a group's logits and of what adds to dW; sums of columns
     buffers = rows * v * (2 if screened else size) + count * (d + group * (1 + screened)) * size
-    buffers += max(4, size) * v * (math.ceil(n / group) + 4)
+    buffers += max(4, size) * v * (math.ceil(n / group) + 4) + case.converted_bytes
     flops = 2 * n * count * d * (gradients + screened)
     dense = 2 * n * v * d
     if screened:

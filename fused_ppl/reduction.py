@@ -75,7 +75,12 @@ def empty_sums(like: Tensor, target: Tensor, reduction: str, z_loss: float) -> T
 def finish(
     s: Tensor, m: Tensor, z: Tensor | None, spec: LossSpec, num_items: Tensor | None, dtype: torch.dtype
 ) -> Totals:
-    """Values and factors from the sums. M = 0 gives NaN as in PyTorch, and the factor 0."""
+    """Values and factors from the sums.
+
+    What is divided by M, a mean and the perplexity, is NaN with the factor 0 where M = 0. What is not is the sum, and
+    the loss of `num_items`: signed weights may add up to 0 there. No factor says that a token is not counted: the
+    gradient of its row is 0 by itself.
+    """
     total = s if z is None else s + spec.z_loss * z
     if spec.reduction == "none":
         perplexity, slope = _exp(s, spec.max_nll)
@@ -90,9 +95,7 @@ def finish(
     if inverse is not no_mean:
         _, slope = _exp(s * inverse, spec.max_nll)
     if num_items is not None:
-        # without a counted token every gradient is 0, also where num_items is
-        factor = torch.where(m == 0, 0.0, num_items.to(s.dtype).reciprocal())
-        loss = total / num_items
+        loss, factor = total / num_items, num_items.to(s.dtype).reciprocal()
     elif spec.reduction == "sum":
         loss, factor = total, torch.ones_like(s)
     else:

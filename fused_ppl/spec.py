@@ -92,7 +92,9 @@ class Options:
         inplace_backward: write the gradient over `input`. Saves one N x V buffer; the values of `input` are gone
             after backward, a second backward raises, and `input` must not be a leaf.
         gradient_tolerance: of the fused head: the gradient of the logits may be replaced by an approximation that is
-            at most this wrong, ||G - G'|| <= tolerance * ||G|| in every group of rows, for about half of the FLOPs.
+            at most this wrong, ||G - G'|| <= tolerance * ||G||, for about half of the FLOPs. On a CPU that holds in
+            every group of rows. A GPU is not waited for: it keeps what earlier steps would have needed, with a margin,
+            the first steps are exact, and a step that misses the tolerance says so in `LossOutput.residual` alone.
             1e-3 is less than what bf16 rounds away. Loss and lse stay exact. The error of a `screen` comes on top.
             docs/compact.md says when to use it.
         gradient_columns: in the place of a tolerance, the number of columns that are kept exactly in each group of

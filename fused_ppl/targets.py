@@ -43,7 +43,7 @@ def next_token_targets(
         targets[..., : length - steps] = tokens[..., steps:]
     if cu_seqlens is not None:
         checks.check_cu_seqlens(cu_seqlens, tokens)
-        position = torch.arange(length, device=tokens.device)
+        position = torch.arange(length, dtype=torch.int64, device=tokens.device)
         document = torch.bucketize(position, cu_seqlens.to(tokens.device), right=True)
         ahead = torch.bucketize(position + steps, cu_seqlens.to(tokens.device), right=True)
         targets.masked_fill_(document != ahead, ignore_index)

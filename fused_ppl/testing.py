@@ -42,12 +42,12 @@ def make_logits(
     model), or "wild" (-inf, and rows at +1e4 and -1e4).
     """
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(shape, generator=generator)
+    x = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
     if kind == "flat":
         x = x * 1e-3
     elif kind == "peaked":
-        top = torch.randint(shape[-1], (*shape[:-1], 1), generator=generator)
-        x = x.scatter_add(-1, top, torch.full(top.shape, 12.0))
+        top = torch.randint(shape[-1], (*shape[:-1], 1), generator=generator, dtype=torch.int64, device="cpu")
+        x = x.scatter_add(-1, top, x.new_full(top.shape, 12.0))
     elif kind == "wild":
         x = x * 3
         rows = x.view(-1, shape[-1])
@@ -71,12 +71,12 @@ def make_target(
 ) -> Tensor:
     """Targets with the first class and the last class among them, and a share of ignored tokens."""
     generator = torch.Generator().manual_seed(seed)
-    target = torch.randint(num_classes, shape, generator=generator)
+    target = torch.randint(num_classes, shape, generator=generator, dtype=torch.int64, device="cpu")
     flat = target.view(-1)
     if flat.numel() > 1:
         flat[0], flat[-1] = 0, num_classes - 1
     if ignored:
-        flat[torch.rand(flat.shape, generator=generator) < ignored] = ignore_index
+        flat[torch.rand(flat.shape, generator=generator, dtype=torch.float32, device="cpu") < ignored] = ignore_index
     return target.to(device)
 
 

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fused_ppl.kernels import nll_backward, primitives
+from fused_ppl.kernels import primitives
 from fused_ppl.kernels import weights as class_weights
 from fused_ppl.kernels.launch import Numbers, Weights, on_device
 
@@ -30,6 +30,7 @@ class RowFactors(NamedTuple):
     at_target: Tensor  # (p[y] * a - (a - rest)) * slope
     scaled: Tensor  # a, times what the fp32 lse2 has lost
     lse2: Tensor  # lse in base 2
+    multiplier: Tensor  # of z in base 2
     pull: Tensor | None = None  # where labels are smoothed
 
 
@@ -70,13 +71,14 @@ def row_factors_kernel(
         x = tl.load(target_logit_ptr + rows, mask=inside, other=0.0)
         _, slope = primitives.cap(x, numbers.squash)
         at_target *= slope
-    low, lse2 = nll_backward.low_part(lse)
+    low, lse2, multiplier = primitives.split_lse(lse, nll, numbers.multiplier)
     tl.store(factors.a + rows, tl.where(counted, a, 0.0), mask=inside)
     tl.store(factors.rest + rows, tl.where(counted, rest, 0.0), mask=inside)
     tl.store(factors.at_target + rows, tl.where(counted, at_target, 0.0), mask=inside)
     tl.store(factors.scaled + rows, tl.where(counted, a * low, 0.0), mask=inside)
     # p = 0 in rows that are not counted
     tl.store(factors.lse2 + rows, tl.where(counted, lse2, float("inf")), mask=inside)
+    tl.store(factors.multiplier + rows, multiplier, mask=inside)
     if factors.pull is not None:
         tl.store(factors.pull + rows, tl.where(counted, pull, 0.0), mask=inside)
 
@@ -91,6 +93,7 @@ def go_down(logits_ptr, target_ptr, factors, partials, numbers, columns, inside,
         valid = rows < stop
         factor = tl.load(factors.scaled + rows, mask=valid, other=0.0)
         lse2 = tl.load(factors.lse2 + rows, mask=valid, other=float("inf"))
+        multiplier = tl.load(factors.multiplier + rows, mask=valid, other=1.0)
         target = tl.load(target_ptr + rows, mask=valid, other=0).to(tl.int32)
         # the last row again in the place of rows that are not there: a mask would split the loads
         row_ptrs = logits_ptr + tl.minimum(rows, stop - 1).to(tl.int64)[:, None] * stride_n
@@ -101,7 +104,7 @@ def go_down(logits_ptr, target_ptr, factors, partials, numbers, columns, inside,
         a, slope = primitives.cap(x, numbers.squash)
         is_target = columns[None, :] == target[:, None]
         g = primitives.gradient(
-            a, slope, None, numbers.multiplier, lse2[:, None], factor[:, None], None, is_target, 0.0
+            a, slope, None, multiplier[:, None], lse2[:, None], factor[:, None], None, is_target, 0.0
         )
         if partials.total is not None:
             total += tl.sum(g, 0)

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fused_ppl.kernels import nll_backward, primitives
+from fused_ppl.kernels import primitives
 from fused_ppl.kernels.compact_columns import RowFactors
 from fused_ppl.kernels.launch import Numbers, on_device, registers
 
@@ -53,13 +53,14 @@ def kept_kernel(
     row_ptr = logits_ptr + row.to(tl.int64) * stride_n
     out_row = out_ptr + row.to(tl.int64) * stride_out_n
     factor, lse2 = tl.load(factors.scaled + row) * numbers.scale, tl.load(factors.lse2 + row)
+    multiplier = tl.load(factors.multiplier + row)
     at_target = tl.load(factors.at_target + row) * numbers.scale
     place = tl.load(place_ptr + row)
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, K, BLOCK):
         x, places = gather(row_ptr, index_ptr, start, K, BLOCK)
         a, slope = primitives.cap(x, numbers.squash)
-        g = primitives.gradient(a, slope, None, numbers.multiplier, lse2, factor, None, None, 0.0)
+        g = primitives.gradient(a, slope, None, multiplier, lse2, factor, None, None, 0.0)
         g = tl.where(places == place, at_target, g)  # which has its slope
         g = tl.where(places < K, g, 0.0)
         total += g
@@ -68,10 +69,10 @@ def kept_kernel(
 
 
 @triton.jit
-def mass(x, places, place, K, lse2, numbers):
+def mass(x, places, place, K, lse2, multiplier, numbers):
     """p of a block against a given lse, without the target; and p times the cap's slope."""
     a, slope = primitives.cap(x, numbers.squash)
-    p = primitives.gradient(a, 1.0, None, numbers.multiplier, lse2, 1.0, None, None, 0.0)
+    p = primitives.gradient(a, 1.0, None, multiplier, lse2, 1.0, None, None, 0.0)
     p = tl.where((places < K) & (places != place), p, 0.0)
     return p, p * slope
 
@@ -89,16 +90,16 @@ def rescreen_kernel(
     row_ptr = screened_ptr + row.to(tl.int64) * stride_n
     out_row = out_ptr + row.to(tl.int64) * stride_out_n
     old, lse = tl.load(nll_ptr + row), tl.load(lse_ptr + row)
-    low, lse2 = nll_backward.low_part(lse)
+    low, lse2, multiplier = primitives.split_lse(lse, old, numbers.multiplier)
     place = tl.load(place_ptr + row)
     before, part, after = (tl.zeros((BLOCK,), tl.float32),) * 3
     for start in range(0, K, BLOCK):
         x, places = gather(row_ptr, index_ptr, start, K, BLOCK)
-        p, sloped = mass(x, places, place, K, lse2, numbers)
+        p, sloped = mass(x, places, place, K, lse2, multiplier, numbers)
         before += p
         part += sloped
         x = tl.load(out_row + places, mask=places < K, other=0.0).to(tl.float32)
-        after += mass(x, places, place, K, lse2, numbers)[0]
+        after += mass(x, places, place, K, lse2, multiplier, numbers)[0]
     kept_before, kept_after = tl.sum(before, 0) * low, tl.sum(after, 0) * low
     rest = tl.maximum(primitives.others_mass(old) - kept_before, 0.0)
     delta = old.to(tl.float64) * -primitives.LOG2E
@@ -113,14 +114,14 @@ def rescreen_kernel(
     ratio = tl.where((kept_before > 0) & (kept_after > 0), tl.log2(kept_after / kept_before), 0.0)
     tl.store(found.wrong + row, rest * shrink * tl.abs(ratio) * primitives.LN2)
 
-    low, lse2 = nll_backward.low_part(new_lse)
+    low, lse2, multiplier = primitives.split_lse(new_lse, nll, numbers.multiplier)
     A, spread = tl.load(factors.a + row) * numbers.scale, tl.load(factors.rest + row) * numbers.scale
     at_target = primitives.gradient_at_target(nll, 1.0, A, spread, None)
     for start in range(0, K, BLOCK):
         places = start + tl.arange(0, BLOCK)
         x = tl.load(out_row + places, mask=places < K, other=0.0).to(tl.float32)
         a, slope = primitives.cap(x, numbers.squash)
-        g = primitives.gradient(a, slope, None, numbers.multiplier, lse2, A * low, None, places == place, at_target)
+        g = primitives.gradient(a, slope, None, multiplier, lse2, A * low, None, places == place, at_target)
         g = tl.where(A == 0, 0.0, g)
         tl.store(out_row + places, g.to(out_ptr.dtype.element_ty), mask=places < K)
 

@@ -31,27 +31,18 @@ def zero_row(out_ptr, first_tile, stop_tile, V, stride_v, VECTOR: tl.constexpr, 
 
 @triton.jit
 def row_factors(of_s, of_z, class_weight, token_weight, weights, nll, lse, numbers, num_classes):
-    """The gradient at the target, A and C for all others, and lse in base 2."""
+    """The gradient at the target; A, C, lse in base 2 and the multiplier for all others."""
     weight_sum = class_weights.total(weights, num_classes)
     A, spread, C = primitives.coefficients(
         of_s, of_z, class_weight, token_weight, weight_sum, lse.to(tl.float32), numbers, num_classes
     )
     at_target = primitives.gradient_at_target(nll, class_weight, A, spread, None if numbers.smoothing is None else C)
-    low, high = low_part(lse)
-    return at_target, A * low, C, high
+    low, high, multiplier = primitives.split_lse(lse, nll, numbers.multiplier)
+    return at_target, A * low, C, high, multiplier
 
 
 @triton.jit
-def low_part(lse):
-    """lse in base 2 as a sum of two fp32: the factor that the low part is, and the high part. The former joins A, or
-    |z| = 1e4 would cost 1e-3 of every p."""
-    lse2 = lse * primitives.LOG2E
-    high = lse2.to(tl.float32)
-    return primitives.power((high.to(tl.float64) - lse2).to(tl.float32)), high
-
-
-@triton.jit
-def gradient_row(row_ptr, out_ptr, weight_ptr, hole, x_target, at_target, A, C, lse2, numbers, V, stride_v,
+def gradient_row(row_ptr, out_ptr, weight_ptr, hole, x_target, at_target, A, C, lse2, multiplier, numbers, V, stride_v,
                  stride_out_v, first_tile, stop_tile, VECTOR: tl.constexpr, K: tl.constexpr, T: tl.constexpr):  # fmt: skip
     """Writes tiles [first_tile, stop_tile) of a row's gradient: no element twice, and none that is read afterwards.
 
@@ -59,7 +50,6 @@ def gradient_row(row_ptr, out_ptr, weight_ptr, hole, x_target, at_target, A, C, 
     """
     L: tl.constexpr = walk.VECTOR_BYTES * 8 // row_ptr.dtype.element_ty.primitive_bitwidth if VECTOR else 1
     TILE: tl.constexpr = K * T * L
-    multiplier = numbers.multiplier
     squash = numbers.squash
     C = None if numbers.smoothing is None else C
     body_ptr, head, body = walk.find_body(row_ptr, V, VECTOR, L)
@@ -119,14 +109,21 @@ def nll_backward_kernel(
         of_z = None
         if numbers.z_loss is not None:
             of_z = tl.load(upstream.of_z + row.to(tl.int64) * stride_of_z)
-        at_target, A, C, lse2 = row_factors(
+        at_target, A, C, lse2, multiplier = row_factors(
             of_s, of_z, class_weight, token_weight, weights, tl.load(nll_ptr + row), tl.load(lse_ptr + row), numbers,
             num_classes,
         )  # fmt: skip
-        gradient_row(
-            row_ptr, out_ptr, weight_ptr, hole, None, at_target, A, C, lse2, numbers, V, stride_v, stride_out_v,
-            first_tile, stop_tile, VECTOR, K, T,
-        )  # fmt: skip
+        # apart from the rest, because one multiplier for all rows is no register
+        if multiplier == numbers.multiplier:
+            gradient_row(
+                row_ptr, out_ptr, weight_ptr, hole, None, at_target, A, C, lse2, numbers.multiplier, numbers, V,
+                stride_v, stride_out_v, first_tile, stop_tile, VECTOR, K, T,
+            )  # fmt: skip
+        else:
+            gradient_row(
+                row_ptr, out_ptr, weight_ptr, hole, None, at_target, A, C, lse2, multiplier, numbers, V,
+                stride_v, stride_out_v, first_tile * K, stop_tile * K, VECTOR, 1, T,
+            )  # fmt: skip
 
 
 def launch_nll_backward(

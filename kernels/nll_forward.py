@@ -34,9 +34,10 @@ def settle_row(row_ptr, weight_ptr, hole, a_target, reference, s, q, d, column, 
         column = tl.where((hole >= 0) & (a_target == top), tl.minimum(column, hole), column)
         column = tl.where(column < V, column, 0)  # a row of -inf, as torch.argmax has it
     else:
-        # overflow; or, for fp32 logits, a largest p of which t has lost so many bits that its gradient would show
+        # overflow, as of every target so far out that fp32 does not hold what is 8 above it; or, for fp32 logits, a
+        # largest p of which t has lost so many bits that its gradient would show
         LIMIT: tl.constexpr = 262144.0 if row_ptr.dtype.element_ty == tl.float32 else 1e37
-        if not ((s < LIMIT) & (tl.abs(reference) < 1e37)):
+        if not ((s < LIMIT) & (tl.abs(reference) < 67108864.0)):
             fixed = top
             top, s, q, d, column = walk.sum_row(
                 row_ptr, weight_ptr, hole, a_target, multiplier, squash, V, stride_v, 0, V + 1,

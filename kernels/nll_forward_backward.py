@@ -45,12 +45,12 @@ def sum_and_differentiate(row, row_ptr, target, x_target, weights, rows, upstrea
 
     # in place: nll and lse wait for what every thread has read, and all that is written below is made of them
     if upstream is not None:
-        at_target, A, C, lse2 = nll_backward.row_factors(
+        at_target, A, C, lse2, multiplier = nll_backward.row_factors(
             upstream, upstream, class_weight, token_weight, weights, nll, lse, numbers, V
         )
         nll_backward.gradient_row(
-            row_ptr, row_ptr, weight_ptr, hole, None if squash is None else x_target, at_target, A, C, lse2, numbers,
-            V, 1, 1, 0, V + 1, True, K, T,
+            row_ptr, row_ptr, weight_ptr, hole, None if squash is None else x_target, at_target, A, C, lse2,
+            multiplier, numbers, V, 1, 1, 0, V + 1, True, K, T,
         )  # fmt: skip
 
 

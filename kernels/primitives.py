@@ -177,6 +177,28 @@ def coefficients(of_s, of_z, class_weight, token_weight, weight_sum, lse, number
 
 
 @triton.jit
+def split_lse(lse, nll, multiplier):
+    """lse in base 2 as two fp32: the factor that its low part is, and the high part; and the multiplier to go with it.
+
+    The factor joins A, or |z| = 1e4 would cost 1e-3 of every p. From 2**30 on it would be no fp32. There the logits that
+    are the row's largest share all of the mass, and any multiplier says so; under a power of 2 the largest is exact.
+    What they share it among is in nll, if the target is one of them, and in lse as far as a float64 holds it.
+    """
+    lse2 = lse * LOG2E
+    high = lse2.to(tl.float32)
+    narrow = tl.cast(multiplier, tl.float32)
+    exact, guess = narrow.to(tl.float64), (1.0 / narrow).to(tl.float64)
+    a_max = (lse2 * (guess * (2.0 - exact * guess))).to(tl.float32)
+    coarse = (narrow.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+    far = tl.abs(high) >= 1073741824.0
+    low = (high.to(tl.float64) - lse2).to(tl.float32)
+    shared = (a_max.to(tl.float64) * exact - lse2).to(tl.float32)
+    shared = tl.where(tl.abs(high) < 1e14, tl.minimum(shared, 0.0), 0.0)
+    shared = tl.where(nll < 40.0, nll * -LOG2E, shared)
+    return power(tl.where(far, shared, low)), tl.where(far, a_max * coarse, high), tl.where(far, coarse, narrow)
+
+
+@triton.jit
 def gradient(a, slope, class_weight, multiplier, lse2, A, C, is_target, at_target):
     """(p * A - C * w) * slope of a tile, `at_target` * slope at the target; p = 0 where the logit is -inf."""
     p = tl.exp2(tl.fma(a, multiplier, -lse2))

@@ -46,7 +46,7 @@ def of_tile(weight_ptr, head, tile, limit, K: tl.constexpr, T: tl.constexpr, L: 
 def of_vectors(weight_ptr, head, begin, tile, limit, K: tl.constexpr, T: tl.constexpr, L: tl.constexpr):
     """The weights of up to 4 logits of every vector, from the one at `begin` on."""
     vectors = (tile * K + tl.arange(0, K)[:, None, None]) * T + tl.arange(0, T)[None, :, None]
-    PART: tl.constexpr = min(L, 4)
+    PART: tl.constexpr = 4 if L > 4 else L
     offs_v = vectors * L + begin + tl.arange(0, PART)[None, None, :]
     mask = None if limit is None else offs_v < limit
     ptrs = tiles.addresses(weight_ptr + head, offs_v, PART)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import on_device
 import pytest
 import torch
 from torch import Tensor
@@ -12,6 +13,8 @@ from fused_ppl import Options, checks, plan
 from fused_ppl.spec import LossSpec
 
 N, V, D = 37, 210, 12
+# (V, D) of a screened head: products in int8 of a GPU want multiples of 8
+WHOLE = (208, 16) if on_device.elsewhere() else (V, D)
 ROWS = 20  # of a group: 37 rows in two, and then whole walks of 4 or of 2
 WEIGHTED = {"weight": True, "token_weight": True, "logit_scale": 0.6}
 OPTIONS = {
@@ -35,22 +38,25 @@ def small_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan, "GROUP_ROWS", {"cpu": ROWS, "gpu": ROWS})
     monkeypatch.setattr(plan, "CPU_BUFFER_PER_THREAD", 4 * V * 4)
     monkeypatch.setattr(plan, "CPU_BUFFER", 4 * V * 4)
+    monkeypatch.setattr(plan, "GPU_BUFFER", 4 * V * 4)
 
 
-def make(dtype: torch.dtype = torch.float32, seed: int = 0, ignored: bool = True) -> tuple[list[Tensor], Tensor]:
+def make(
+    dtype: torch.dtype = torch.float32, seed: int = 0, ignored: bool = True, v: int = V, d: int = D
+) -> tuple[list[Tensor], Tensor]:
     """Hidden states, weight and bias of a head with a few likely classes, and targets, some ignored."""
     g = torch.Generator().manual_seed(seed)
-    hidden, weight = torch.randn(N, D, generator=g), torch.randn(V, D, generator=g)
-    bias = torch.randn(V, generator=g) * 2
-    target = torch.randint(V, (N,), generator=g)
+    hidden, weight = torch.randn(N, d, generator=g), torch.randn(v, d, generator=g)
+    bias = torch.randn(v, generator=g) * 2
+    target = torch.randint(v, (N,), generator=g)
     if ignored:
         target[5], target[20:23] = -100, -100
     return [t.to(dtype) for t in (hidden, weight, bias)], target
 
 
-def expand(keywords: dict[str, object], negative: bool = False) -> dict[str, object]:
+def expand(keywords: dict[str, object], negative: bool = False, v: int = V) -> dict[str, object]:
     g = torch.Generator().manual_seed(3)
-    tensors = {"weight": torch.rand(V, generator=g) + 0.5, "token_weight": torch.rand(N, generator=g) + 0.1}
+    tensors = {"weight": torch.rand(v, generator=g) + 0.5, "token_weight": torch.rand(N, generator=g) + 0.1}
     if negative:
         tensors["token_weight"] = torch.randn(N, generator=g)
     return {k: tensors[k] if v is True else v for k, v in keywords.items()}
@@ -95,18 +101,20 @@ def dense(
         u = torch.ones(N, dtype=torch.float64) if weights[1] is None else weights[1]
         pull = u * spec.label_smoothing / V * spec.logit_scale * keep
     soft = full + pull.unsqueeze(1) * w
-    soft = soft[keep]
+    # a GPU would have to wait for the number of counted rows: there ignored ones are in the groups, with a target of 0
+    taken = keep if target.device.type == "cpu" else torch.ones_like(keep)
+    soft, label = soft[taken], torch.where(keep, target, 0)[taken]
     made, residuals, end = torch.zeros_like(soft), [], 0
     for size in sizes:
         start, end = end, end + size
         shard = slice(start, end)
-        y = torch.where((target[keep] >= start) & (target[keep] < end), target[keep] - start, -1)
+        y = torch.where((label >= start) & (label < end), label - start, -1)
         for first in range(0, soft.shape[0], rows):
             r = slice(first, first + rows)
             made[r, shard] = _kept_and_rank_one(soft[r, shard], y[r], count)
         residuals.append(((made - soft)[:, shard].norm() / soft[:, shard].norm()).item())
     approx = torch.zeros_like(full)
-    approx[keep] = made
+    approx[taken] = made
     approx = approx - pull.unsqueeze(1) * w
     return [approx @ wide[1], approx.T @ wide[0], full.sum(0)], residuals
 

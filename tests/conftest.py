@@ -14,6 +14,8 @@ import sys
 from collections.abc import Callable, Iterator
 
 import hypothesis
+import interpreter_fma
+import on_device
 import pytest
 import torch
 from pool import Pool
@@ -31,12 +33,28 @@ from fused_ppl.testing import assert_as_good_as_eager, value_and_gradient
 hypothesis.settings.register_profile("suite", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("suite")
 
-# the suite runs over each: over the kernels in a process that has TRITON_INTERPRET=1 from the start
-BACKENDS = ["triton"] if os.environ.get("TRITON_INTERPRET") == "1" else ["torch"]
 INTERPRETER_LIMIT = 20_000  # logits; the interpreter takes minutes for more
 
 
-@pytest.fixture(params=BACKENDS, scope="session")
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", default="cpu", help="where the tests put their tensors; see tests/on_device.py")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    on_device.place(config.getoption("device"), config.option.collectonly)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if on_device.elsewhere():
+        on_device.leave_out(items)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "backend" in metafunc.fixturenames:
+        metafunc.parametrize("backend", on_device.backends(), indirect=True, scope="session")
+
+
+@pytest.fixture(scope="session")
 def backend(request: pytest.FixtureRequest) -> str:
     """The backend under test."""
     return str(request.param)
@@ -54,7 +72,7 @@ def fits(backend: str) -> Callable[..., None]:
     def check(*shape: int, dtype: torch.dtype = torch.float32) -> None:
         if backend == "triton" and dtype == torch.float64:
             pytest.skip("the kernels compute in float32 and refuse float64")
-        if backend == "triton" and math.prod(shape) > INTERPRETER_LIMIT:
+        if backend == "triton" and on_device.interpreted() and math.prod(shape) > INTERPRETER_LIMIT:
             pytest.skip(f"{math.prod(shape)} logits take the interpreter minutes; the limit is {INTERPRETER_LIMIT}")
 
     return check
@@ -78,24 +96,17 @@ def _threads_that_do_not_get_in_each_other_s_way() -> None:
 @pytest.fixture(autouse=True, scope="session")
 def _fma_that_rounds_once() -> None:
     """Before 3.9 the interpreter's tl.fma rounds its product as well, which no GPU does."""
-    if os.environ.get("TRITON_INTERPRET") != "1":
+    if not on_device.interpreted():
         return
-    interpreter = pytest.importorskip("triton.runtime.interpreter")
-    if hasattr(interpreter._interpreter, "fma_fp32"):
-        return
-
-    def fma(self, x, y, z):  # type: ignore[no-untyped-def]
-        exact = x.data.astype("float64") * y.data + z.data
-        return interpreter.TensorHandle(exact.astype(z.data.dtype), z.dtype.scalar)
-
-    interpreter.InterpreterBuilder.create_fma = fma
+    pytest.importorskip("triton.runtime.interpreter")
+    interpreter_fma.round_once()
 
 
 @pytest.fixture(autouse=True, scope="session")
 def _interpreter_that_does_only_what_it_must() -> None:
     """Triton's interpreter takes two thirds of its time to patch triton.language anew in every function that a kernel
     calls, and to look for integer overflow; tests/test_kernels*.py do look."""
-    if os.environ.get("TRITON_INTERPRET") != "1":
+    if not on_device.interpreted():
         return
     interpreter = pytest.importorskip("triton.runtime.interpreter")
     original, core = interpreter.InterpretedFunction.__call__, interpreter.tl.core
@@ -114,6 +125,9 @@ def _interpreter_that_does_only_what_it_must() -> None:
 
 @pytest.fixture
 def integer_overflow_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the interpreter; no GPU looks for it."""
+    if not on_device.interpreted():
+        return
     builder = pytest.importorskip("triton.runtime.interpreter").interpreter_builder
     monkeypatch.setattr(builder, "options", dataclasses.replace(builder.options, sanitize_overflow=True))
 
@@ -142,6 +156,7 @@ def _poisoned_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def pool() -> Iterator[Pool]:
     """Four processes over gloo, started once."""
+    on_device.only_on_the_cpu("its processes talk over gloo")
     workers = Pool()
     yield workers
     workers.close()
@@ -188,6 +203,7 @@ def judge(options: Options) -> Callable[..., None]:
 @pytest.fixture(scope="session")
 def peak_bytes() -> Callable[[Callable[[], object]], int]:
     """The most bytes of CPU tensors alive at once during a call, beyond those alive before it."""
+    on_device.only_on_the_cpu("the profiler of the CPU measures it")
 
     def measure(call: Callable[[], object]) -> int:
         # the profiler sees every allocation of torch's allocator, those inside of aten's kernels as well
@@ -242,6 +258,7 @@ class _FakeGpuMethods(TorchFunctionMode):
 @pytest.fixture(scope="session")
 def fake_gpu() -> Callable[[], contextlib.AbstractContextManager[None]]:
     """Tensors made within are on a CUDA device that is not there; whatever would wait for it raises."""
+    on_device.only_on_the_cpu("its GPU is one that is not there")
 
     @contextlib.contextmanager
     def mode() -> Iterator[None]:

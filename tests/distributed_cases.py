@@ -70,6 +70,12 @@ def batch(kind: str, ranks: int, v: int = V) -> tuple[list[Tensor], list[Tensor]
     return list(tokens.split(counts)), list(target.split(counts))
 
 
+def weight_of_other_classes(kind: str, ranks: int) -> Tensor:
+    """(V,): 1 of the classes that are no target of the batch, 0 of the others."""
+    targets = torch.cat(batch(kind, ranks)[1])
+    return torch.ones(V).index_fill(0, targets[targets != IGNORED], 0)
+
+
 def loss_named(name: str, fused: bool) -> Callable[..., Any]:
     return getattr(fused_ppl, f"linear_{name}" if fused else name)  # type: ignore[no-any-return]
 

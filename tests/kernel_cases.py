@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 from typing import NamedTuple
 
+import on_device
 import pytest
 import torch
 from torch import Tensor
@@ -17,9 +17,8 @@ from fused_ppl import reduction
 from fused_ppl.spec import LossSpec
 from fused_ppl.testing import assert_as_good_as_eager, make_logits, make_target
 
-if os.environ.get("TRITON_INTERPRET") != "1":
+if "triton" not in on_device.backends():
     pytest.skip("the kernels run on a CPU only under TRITON_INTERPRET=1", allow_module_level=True)
-interpreter = pytest.importorskip("triton.runtime.interpreter")
 tl = pytest.importorskip("triton.language")
 
 
@@ -210,8 +209,9 @@ def judge(case: Case, rows: Rows, gradient: Tensor, of_s: Tensor, of_z: Tensor) 
 
 def count_bytes(monkeypatch: pytest.MonkeyPatch, *tensors: Tensor) -> dict[str, int]:
     """What the kernels load from and store to the memory of these tensors from now on."""
+    on_device.only_on_the_cpu("Triton's interpreter counts the bytes")
     counts = {"load": 0, "store": 0}
-    low_level = interpreter._interpreter
+    low_level = pytest.importorskip("triton.runtime.interpreter")._interpreter
 
     def count(name, original):  # type: ignore[no-untyped-def]
         def counted(ptrs, *rest):  # type: ignore[no-untyped-def]

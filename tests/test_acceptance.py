@@ -4,12 +4,16 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import itertools
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -17,13 +21,18 @@ import torch
 
 pytest.importorskip("triton", reason="the kernels run in triton's interpreter; it is in the extra `test`")
 
+import gpu_acceptance
 import gpu_checks
 import gpu_device
+import gpu_peers
+import gpu_process
 import gpu_report
 import gpu_times
+import gpu_tools
 import gpu_truth
 
 import fused_ppl
+from fused_ppl import plan
 
 BENCH = Path(__file__).parents[1] / "bench"
 
@@ -40,21 +49,38 @@ def acceptance(*arguments: object, **env: str) -> subprocess.CompletedProcess[st
     )
 
 
-def test_a_dry_run_runs_every_check_and_keeps_no_result(tmp_path):
-    done = acceptance("--dry-run", "--out", tmp_path)
+@pytest.fixture(scope="module")
+def dry_run(tmp_path_factory):
+    """What the whole prints, with every step; the folder of its results must stay empty."""
+    folder = tmp_path_factory.mktemp("out")
+    done = acceptance("--dry-run", "--out", folder)
+    return done, list(folder.iterdir())
+
+
+def test_a_dry_run_runs_every_step_and_keeps_no_result(dry_run):
+    done, kept = dry_run
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "DRY RUN, NOT MEASURED: made dry_run.json, dry_run.md, dry_run.png" in done.stdout
-    assert not list(tmp_path.iterdir())
+    assert "DRY RUN, NOT MEASURED: made gpu_no_gpu_dry_run.json, gpu_no_gpu_dry_run.md" in done.stdout and not kept
     lines = done.stdout.splitlines()
-    names = acceptance("--list").stdout.splitlines()
-    assert sum(line.startswith(("ok ", "skipped ")) for line in lines) == len(names) > 40
-    skipped = [line for line in lines if line.startswith("skipped")]
-    assert skipped and all(
-        any(word in line for word in ("host synchronisation", "memory", "torch.compile", "not the current one"))
-        for line in skipped
-    )
-    for provider in ("nll_forward", "nll_backward", "torch eager", "Liger", "cut-cross-entropy", "quack"):
-        assert any(line.startswith("time ") and provider in line for line in lines), provider
+    steps = [line for line in acceptance("--dry-run", "--list").stdout.splitlines() if line.startswith("  ")]
+    assert sum(line.startswith(("ok ", "skipped ")) for line in lines) == len(steps) > 100
+    assert "0 of them ours; 0 did not fit" in done.stdout
+
+
+def test_a_dry_run_says_why_a_step_is_skipped(dry_run):
+    skipped = [line for line in dry_run[0].stdout.splitlines() if line.startswith("skipped")]
+    reasons = ("only a GPU", "memory of a GPU", "on a CPU", "two GPUs", "not installed", "compiles for minutes", "2.13")
+    reasons += ("a GPU alone",)
+    assert skipped and all(any(reason in line for reason in reasons) for line in skipped), skipped
+
+
+def test_the_estimates_fit_into_the_time_that_the_documentation_names():
+    text = acceptance("--list").stdout
+    page = (BENCH.parent / "docs" / "gpu.md").read_text()
+    for group, count, seconds in re.findall(r"^(\S.*): (\d+) steps, (\d+) s estimated$", text, re.M):
+        assert f"| {group} | {count} | {seconds} |" in page, "docs/gpu.md names other estimates"
+    total = re.search(r"steps, (\d+) s estimated for an H100", text)
+    assert int(total[1]) < 8 * 60 and f"{total[1]} s in all" in page
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, and it would be measured")
@@ -64,26 +90,238 @@ def test_without_a_gpu_nothing_is_measured_and_nothing_written(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-PLANTED = """
-import sys, gpu_acceptance, gpu_checks
-def wrong(card, sizes): assert False, "planted"
-gpu_checks.split_rows = wrong
-gpu_checks.works = lambda card, sizes: {}
-sys.argv = ["gpu_acceptance.py", "--dry-run", "--only", "w"]
-sys.exit(gpu_acceptance.main())
+# --- nothing is lost -----------------------------------------------------------------------------------------------
+
+# a child process whose card breaks, crashes or hangs in the step of that name
+CHILD = """
+import os, sys, time
+import gpu_process
+from gpu_device import StandIn
+from test_acceptance import steps
+
+class Card(StandIn):
+    broken = False
+    def synchronize(self):
+        if self.broken:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+    release = synchronize
+    def is_healthy(self):
+        return not self.broken
+
+card = Card()
+gpu_process.serve({step.key: step for step in steps(card)}, card)
 """
 
 
-def test_a_check_that_fails_is_reported_and_the_others_run():
-    path = os.pathsep.join([str(BENCH), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, "-c", PLANTED], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True,
-        timeout=300, check=False,
-    )  # fmt: skip
-    assert done.returncode == 1
-    assert "failed  few rows, split over the vocabulary: AssertionError: planted" in done.stdout
-    assert "ok      wild logits" in done.stdout
-    assert "1 of " in done.stdout
+def steps(card) -> list[gpu_process.Step]:
+    def breaks():
+        card.broken = True
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def raises():
+        raise ValueError("planted")
+
+    def crashes():
+        os._exit(7)
+
+    def hangs():
+        time.sleep(1000)
+
+    def slow():
+        time.sleep(0.3)
+        return gpu_process.Found("slow")
+
+    def fine():
+        return gpu_process.Found("fine", [{"group": "none"}])
+
+    # (name, what it does, estimated seconds, in which order)
+    found = [
+        ("fine 1", fine, 1),
+        ("raises", raises, 1),
+        ("fine 2", fine, 1),
+        ("sticky", breaks, 1),
+        ("fine 3", fine, 1),
+    ]
+    found += [("crashes", crashes, 1), ("fine 4", fine, 1), ("hangs", hangs, 0.05), ("fine 5", fine, 1)]
+    found += [(f"slow {i}", slow, 1) for i in range(20)] + [("too long", fine, 1000), ("fine 6", fine, 1)]
+    return [gpu_process.Step(key, "checks", seconds, run) for key, run, seconds in found]
+
+
+def record_of_steps() -> dict:
+    return {
+        "command": "c", "card": {"name": "a card"}, "torch": "0", "triton": "0", "fused_ppl": "0", "commit": "c",
+        "date": "d", "seconds": 0.0, "results": {}, "left_out": [],
+    }  # fmt: skip
+
+
+def go(folder: Path, chosen, record=None, seconds: float = 60.0):
+    """Runs steps in a child process, and returns the record that lies on the disk."""
+    path = os.pathsep.join([str(BENCH), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    worker = gpu_process.Worker([sys.executable, "-c", CHILD], {**os.environ, "PYTHONPATH": path})
+    record = record or record_of_steps()
+    try:
+        run = gpu_acceptance.Run(record, lambda r: gpu_report.write(folder, "r", r), seconds)
+        run.go(chosen, worker)
+    finally:
+        worker.stop()
+    return json.loads((folder / "r.json").read_text())
+
+
+def named(*names: str) -> list[gpu_process.Step]:
+    return [step for step in steps(None) if step.key in names]
+
+
+def test_what_raises_breaks_the_device_or_crashes_takes_nothing_else_with_it(tmp_path):
+    names = ("fine 1", "raises", "fine 2", "sticky", "fine 3", "crashes", "fine 4")
+    found = go(tmp_path, named(*names))["results"]
+    assert list(found) == list(names)
+    assert all(found[name]["status"] == "ok" and found[name]["rows"] for name in names if name.startswith("fine"))
+    assert found["raises"]["detail"] == "ValueError: planted" and not found["raises"]["ended"]
+    assert "illegal memory access" in found["sticky"]["detail"] and "computes no more" in found["sticky"]["detail"]
+    assert "code 7" in found["crashes"]["detail"]
+    text = (tmp_path / "r.md").read_text()
+    assert "3 failed" in text and "- raises: ValueError: planted" in text
+
+
+def test_a_step_that_hangs_is_ended(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_acceptance, "PATIENCE", 1.0)
+    found = go(tmp_path, named("hangs", "fine 5"))["results"]
+    assert found["hangs"]["detail"].startswith("no answer in") and found["fine 5"]["status"] == "ok"
+
+
+def test_what_does_not_fit_is_named_and_a_later_run_goes_on(tmp_path):
+    first = go(tmp_path, named("fine 1", "too long", "fine 6"))
+    assert list(first["results"]) == ["fine 1", "fine 6"] and first["left_out"] == ["too long"]
+    assert "did not fit" in (tmp_path / "r.md").read_text() and "- too long" in (tmp_path / "r.md").read_text()
+    again = gpu_acceptance.resumed(tmp_path / "r.json")
+    kept = dict(again["results"])
+    second = go(tmp_path, named("fine 1", "too long", "fine 6"), again, seconds=2000)
+    assert second["left_out"] == [] and list(second["results"]) == ["fine 1", "fine 6", "too long"]
+    assert {key: second["results"][key] for key in kept} == kept  # not run again
+
+
+KILLED = """
+import sys, pathlib
+import test_acceptance as t
+t.go(pathlib.Path(sys.argv[1]), t.steps(None)[9:])
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_a_run_that_is_killed_leaves_what_it_has_found(how, tmp_path):
+    path = os.pathsep.join([str(BENCH), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    process = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path)], env={**os.environ, "PYTHONPATH": path})
+    until = time.monotonic() + 100
+    while time.monotonic() < until:
+        report = tmp_path / "r.json"
+        if report.exists() and len(json.loads(report.read_text())["results"]) > 2:  # never half a file
+            break
+        time.sleep(0.01)
+    process.send_signal(how)
+    process.wait()
+    found = json.loads(report.read_text())["results"]
+    assert 2 < len(found) < 20 and all(r["status"] == "ok" for r in found.values())
+    assert len(list(tmp_path.glob("r.*"))) == 2
+
+
+def test_the_order_is_that_of_value():
+    found, _ = gpu_acceptance.all_steps(dry=True)
+    groups = [step.group for step in found.values()]
+    assert groups[0] == "card" and groups == sorted(groups, key=gpu_acceptance.GROUPS.index)
+    assert "compiled" in groups[-1]
+    first = [key for key, step in found.items() if step.group == "checks"]
+    for kind in (
+        "perplexity, N=",
+        "misaligned",
+        "linear_",
+        "compact head",
+        "determinism",
+        "graph",
+        "streams",
+        "memory",
+    ):
+        assert any(kind in key for key in first), kind
+
+
+# --- fair timings --------------------------------------------------------------------------------------------------
+
+
+class Seen(gpu_device.StandIn):
+    def milliseconds(self, run):
+        run()
+        return (1.0, 1.0, 1.0)
+
+
+def test_forward_alone_is_timed_with_leaves_that_need_no_gradient():
+    needed = []
+
+    def loss(x, target):
+        needed.append((x.requires_grad, torch.is_grad_enabled()))
+        return torch.nn.functional.cross_entropy(x.float(), target)
+
+    case = gpu_times.logits_case(Seen(), gpu_checks.DRY, 4, 31, objective="cross_entropy")
+    found = gpu_times.time_loss(Seen(), "p", loss, case)
+    assert [row["mode"] for row in found.rows] == ["forward", "forward + backward"]
+    assert needed == [(False, True), (False, False), (True, True)]
+
+
+@pytest.mark.parametrize("objective", ["perplexity", "cross_entropy"])
+def test_a_wrong_loss_gets_no_time(objective):
+    case = gpu_times.logits_case(Seen(), gpu_checks.DRY, 4, 31, objective=objective)
+    loss = gpu_peers.logits_peers()[3].make(objective)
+    assert gpu_times.time_loss(Seen(), "p", loss, case).rows
+    with pytest.raises(AssertionError, match="no time for a wrong value"):
+        gpu_times.time_loss(Seen(), "p", lambda x, target: loss(x, target) * 1.1, case)
+
+
+def test_the_budget_of_plan_vocab_leads_to_it():
+    n, v, d = gpu_checks.REAL.timed_head
+    options, kind = gpu_times.HEADS["plan vocab"]
+    case = plan.LinearCase(n, v, d, 2, "cuda", (True, True, False), options["memory_budget"])
+    assert plan.linear_kind(case, False) == kind
+
+
+# --- the tools of the CUDA toolkit ---------------------------------------------------------------------------------
+
+NCU = """==PROF== Connected to process 1
+==PROF== Profiling "nll_forward_kernel" - 0: 0%....50%....100% - 1 pass
+"ID","Process ID","Kernel Name","Metric Name","Metric Unit","Metric Value"
+"0","1","nll_forward_kernel(int)","dram__throughput.avg.pct_of_peak_sustained_elapsed","%","93.10"
+"0","1","nll_forward_kernel(int)","launch__registers_per_thread","register/thread","32"
+"1","1","nll_backward_kernel","dram__throughput.avg.pct_of_peak_sustained_elapsed","%","91.50"
+"""
+
+
+def test_what_ncu_prints_becomes_a_table():
+    text = gpu_tools.profile_table(NCU)
+    assert "| nll_forward_kernel | 93.10 % |" in text and "| nll_backward_kernel | 91.50 % |" in text
+    assert "32 register/thread" in text and gpu_tools.profile_table("==ERROR== no permission") == ""
+
+
+@pytest.mark.parametrize(
+    ("printed", "errors"),
+    [
+        ("========= ERROR SUMMARY: 0 errors", 0),
+        ("========= ERROR SUMMARY: 3 errors", 3),
+        ("========= RACECHECK SUMMARY: 2 hazards displayed (2 errors, 0 warnings)", 2),
+        ("Segmentation fault", None),
+    ],
+)
+def test_the_summary_of_compute_sanitizer_is_read(printed, errors):
+    assert gpu_tools.sanitizer_errors(printed) == errors
+
+
+def test_a_sweep_names_the_best_beside_ours():
+    ours = gpu_tools.Tried("nll_forward", torch.bfloat16, 8, 16, 4, 8, 1, True)
+    better = dataclasses.replace(ours, vectors=2, ours=False)
+    text = gpu_tools.sweep_table({ours: 2.0, better: 1.6}, 3)
+    assert "2 of 3" in text
+    assert "| 4 vectors, 8 warps, 1 slices | 2.0000 | 2 vectors, 8 warps, 1 slices | 1.6000 | 1.25 |" in text
+
+
+def test_a_sweep_runs_the_configurations_that_it_names():
+    done = acceptance("--dry-run", "--sweep")
+    assert done.returncode == 0 and "2 of 2 configurations timed" in done.stdout, done.stderr
 
 
 @pytest.mark.parametrize("promise", ["deterministic", "graph", "two_streams", "two_graphs"])
@@ -147,24 +385,38 @@ def test_a_wrong_value_or_gradient_is_seen(name, wrong, monkeypatch):
 
 
 def test_the_report_says_what_was_found(tmp_path):
-    record = {
-        "command": "python bench/gpu_acceptance.py", "card": {"name": "NVIDIA H100 80GB HBM3"}, "torch": "2.13.0",
-        "triton": "3.9.0", "fused_ppl": "0", "date": "2026-01-01", "roofline": "data sheet", "copy_bandwidth": 3e12,
-        "checks": [{"name": "graph", "status": "failed", "detail": "other bits", "seconds": 1.0}],
-    }  # fmt: skip
     shape = (8192, 128256)
-    timings = [
-        gpu_times.Timing("logits", "fused_ppl", "forward", shape, "", (0.7, 0.75, 0.8), 2 * 8192 * 128256, 0, 0.9),
-        gpu_times.Timing("logits", "quack", "", shape, "not installed (pip install quack-kernels)"),
-        gpu_times.Timing("head", "fused_ppl", "forward", (4, 5, 6), "", (1.0, 2.0, 3.0), 0, 240, 0.5),
-    ]
-    made = gpu_report.write(tmp_path, "card", record, timings)
+    head = (4, 5, 6)
+    ours = gpu_times.Timing(
+        "logits", "fused_ppl", "forward", shape, "bf16", (0.7, 0.75, 0.8), "perplexity", 2 * 8192 * 128256, 0, 2**20,
+        0, 0.5, 30.0,
+    )  # fmt: skip
+    bare = gpu_times.Timing("head", gpu_times.BARE, "forward", head, "bf16", (1.0, 2.0, 3.0), flops=240)
+    through = gpu_times.Timing("head", "fused_ppl", "forward", head, "bf16", (1.0, 2.2, 3.0), "perplexity", flops=240)
+    result = functools.partial(gpu_process.Result, "ok")
+    record = record_of_steps() | {
+        "card": {"name": "NVIDIA H100 80GB HBM3", "copy_bandwidth": 3e12},
+        "results": {
+            "graph": dataclasses.asdict(gpu_process.Result("failed", "other bits", 1.0)),
+            "quack": dataclasses.asdict(gpu_process.Result("skipped", "not installed (pip install quack-kernels)")),
+            "p": dataclasses.asdict(result(rows=[dataclasses.asdict(ours)])),
+            gpu_times.BARE: dataclasses.asdict(result(rows=[dataclasses.asdict(bare)])),
+            "h": dataclasses.asdict(result(rows=[dataclasses.asdict(through)])),
+        },
+    }
+    made = gpu_report.write(tmp_path, "card", record)
     text = (tmp_path / "card.md").read_text()
-    assert "| graph | failed | other bits | 1.0 |" in text and "1 checks: 1 failed, 0 skipped" in text
-    assert "| 8192, 128256 | fused_ppl | forward | 0.750 (0.700 to 0.800) | 2802 GB/s | 90% |" in text
-    assert "| 8192, 128256 | quack | not installed (pip install quack-kernels) | | | |" in text
-    assert len(json.loads((tmp_path / "card.json").read_text())["timings"]) == 3
-    assert [p.suffix for p in made] == [".json", ".md", ".png"] and (tmp_path / "card.png").stat().st_size > 1000
+    assert "5 steps" in text and "1 failed, 1 skipped, 0 did not fit" in text
+    assert "- graph: other bits" in text and "| graph | failed | other bits | 1.0 |" in text
+    assert "reaches 3.000 TB/s. The data sheet says 3.35 TB/s." in text
+    want = "| 8192, 128256 | perplexity fused_ppl | forward | 0.750 (0.700 to 0.800) | 93% | 84% |  | 1 MiB | 0 MiB |"
+    assert f"{want} 0.5000 ms | 30 us |" in text
+    assert "| 4, 5, 6 | perplexity fused_ppl | forward | 2.200 (1.000 to 3.000) |  |  | 1.10 |" in text
+    assert [p.suffix for p in made] == [".json", ".md"] and json.loads(made[0].read_text()) == json.loads(
+        json.dumps(record)
+    )
+    gpu_report.picture(tmp_path / "card.png", record)
+    assert (tmp_path / "card.png").stat().st_size > 1000
 
 
 @pytest.mark.parametrize(
@@ -181,20 +433,10 @@ def test_the_report_says_what_was_found(tmp_path):
     ],
 )
 def test_named_cards_are_known_by_their_data_sheet(name, terabytes):
-    class Named:
-        stand_in = False
-
-    Named.name = name
-    assert gpu_times.roofline(Named()).bandwidth == pytest.approx(terabytes * 1e12)
+    assert gpu_report.data_sheet(name) == pytest.approx(terabytes * 1e12)
 
 
-def test_an_unknown_card_is_held_to_what_a_copy_reaches():
-    class Unknown:
-        name = "NVIDIA GeForce RTX 4090"
-        stand_in = False
-
-        def copy_bandwidth(self):
-            return 0.9e12
-
-    found = gpu_times.roofline(Unknown())
-    assert found.bandwidth == 0.9e12 and found.source.startswith(gpu_times.UNKNOWN)
+def test_an_unknown_card_has_no_share_of_a_data_sheet():
+    assert gpu_report.data_sheet("NVIDIA GeForce RTX 4090") is None
+    row = {"bytes": 10**9, "milliseconds": [1.0, 1.0, 1.0]}
+    assert gpu_report.share(row, None) == "" and gpu_report.share(row, 2e12) == "50%"

@@ -7,6 +7,7 @@ import itertools
 import math
 import re
 
+import on_device
 import pytest
 import torch
 from hypothesis import given, settings
@@ -116,7 +117,7 @@ def test_it_stands_between_unscale_and_clip():
     x, target = make_logits((6, 11)), make_target((6,), 11)
     p = x.clone().requires_grad_()
     acc, optimizer = PerplexityAccumulator([p]), torch.optim.SGD([p], lr=1.0)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    scaler = torch.amp.GradScaler(on_device.device.type, init_scale=2.0**10)
     for a, b in ((0, 2), (2, 6)):
         scaler.scale(acc.add(cross_entropy_with_stats(p[a:b], target[a:b], reduction="sum", softcap=9.0))).backward()
     scaler.unscale_(optimizer)

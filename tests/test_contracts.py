@@ -301,7 +301,8 @@ def run_head_on(device: str, spec: LossSpec, dtype: torch.dtype, backend: str) -
     how, grads = (*spec.op_args(), backend, dtype), (spec.reduction == "mean",) * 3
     out = linear_rows.forward(*head, *tokens, num_items, *how, grads, None)
     upstream = torch.ones(out[0].shape, device=device)
-    linear_rows.scale(*head, *out[9:], *out[3:5], upstream, upstream, grads)
+    if any(grads):  # one factor for all tokens, as this plan has it
+        linear_rows.scale(*head, tokens[0], *out[9:], *out[3:5], upstream, upstream, spec.ignore_index, grads)
     saved = (*head, *tokens, out[6], out[5], *out[3:5], upstream, upstream)
     return linear_vocab._backward(*saved, *how, (True, True, True), None, 0, 11)[0]
 

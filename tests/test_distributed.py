@@ -34,6 +34,11 @@ def test_every_rank_has_the_loss_and_the_gradient_of_the_batch(
         ("cross_entropy", {"z_loss": 0.01}),
         ("cross_entropy", {"num_items": 40}),
         ("cross_entropy", {"num_items": torch.tensor(40), "z_loss": 0.01, "label_smoothing": 0.1}),
+        # M = 0 on every rank, and S is not
+        (
+            "cross_entropy",
+            {"num_items": 40, "weight": cases.weight_of_other_classes("empty", 3), "label_smoothing": 0.1},
+        ),
         ("perplexity", {"max_nll": 2.0}),
     ],
 )

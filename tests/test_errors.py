@@ -135,6 +135,7 @@ ROWS = [
     ("check_logits", lambda: perplexity(X, Y, class_dim=2), IndexError, "in [-2, 1]", "got 2", ""),
     ("check_logits", lambda: perplexity(X, Y, class_dim=-3), IndexError, "in [-2, 1]", "got -3", ""),
     ("check_head", lambda: head(X, H[0], Y), ValueError, "linear_weight must have shape (V, D)", "(3,)", ""),
+    ("check_head", lambda: head(X[:, :0], H[:, :0], Y), ValueError, "at least one column", ", 0)", "pass logits"),
     ("check_head", lambda: head(X, H, Y), ValueError, "(..., D) with D = 3", "(4, 7)", ""),
     ("check_head", lambda: head(H, H, Y, linear_bias=X[0]), ValueError, "linear_bias must have shape (5,)", "(7,)", ""),
     (

@@ -10,6 +10,7 @@ import types
 from collections.abc import Callable
 from typing import Any
 
+import on_device
 import pytest
 import torch
 from torch import nn
@@ -47,7 +48,7 @@ class TinyGPT(nn.Module):
         target = next_token_targets(tokens)
         if self.how == "checkpointed":
             return checkpoint(self.head_loss, hidden, target, use_reentrant=False)
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.how == "autocast inside"):
+        with torch.autocast(on_device.device.type, torch.bfloat16, enabled=self.how == "autocast inside"):
             return self.head_loss(hidden, target)
 
 
@@ -80,7 +81,7 @@ def test_a_whole_model_is_one_graph(loss, how):
     compiled, counter = counted(model)
 
     def run(f: Any, length: int) -> torch.Tensor:
-        with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast outside"):
+        with torch.autocast(on_device.device.type, torch.bfloat16, enabled=how == "autocast outside"):
             return f(tokens(length))
 
     for length in LENGTHS:
@@ -119,7 +120,7 @@ def test_a_patched_llama_compiles_around_autocast_and_checkpoints(llama):
     compiled, counter = counted(llama, dynamic=True)
 
     def run(f: Any, length: int) -> torch.Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(on_device.device.type, torch.bfloat16):
             return f(input_ids=tokens(length), labels=tokens(length)).loss
 
     try:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kernel of the fused LM head by itself, in Triton's interpreter, against plain float64 PyTorch.
+"""The kernel of the fused LM head by itself, interpreted or on a GPU, against plain float64 PyTorch.
 
 What the logits hold of the target is NaN everywhere here: the kernel takes the fp32 logit that comes beside them.
 """

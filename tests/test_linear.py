@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 
+import on_device
 import pytest
 import torch
 import torch._dynamo.utils
@@ -154,8 +155,8 @@ def test_error_does_not_grow_with_the_number_of_chunks(dtype, monkeypatch, fits)
     _, truth = gradients(linear_cross_entropy, [t.double() for t in tensors], target, options=REFERENCE)
     errors, losses = [], []
     for chunks in (1, 4, 32, 256):
-        monkeypatch.setattr(plan, "MAX_ROWS", {"cpu": 512 // chunks})
-        monkeypatch.setattr(plan, "MIN_ROWS", {"cpu": dict.fromkeys((2, 4, 8), 1)})
+        monkeypatch.setattr(plan, "MAX_ROWS", dict.fromkeys(("cpu", "gpu"), 512 // chunks))
+        monkeypatch.setattr(plan, "MIN_ROWS", dict.fromkeys(("cpu", "gpu"), dict.fromkeys((2, 4, 8), 1)))
         value, grads = gradients(linear_cross_entropy, tensors, target)
         losses.append(value.item())
         errors.append([((g.double() - t).norm() / t.norm()).item() for g, t in zip(grads, truth, strict=True)])
@@ -300,7 +301,7 @@ def test_tied_weights_get_both_gradients():
 def test_autocast_computes_in_its_dtype_and_returns_gradients_in_the_parameters(compute, reduction):
     tensors, target = make_head(12, 41, 8)
     leaves = [t.clone().requires_grad_() for t in tensors]
-    with torch.autocast("cpu", dtype=compute):
+    with torch.autocast(on_device.device.type, dtype=compute):
         loss = linear_cross_entropy(*leaves[:2], target, linear_bias=leaves[2], reduction=reduction).sum()
     grads = torch.autograd.grad(loss, leaves)
     lower = [t.to(compute).double().requires_grad_() for t in tensors]
@@ -362,7 +363,7 @@ def test_opcheck(grads, backend):
     out = torch.ops.fused_ppl.linear_forward(*args)
     factors, (nll, lse), made = out[3:5], out[5:7], out[9:]
     one = torch.ones(())
-    scale = (hidden, weight, bias, *made, *factors, one, None, grads)
+    scale = (hidden, weight, bias, target, *made, *factors, one, None, -100, grads)
     torch.library.opcheck(torch.ops.fused_ppl.linear_scale, scale)
     vocab = (hidden, weight, bias, target, None, None, lse, nll, *factors, None, one, *how, 0, weight.shape[0])
     torch.library.opcheck(torch.ops.fused_ppl.linear_vocab_backward, vocab)

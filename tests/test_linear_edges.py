@@ -3,6 +3,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+
+import on_device
 import pytest
 import torch
 import torch.nn.functional as F
@@ -32,6 +36,7 @@ ERRORS = {
     "two dtypes": ((HIDDEN.half(), HEAD, {}), TypeError, "one dtype outside autocast.*float16.*use torch.autocast"),
     "in place": ((HIDDEN, HEAD, {"options": Options(inplace_backward=True)}), ValueError, "for logits"),
     "integer hidden": ((HIDDEN.long(), HEAD, {}), TypeError, "input must be float16"),
+    "no columns": ((HIDDEN[:, :0], HEAD[:, :0], {}), ValueError, r"at least one column; got shape \(5, 0\)"),
     "no classes": ((HIDDEN, HEAD[:0], {}), ValueError, "at least one class"),
 }
 
@@ -43,6 +48,7 @@ def test_errors_state_the_rule_the_value_and_the_way_out(case):
         linear_cross_entropy(hidden, weight, torch.zeros(2, dtype=torch.long), **keywords)
 
 
+@pytest.mark.cpu("a GPU makes NaN of a target out of range")
 def test_a_target_out_of_range_raises_on_a_cpu():
     with pytest.raises(IndexError, match=r"target must be in \[0, 5\).*got 5"):
         linear_cross_entropy(HIDDEN, HEAD, torch.tensor([1, 5]))
@@ -66,7 +72,7 @@ def test_without_a_counted_token_zero_items_give_zero_gradients(budget):
 def test_autocast_leaves_float64_alone(fits):
     fits(6, 11, dtype=torch.float64)
     tensors, target = make_head(6, 11, 4, torch.float64)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(on_device.device.type, dtype=torch.bfloat16):
         mine = linear_cross_entropy(*tensors[:2], target)
     assert_close(mine, F.cross_entropy(tensors[0] @ tensors[1].T, target))
 
@@ -86,6 +92,7 @@ def test_float64_is_float64_also_21_nats_down(fits):
     assert_close(nll, F.cross_entropy(hidden @ weight.T, torch.tensor([0])), rtol=1e-15, atol=0)
 
 
+@pytest.mark.cpu("a GPU makes NaN of a target out of range")
 def test_a_bad_target_is_named_at_the_callers_position():
     with pytest.raises(IndexError, match="got 99 at flat position 5"):
         linear_cross_entropy(torch.zeros(6, 3), HEAD, torch.tensor([-100, -100, -100, 1, 2, 99]))
@@ -126,12 +133,12 @@ def test_autocast_reaches_no_sum(dtype, options):
     want = torch.nn.functional.cross_entropy(x, y, w, label_smoothing=0.5)
     h, head = torch.randn(n, d), torch.randn(v, d) * 0.1
     grads = []
-    with torch.autocast("cpu", dtype):
+    with torch.autocast(on_device.device.type, dtype):
         got = fused_ppl.cross_entropy(x, y, w, label_smoothing=0.5, options=options)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=0)
     for inside in (False, True):
         weight = head.clone().requires_grad_()
-        with torch.autocast("cpu", dtype):
+        with torch.autocast(on_device.device.type, dtype):
             loss = fused_ppl.linear_cross_entropy(h, weight, y, reduction="none", options=options).sum() / 2**20
             if inside:
                 loss.backward()
@@ -139,3 +146,81 @@ def test_autocast_reaches_no_sum(dtype, options):
             loss.backward()
         grads.append(weight.grad)
     assert torch.equal(*grads)
+
+
+PLANS = {
+    "rows": Options(),
+    "vocab": Options(memory_budget=1),
+    "compact": Options(gradient_columns=4),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("plan", PLANS)
+def test_ignored_rows_have_a_gradient_of_zero_where_the_perplexity_is_inf(plan, dtype, backend):
+    """0 * inf would be NaN. What stands beside them is inf or NaN, as plain autograd has it."""
+    (hidden, weight, bias), target = make_head(6, 11, 4)
+    target[[0, 4]] = -100
+    leaves = [(40 * t).to(dtype).requires_grad_() for t in (hidden, weight, bias)]
+    options = dataclasses.replace(PLANS[plan], backend=backend)
+    value = fused_ppl.linear_perplexity(*leaves[:2], target, linear_bias=leaves[2], options=options)
+    assert value.isinf()
+    gradients = torch.autograd.grad(value, leaves)
+    assert not gradients[0][[0, 4]].any()
+    assert not gradients[0][[1, 2, 3, 5]].isfinite().all(1).any()
+    assert not gradients[1].isfinite().all()
+
+
+@pytest.mark.parametrize("factor", [torch.inf, torch.nan, -torch.inf])
+@pytest.mark.parametrize("plan", PLANS)
+def test_nothing_counted_gives_zeros_whatever_the_gradient_is_multiplied_by(plan, factor, backend):
+    tensors, _ = make_head(6, 11, 4)
+    leaves = [t.requires_grad_() for t in tensors]
+    options = dataclasses.replace(PLANS[plan], backend=backend)
+    target = torch.full((6,), -100)
+    loss = linear_cross_entropy(*leaves[:2], target, linear_bias=leaves[2], num_items=3, options=options)
+    for gradient in torch.autograd.grad(loss * factor, leaves):
+        assert not gradient.any()
+
+
+@pytest.mark.parametrize("plan", ["rows", "compact"])
+@pytest.mark.parametrize("when", ["while the graph is made", "afterwards"])
+def test_no_hook_sees_a_saved_tensor_change(plan, when, backend):
+    """The last backward scales the gradients in their own memory where nobody can tell."""
+    (hidden, weight, bias), target = make_head(6, 11, 4)
+    leaves = [t.requires_grad_() for t in (hidden, weight, bias)]
+    seen = []
+
+    def pack(tensor):
+        seen.append((tensor, tensor.clone()))
+        return tensor
+
+    def unpack(tensor):
+        return tensor
+
+    options = dataclasses.replace(PLANS[plan], backend=backend)
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+    with hooks if when == "while the graph is made" else contextlib.nullcontext():
+        loss = linear_cross_entropy(*leaves[:2], target, linear_bias=leaves[2], options=options)
+    if when == "afterwards":
+        for saved in loss.grad_fn._raw_saved_tensors:
+            if saved.data is not None:
+                saved.register_hooks(pack, unpack)
+    gradients = torch.autograd.grad(loss * 3, leaves)
+    assert len(seen) >= 6
+    for tensor, before in seen:
+        assert torch.equal(tensor, before)
+    loss = linear_cross_entropy(*leaves[:2], target, linear_bias=leaves[2], options=options)
+    for a, b in zip(gradients, torch.autograd.grad(loss * 3, leaves), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_last_backward_scales_in_the_memory_of_what_was_saved(backend):
+    (hidden, weight, _), target = make_head(6, 11, 4)
+    weight.requires_grad_()
+    loss = linear_cross_entropy(hidden, weight, target, options=Options(backend=backend))
+    (saved,) = (t for t in loss.grad_fn.saved_tensors if t is not None and t.shape == weight.shape and t is not weight)
+    place = saved.data_ptr()
+    del saved
+    loss.backward()
+    assert weight.grad.data_ptr() == place

@@ -7,8 +7,9 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from torch.testing import assert_close
 
-from fused_ppl import Options, cross_entropy, cross_entropy_with_stats, perplexity, plan
+from fused_ppl import Options, cross_entropy, cross_entropy_with_stats, linear_cross_entropy, perplexity, plan
 from fused_ppl.testing import make_logits, make_target
 
 MIB = 2**20
@@ -22,6 +23,7 @@ CASES = st.builds(
     device_type=st.sampled_from(["cpu", "cuda"]),
     grads=st.tuples(st.booleans(), st.booleans(), st.booleans()),
     memory_budget=st.none() | st.integers(1, 2**36),
+    converts=st.booleans(),
 )
 
 
@@ -184,3 +186,39 @@ def test_a_budget_that_cannot_be_kept_does_not_mean_single_rows_or_columns():
         made = plan.linear_plan(case, plan.linear_kind(case, False))
         assert made.rows >= 1024 or made.columns >= 256
         assert "over the budget" in made.reason
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("trained", [(False, False), (True, False), (True, True)], ids=str)
+def test_a_weight_that_autocast_converts_is_in_the_budget(trained, dtype, peak_bytes):
+    hidden, weight = torch.randn(256, 512), torch.randn(8192, 512) / 20
+    target = torch.randint(8192, (256,))
+    leaves = [t for t, needed in zip((hidden, weight), trained, strict=True) if needed]
+    for leaf in leaves:
+        leaf.requires_grad_()
+
+    def step(budget):
+        with torch.autocast("cpu", dtype):
+            loss = linear_cross_entropy(hidden, weight, target, options=Options(memory_budget=budget))
+        return [loss.detach(), *(torch.autograd.grad(loss, leaves) if leaves else ())]
+
+    gradients = sum(4 * leaf.numel() for leaf in leaves)
+    for budget in (2 * MIB, 4 * MIB):  # all of the weight takes 8 MiB in bf16
+        assert peak_bytes(lambda budget=budget: step(budget)) <= gradients + budget + 2.2 * MIB
+    # what is converted by slices is the same number
+    for a, b in zip(step(2 * MIB), step(None), strict=True):
+        assert_close(a, b, rtol=1e-2, atol=1e-2 * b.abs().amax().item())
+
+
+def test_the_kind_is_chosen_with_the_element_size_of_the_products():
+    """fp16 multiplies in fp32 on every device: more bytes a logit, and fewer rows are enough."""
+    hidden, weight = torch.randn(600, 8, dtype=torch.float16), torch.randn(1000, 8, dtype=torch.float16)
+    hidden.requires_grad_()
+    target = torch.randint(1000, (600,))
+    loss = linear_cross_entropy(hidden, weight, target, options=Options(memory_budget=800_000))
+    assert loss.grad_fn.kind == "rows"
+    loss = linear_cross_entropy(hidden, weight, target, options=Options(memory_budget=400_000))
+    assert loss.grad_fn.kind == "vocab"
+    case = plan.LinearCase(600, 1000, 8, 4, "cpu", (True, False, False), 800_000, converts=True)
+    assert plan.linear_kind(case, False) == "rows"
+    assert case.converted_bytes == 1000 * 8 * 4

@@ -30,7 +30,7 @@ def maxima(shards: Tensor, target: Tensor, spec: LossSpec, first: int, layout: i
     m = shards[:, 0]
     columns = [m] if not spec.stats else [m, _pack(m, shards[:, 5] + first)]
     rows = torch.stack(columns, 1)
-    place = torch.arange(1, target.shape[0] + 1, device=target.device)
+    place = torch.arange(1, target.shape[0] + 1, dtype=torch.int64, device=target.device)
     tokens = ((target.long() + 1) * (place * 40503)).sum() & (2**52 - 1)
     check = torch.stack((torch.full_like(tokens, layout), tokens)).to(rows.dtype)
     return torch.cat((rows, torch.cat((check, -check)).unsqueeze(1).expand(CHECKS, rows.shape[1])))

@@ -80,7 +80,7 @@ def nll_columns_shard(
             derivative = None if slope is None else slope[: y.shape[0]]
             p = walk.copy(rows)
             transform(p, walk.spec, derivative)
-            factor = exponentials(p, lse[i], p)
+            factor = exponentials(p, lse[i], nll[i], p)
             p.scatter_(1, y, p.gather(1, y).masked_fill_(owned.unsqueeze(1), 0))
             yield _Part(rows, p, factor, others_mass(nll[i]), lse[i], derivative)
 
@@ -225,7 +225,7 @@ def nll_kept(
         _gather(logits[i], index, out[i])
         p = walk.copy(rows)
         transform(p, walk.spec, derivative)
-        probabilities(p, stats.lse[i], factors.a[i], p)
+        probabilities(p, stats.lse[i], stats.nll[i], factors.a[i], p)
         c = Coefficients(factors.a[i], factors.rest[i], None)
         finish_gradient(walk, rows, p, c, c.at_target(-others_mass(stats.nll[i])), None, derivative, 0)
         left.append(factors.row_sum[i] - p.sum(1))
@@ -262,13 +262,13 @@ def nll_rescreen(
         q, derivative = other[:n], None if spec.softcap is None else slope[:n]
         q.copy_(_gather(screened[i], index, coarse[:n]))
         transform(q, walk.spec, derivative)
-        scale = exponentials(q, stats.lse[i], q)
+        scale = exponentials(q, stats.lse[i], stats.nll[i], q)
         q.scatter_(1, rows.target, 0)
         mass_before = q.sum(1) * scale
         part_before = mass_before * spec.logit_scale if derivative is None else q.mul_(derivative).sum(1) * scale
         p = walk.copy(rows)
         transform(p, walk.spec, derivative)
-        exponentials(p, stats.lse[i], p)
+        exponentials(p, stats.lse[i], stats.nll[i], p)
         p.scatter_(1, rows.target, 0)
         mass = p.sum(1) * scale
         rest = (others_mass(old) - mass_before).clamp_min_(0)

@@ -84,21 +84,26 @@ def nll_backward(
             torch.softmax(z, 1, out=p)
             p.mul_(_column(c.a))
         else:
-            probabilities(z, rows.of(lse), c.a, p)
+            probabilities(z, rows.of(lse), rows.of(nll), c.a, p)
         finish_gradient(walk, rows, p, c, at_target, weight, derivative, first)
         walk.store(rows, p)
 
 
-def probabilities(z: Tensor, lse: Tensor, factor: Tensor, out: Tensor) -> None:
+def probabilities(z: Tensor, lse: Tensor, nll: Tensor, factor: Tensor, out: Tensor) -> None:
     """factor * exp(z - lse) of the rows."""
-    out.mul_((factor * exponentials(z, lse, out)).unsqueeze(1))
+    out.mul_((factor * exponentials(z, lse, nll, out)).unsqueeze(1))
 
 
-def exponentials(z: Tensor, lse: Tensor, out: Tensor) -> Tensor:
-    """exp(z - lse) up to a factor of each row, which is returned: the low part of lse, lost by an fp32 lse."""
+def exponentials(z: Tensor, lse: Tensor, nll: Tensor, out: Tensor) -> Tensor:
+    """exp(z - lse) up to a factor of each row, which is returned: the low part of lse, lost by an fp32 lse.
+
+    Where neighbours are over 60 nats apart, the largest logits share all of the mass, and `high` is what they are. What
+    they share it among a float64 soon does not hold: it is in nll, if the target is one of them.
+    """
     high = lse.to(z.dtype)
     torch.sub(z, high.unsqueeze(1), out=out).exp_()
-    return (high - lse).exp().to(z.dtype)
+    far = high.abs() >= 2**30 if z.dtype == torch.float32 else high.abs() >= 2**59
+    return torch.where(far & (nll < 40), -nll, high - lse).exp_().to(z.dtype)
 
 
 def nll_forward_backward(

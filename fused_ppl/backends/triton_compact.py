@@ -68,7 +68,7 @@ def _sums(
         return torch.empty(shape, dtype=torch.float32, device=logits.device)
 
     pull = empty(n) if spec.label_smoothing else None
-    made = compact_columns.RowFactors(empty(n), empty(n), empty(n), empty(n), empty(n), pull)
+    made = compact_columns.RowFactors(empty(n), empty(n), empty(n), empty(n), empty(n), empty(n), pull)
     compact_columns.launch_row_factors(
         target_logit.contiguous(),
         target,
@@ -110,7 +110,7 @@ def _sums(
     pull = made.rest[:0] if pull is None else pull * scale
     sizes, square = partials.size.sum(0).to(wide) * back, partials.square.sum(0).to(wide) * back**2
     columns = Columns(sizes, square, sizes[:0] if partials.total is None else partials.total.sum(0).to(wide) * back)
-    return columns, Factors(made.a, made.rest, pull, row_sum, at_target, (made.scaled, made.lse2))
+    return columns, Factors(made.a, made.rest, pull, row_sum, at_target, (made.scaled, made.lse2, made.multiplier))
 
 
 def nll_kept(
@@ -170,6 +170,6 @@ def nll_rescreen(
 
 def _row_factors(factors: Factors, spec: LossSpec) -> compact_columns.RowFactors:
     """As the kernels take them, without `scale`."""
-    scaled, lse2 = factors.of_backend
+    scaled, lse2, multiplier = factors.of_backend
     at_target = factors.at_target / spec.logit_scale
-    return compact_columns.RowFactors(factors.a, factors.rest, at_target, scaled, lse2)
+    return compact_columns.RowFactors(factors.a, factors.rest, at_target, scaled, lse2, multiplier)

@@ -163,7 +163,9 @@ def _workspace(n: int, config: launch.LaunchConfig, sums: bool, device: torch.de
     """Fresh for every call: a counter that outlived one would be shared by streams, and left dirty by an abort."""
     split = config.slices > 1
     counters = torch.zeros(1 + n if split else 1, dtype=torch.int32, device=device) if split or sums else None
-    partials = torch.empty((launch.PARTIALS, n, config.slices), device=device) if split else None
+    partials = None
+    if split:
+        partials = torch.empty((launch.PARTIALS, n, config.slices), dtype=torch.float32, device=device)
     return launch.Workspace(counters, partials)
 
 

@@ -88,7 +88,7 @@ def _errors(
         # p - 1 is rounded to eps of 1, in the truth as well: many ulp of a gradient whose every target has p -> 1
         allowed = allowed + testing.ULPS * torch.finfo(value.dtype).eps * factor
         found.append(_worst(error, allowed, true_gradient.abs().amax(-1, keepdim=True)))
-    return _worst(*of_value, truth), _worst(*torch.tensor(found, dtype=torch.float64).T)
+    return _worst(*of_value, truth), _worst(*torch.tensor(found, dtype=torch.float64, device="cpu").T)
 
 
 def _blocks(logits: Tensor, target: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
@@ -103,5 +103,5 @@ def _worst(error: Tensor, allowed: Tensor, size: Tensor | float = 1.0) -> tuple[
     """The element with the largest error for what it is allowed, both relative to `size`."""
     share = torch.where(error > 0, error / allowed, 0).nan_to_num(nan=math.inf)
     i = int(share.argmax())
-    size = torch.where(torch.as_tensor(size) > 0, size, 1)
+    size = torch.where(torch.as_tensor(size, dtype=share.dtype, device=share.device) > 0, size, 1)
     return tuple((x / size).expand_as(share).flatten()[i].item() for x in (error, allowed))  # type: ignore[return-value]

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fused_ppl import checks
+
 LIBRARY = torch.library.Library("fused_ppl", "DEF")
 
 
@@ -19,7 +21,7 @@ def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def call(first: Tensor, *args: Any, **keywords: Any) -> Any:
         device = first.device.type
-        if device == "meta" or not torch.is_autocast_enabled(device):
+        if not checks.autocast(device):
             return function(first, *args, **keywords)
         with torch.autocast(device, enabled=False):
             return function(first, *args, **keywords)

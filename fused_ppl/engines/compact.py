@@ -8,17 +8,16 @@ row sums and its column sums, T' = d c^T / s. Sums are float64 where the device 
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from fused_ppl.reduction import sum_dtype
 from fused_ppl.spec import Columns, Factors
 
-STATES = 64  # heads that are remembered
 COUNT_STEPS = 64  # sizes of the kept columns on a GPU: few, so that its allocator finds them again
 MARGIN = 0.9  # of the tolerance that the kept columns are chosen for: the rank-one term has a length of its own
 UNITS = 2**40  # that what may be left out is counted in
@@ -46,11 +45,10 @@ class Choice:
         self.needs: list[Tensor] = []
         self.missed: list[Tensor] = []
         if tolerance is not None and not self.waits:
-            # the same tensor, whatever stands for it under torch.compile, and wherever FSDP puts what it holds
-            self.key = (linear_weight.untyped_storage()._cdata, linear_weight.shape, tolerance)
-            self.last = _last_steps.get(self.key)
-            step = max(1, linear_weight.shape[0] // COUNT_STEPS)
-            self.expected = None if self.last is None else self.last.count(step)
+            # its storage is the same, whatever stands for it under torch.compile, and wherever FSDP puts what it holds
+            of_weight = _last_steps.setdefault(linear_weight.untyped_storage(), {})
+            self.last = of_weight.setdefault((linear_weight.shape, tolerance), _LastSteps())
+            self.expected = self.last.count(max(1, linear_weight.shape[0] // COUNT_STEPS))
 
     def of_group(self, columns: Columns, factors: Factors, label: Tensor) -> int | None:
         """The count of a group, or None for all columns. Never less than there are targets."""
@@ -83,12 +81,8 @@ class Choice:
 
     def report(self) -> None:
         """Ends the step: sends for what it would have needed."""
-        if not self.needs or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+        if not self.needs or capturing():
             return
-        if self.last is None:
-            self.last = _last_steps[self.key] = _LastSteps()
-            while len(_last_steps) > STATES:
-                _last_steps.popitem(last=False)
         need = torch.stack(self.needs).amax()
         missed = torch.stack(self.missed).any() if self.missed else torch.zeros_like(need)
         self.last.send(torch.stack([need, missed.to(need.dtype)]))
@@ -108,14 +102,20 @@ class _LastSteps:
             self.pending.append(to_host(need))
 
     def count(self, step: int) -> int | None:
-        """In few different sizes; None where nothing has arrived yet."""
-        while self.pending and self.pending[0][1]():
+        """In few different sizes; None where nothing has arrived yet. A graph under capture may ask for no event."""
+        while self.pending and not capturing() and self.pending[0][1]():
             self.arrived, missed = self.pending.pop(0)[0].tolist()
             self.factor *= 1.5 if missed else 1
         return None if self.arrived is None else math.ceil(self.arrived * self.factor / step) * step
 
 
-_last_steps: OrderedDict[tuple[object, ...], _LastSteps] = OrderedDict()
+# by shape and tolerance, of each storage, whose state dies with it: another head may be given its address
+_last_steps: Any = WeakIdKeyDictionary()
+
+
+def capturing() -> bool:
+    """Whether what is launched now goes into a CUDA graph."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def may_wait(tensor: Tensor) -> bool:
@@ -125,7 +125,7 @@ def may_wait(tensor: Tensor) -> bool:
 
 def to_host(value: Tensor) -> tuple[Tensor, Callable[[], bool]]:
     """A number on its way to the host, and whether it has arrived."""
-    host = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
+    host = torch.empty(value.shape, dtype=value.dtype, device="cpu", pin_memory=True)
     host.copy_(value, non_blocking=True)
     event = torch.Event(value.device)
     event.record()
@@ -160,8 +160,8 @@ def norm_square(columns: Columns, factors: Factors) -> Tensor:
 def keep(columns: Columns, label: Tensor, count: int) -> Kept:
     """The `count` columns with the largest sum of squares, the targets of the rows (at most `count`) among them."""
     chosen = _score(columns, label).topk(count, sorted=False).indices.sort().values
-    place = torch.full((columns.square.shape[0] + 1,), count, device=label.device)
-    place[chosen] = torch.arange(count, device=label.device)
+    place = torch.full((columns.square.shape[0] + 1,), count, dtype=torch.int64, device=label.device)
+    place[chosen] = torch.arange(count, dtype=torch.int64, device=label.device)
     rest = columns.square.index_fill(0, chosen, 0).sum(dtype=sum_dtype(label.device))
     return Kept(chosen, place[label], columns.size.index_fill(0, chosen, 0), rest)
 

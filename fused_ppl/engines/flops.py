@@ -64,8 +64,8 @@ def _of_plan(
 ) -> int:
     (v, d), n = linear_weight.shape, hidden.numel() // hidden.shape[-1]
     compact = plan.Compact(*asked[1:])
-    case = plan.LinearCase(n, v, d, dtype.itemsize, hidden.device.type, grads, asked[0], compact)
-    made = plan.linear_plan(case, "compact")
+    shape, converts = (n, v, d, dtype.itemsize, hidden.device.type), linear_weight.dtype != dtype
+    made = plan.linear_plan(plan.LinearCase(*shape, grads, asked[0], compact, converts), "compact")
     return made.flops + made.cheap_flops
 
 

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from fused_ppl import plan
 from fused_ppl.backends import presence
 from fused_ppl.engines import memory
 from fused_ppl.spec import LossSpec
@@ -27,12 +28,17 @@ def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     if dtype == torch.float16:
         return torch.float32
     if dtype == torch.bfloat16:
-        if device.type == "cpu":
-            native = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        else:
-            native = presence.widens_half_products(device.type)
-        return dtype if native else torch.float32
+        return dtype if _has_bf16(device.type) else torch.float32
     return dtype
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _has_bf16(kind: str) -> bool:
+    if kind == "meta":  # as on the device that it stands for
+        return True
+    if kind != "cpu":
+        return presence.widens_half_products(kind)
+    return bool(torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -57,7 +63,7 @@ def empty_gradients(
 def scale_into(out: Tensor, gradient: Tensor, factor: Tensor) -> None:
     """out = gradient * factor, rounded once; by slices where a CPU would first make all of it in the wider dtype."""
     factor = factor.to(gradient.dtype)
-    if out.dtype == gradient.dtype or out.device.type != "cpu":
+    if out.dtype == gradient.dtype or out.device.type != "cpu" or factor.ndim:
         torch.mul(gradient, factor, out=out)
         return
     for rounded, exact in zip(out.view(-1).split(SLICE_ELEMENTS), gradient.view(-1).split(SLICE_ELEMENTS), strict=True):
@@ -69,12 +75,12 @@ def slices(columns: int, step: int) -> Iterator[slice]:
         yield slice(v, min(v + step, columns))
 
 
-def logits_into(out: Tensor, h: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """h W^T + bias in the dtype of h. By slices where the weight is to be converted, and in bf16 on a CPU, which is
-    faster so."""
+def logits_into(out: Tensor, h: Tensor, weight: Tensor, bias: Tensor | None, step: int = SLICE) -> None:
+    """h W^T + bias in the dtype of h. By slices of `step` columns where the weight is to be converted, and in bf16 on a
+    CPU, which is faster so."""
     columns, dtype = out.shape[1], h.dtype
     sliced = weight.dtype != dtype or (h.device.type == "cpu" and dtype.itemsize == 2)
-    for s in slices(columns, SLICE if sliced else columns):
+    for s in slices(columns, step if sliced else columns):
         w = weight[s].to(dtype).t()
         if bias is None:
             torch.mm(h, w, out=out[:, s])
@@ -93,13 +99,17 @@ class Head:
         target: Tensor,  # (N,)
         spec: LossSpec,
         dtype: torch.dtype,
+        memory_budget: int | None,
     ) -> None:
         self.dtype = product_dtype(dtype, hidden.device)
         self.wide = wide_dtype(self.dtype)
         self.on_cpu = hidden.device.type == "cpu"
         self.weight, self.bias, self.target = linear_weight, linear_bias, target
-        self.converted = linear_weight.dtype != self.dtype
-        if self.converted and self.dtype != torch.float32:
+        self.converts = self.converted = linear_weight.dtype != self.dtype
+        v, d = linear_weight.shape
+        step = plan.converted_columns(v, d, self.dtype.itemsize, memory_budget)
+        self.step = min(SLICE, step)
+        if self.converted and self.dtype != torch.float32 and step == v:
             self.weight, self.converted = linear_weight.to(self.dtype), False
         self.kept: Tensor | None = None  # on a CPU the counted rows, where some are not
         counted = None if spec.ignore_index is None else target != spec.ignore_index
@@ -129,17 +139,17 @@ class Head:
     def logits(self, h: Tensor, out: Tensor, first: int = 0) -> None:
         """h W^T + bias over the columns from `first` on, into a buffer."""
         here = slice(first, first + out.shape[1])
-        logits_into(out, h, self.weight[here], None if self.bias is None else self.bias[here])
+        logits_into(out, h, self.weight[here], None if self.bias is None else self.bias[here], self.step)
 
     def target_logits(self, h: Tensor, label: Tensor) -> Tensor:
         """The logit of each row's class as an fp32 dot, not rounded to the dtype of the products."""
         label = label.clamp(0, self.weight.shape[0] - 1).long()
-        dot = (h.to(self.wide) * self.weight[label].to(self.wide)).sum(1)
+        dot = (h.to(self.wide) * self.weight[label].to(self.dtype).to(self.wide)).sum(1)
         return dot if self.bias is None else dot + self.bias[label].to(self.wide)
 
     def add_hidden_gradient(self, g: Tensor, out: Tensor, first: int = 0) -> None:
         """out += g W, for the columns of g."""
-        for s in slices(g.shape[1], SLICE if self.converted else g.shape[1]):
+        for s in slices(g.shape[1], self.step if self.converted else g.shape[1]):
             self.add_product(out, g[:, s], self.weight[first + s.start : first + s.stop].to(self.dtype))
 
     def add_weight_gradient(self, g: Tensor, h: Tensor, out: Tensor, fresh: bool) -> None:

@@ -81,7 +81,7 @@ def _forward(*args):  # type: ignore[no-untyped-def]
     head, walk, gradients = _over_rows(args[:6], spec, args[14:-1], args[-1], None, None)  # type: ignore[no-untyped-call]
     rows = all_tokens(head, walk.parts, spec, target.numel(), dtype)
     sums = reduction.stack_sums(rows, spec, target.shape)
-    return sums, *tokens_of(rows, target.shape), *gradients, walk.residual(), walk.mean_loss_error(sums[1])
+    return sums, *tokens_of(rows, target.shape), *gradients, walk.residual(), walk.mean_loss_error(rows.weight)
 
 
 @without_autocast
@@ -96,10 +96,10 @@ def _over_rows(tensors, spec, how, screen, known, shard):  # type: ignore[no-unt
     backend_name, dtype, grads, memory_budget, tolerance, share = how
     (v, d), n = linear_weight.shape, target.numel()
     flat, labels = hidden.reshape(-1, d), target.reshape(-1)
-    head = Head(flat, linear_weight, linear_bias, labels, spec, dtype)
+    head = Head(flat, linear_weight, linear_bias, labels, spec, dtype, memory_budget)
     size = head.dtype.itemsize
     asked = plan.Compact(tolerance, share, screen)
-    case = plan.LinearCase(n, v, d, size, hidden.device.type, tuple(grads), memory_budget, asked)
+    case = plan.LinearCase(n, v, d, size, hidden.device.type, tuple(grads), memory_budget, asked, head.converts)
     made = plan.linear_plan(case, "compact")
     row_bytes = max(4, size) * (1 + (spec.stats or spec.softcap is not None))
     group = plan.whole_chunks(made.group, v, row_bytes, case, torch.get_num_threads())
@@ -318,9 +318,10 @@ class _Walk:
         relative = torch.where(self.norm == 0, 0, (self.error / self.norm).sqrt())
         return relative.squeeze(0).to(torch.float32)
 
-    def mean_loss_error(self, total_weight: Tensor) -> Tensor:
-        """(): the estimate of the mean error of nll."""
-        mean = torch.where(total_weight == 0, 0, self.loss_error / total_weight.abs())
+    def mean_loss_error(self, weight: Tensor) -> Tensor:
+        """(): the estimate of the mean error of nll, each by the size of its weight."""
+        total = weight.abs().sum(dtype=self.loss_error.dtype)
+        mean = torch.where(total == 0, 0, self.loss_error / total)
         return mean.squeeze(0).to(torch.float32)
 
 

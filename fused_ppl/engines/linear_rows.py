@@ -7,6 +7,7 @@ row and applied by `linear_scale`. Without gradients to make, the same walk is t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -31,9 +32,9 @@ LIBRARY.define(
     "Tensor dbias)"
 )
 LIBRARY.define(
-    "linear_scale(Tensor hidden, Tensor linear_weight, Tensor? linear_bias, Tensor dhidden, Tensor dweight, "
-    "Tensor dbias, Tensor loss_factor, Tensor perplexity_factor, Tensor? grad_loss, Tensor? grad_perplexity, "
-    "bool[3] grads) -> (Tensor, Tensor, Tensor)"
+    "linear_scale(Tensor hidden, Tensor linear_weight, Tensor? linear_bias, Tensor target, Tensor dhidden, "
+    "Tensor dweight, Tensor dbias, Tensor loss_factor, Tensor perplexity_factor, Tensor? grad_loss, "
+    "Tensor? grad_perplexity, int? ignore_index, bool[3] grads) -> (Tensor, Tensor, Tensor)"
 )
 
 
@@ -64,8 +65,10 @@ def _walk(hidden, linear_weight, linear_bias, target, weight, token_weight, *res
     spec, backend = LossSpec.of(*spec_args), backends.load(backend_name)
     (v, d), n = linear_weight.shape, target.numel()
     flat, labels = hidden.reshape(-1, d), target.reshape(-1)
-    head = Head(flat, linear_weight, linear_bias, labels, spec, dtype)
-    case = plan.LinearCase(n, v, d, head.dtype.itemsize, hidden.device.type, tuple(grads), memory_budget)
+    head = Head(flat, linear_weight, linear_bias, labels, spec, dtype, memory_budget)
+    case = plan.LinearCase(
+        n, v, d, head.dtype.itemsize, hidden.device.type, tuple(grads), memory_budget, converts=head.converts
+    )
     chunk = plan.linear_plan(case, "rows" if any(grads) else "forward").rows
     shapes = accumulator_shapes(hidden, linear_weight, grads)
     dhidden, dweight, dbias = (memory.empty(s, wide_dtype(dtype), hidden.device) for s in shapes)
@@ -125,10 +128,11 @@ def accumulator_shapes(hidden: Tensor, linear_weight: Tensor, grads: Sequence[bo
     return [shape if needed else (0,) for shape, needed in zip(shapes, grads, strict=True)]
 
 
-def scale(hidden, linear_weight, linear_bias, dhidden, dweight, dbias, *rest, last=False):  # type: ignore[no-untyped-def]
+def scale(hidden, linear_weight, linear_bias, target, dhidden, dweight, dbias, *rest, last=False):  # type: ignore[no-untyped-def]
     """What the op of that name does; where this is the `last` use of the unscaled gradients, in their own memory."""
-    loss_factor, perplexity_factor, grad_loss, grad_perplexity, grads = rest
+    loss_factor, perplexity_factor, grad_loss, grad_perplexity, ignore_index, grads = rest
     factor = reduction.upstream(grad_loss, grad_perplexity, loss_factor, perplexity_factor)
+    of_tokens, of_all = _of_counted(factor, target, ignore_index)
     likes, made = (hidden, linear_weight, linear_bias), (dhidden, dweight, dbias)
     reused = [last and needed and m.dtype == like.dtype for like, m, needed in zip(likes, made, grads, strict=True)]
     fresh = [needed and not again for needed, again in zip(grads, reused, strict=True)]
@@ -137,8 +141,18 @@ def scale(hidden, linear_weight, linear_bias, dhidden, dweight, dbias, *rest, la
         if reused[i]:
             results[i] = made[i]
         if needed:
-            scale_into(results[i], made[i], factor)
+            scale_into(results[i], made[i], of_all if i else of_tokens)
     return tuple(results)
+
+
+def _of_counted(factor: Tensor, target: Tensor, ignore_index: int | None) -> tuple[Tensor, Tensor]:
+    """The factor of each token, (*target.shape, 1), or of all; and that of what is summed over them. 0 where no token
+    is counted: the zeros that stand there must stay zeros where the factor is inf."""
+    if factor.device.type == "cpu" and math.isfinite(factor.item()):
+        return factor, factor
+    counted = torch.ones_like(target, dtype=torch.bool) if ignore_index is None else target != ignore_index
+    of_tokens = torch.where(counted, factor, 0).unsqueeze(-1)
+    return of_tokens, torch.where(counted.any(), factor, 0)
 
 
 def _scale_fake(hidden, linear_weight, linear_bias, *rest):  # type: ignore[no-untyped-def]

@@ -32,14 +32,16 @@ def _backward(hidden, linear_weight, linear_bias, target, weight, token_weight, 
     spec, backend = LossSpec.of(*spec_args), backends.load(backend_name)
     v, d = linear_weight.shape
     flat, labels = hidden.reshape(-1, d), target.reshape(-1)
-    head = Head(flat, linear_weight, linear_bias, labels, spec, dtype)
+    head = Head(flat, linear_weight, linear_bias, labels, spec, dtype, budget)
     of_s, of_z = reduction.row_upstream(
         grad_loss, grad_perplexity, loss_factor, perplexity_factor, spec, target.shape, nll.dtype
     )
     u = None if token_weight is None else token_weight.reshape(-1)
     of_s, of_z, lse, nll, u = (head.rows(t) for t in (of_s, of_z, lse.reshape(-1), nll.reshape(-1), u))  # type: ignore[assignment]
     n = head.target.shape[0]
-    case = plan.LinearCase(n, v, d, head.dtype.itemsize, hidden.device.type, tuple(grads), budget)
+    case = plan.LinearCase(
+        n, v, d, head.dtype.itemsize, hidden.device.type, tuple(grads), budget, converts=head.converts
+    )
     columns = plan.linear_plan(case, "vocab").columns
 
     dhidden, dweight, dbias = empty_gradients(hidden, linear_weight, linear_bias, grads)

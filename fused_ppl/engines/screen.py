@@ -97,9 +97,14 @@ def _fingerprint(weight: Tensor) -> Tensor | None:
     they cannot be read eight bytes at a time. One element that changes is always seen, and several are unless they
     cancel in every row and column: neither a swap nor a sign does."""
     v, d = weight.shape
-    if weight.device.type != "cpu" or not weight.is_contiguous() or d * weight.element_size() % 8:
+    first = weight.storage_offset()
+    if (
+        weight.device.type != "cpu"
+        or not weight.is_contiguous()
+        or any(n * weight.element_size() % 8 for n in (d, first))
+    ):
         return None
     bits = weight.detach().view(torch.int64)
-    row = torch.arange(v)
+    row = torch.arange(v, dtype=torch.int64, device=weight.device)
     element = weight.detach()[row, row * 7919 % d].to(torch.float64).view(torch.int64)
     return torch.cat([bits.sum(1), bits.sum(0), element])

@@ -62,10 +62,12 @@ def _shard_hidden(hidden, linear_weight, linear_bias, target, weight, *rest):  #
     *spec_args, backend_name, dtype, budget, first, num_classes, layout = rest
     spec, backend = LossSpec.of(*spec_args), backends.load(backend_name)
     (v, d), n, labels = linear_weight.shape, target.numel(), target.reshape(-1)
-    head = Head(hidden.reshape(-1, d), linear_weight, linear_bias, labels, spec, dtype)
+    head = Head(hidden.reshape(-1, d), linear_weight, linear_bias, labels, spec, dtype, budget)
     if head.on_cpu:
         checks.check_target_range(labels, num_classes, spec.ignore_index)
-    case = plan.LinearCase(n, v, d, head.dtype.itemsize, hidden.device.type, (False,) * 3, budget)
+    case = plan.LinearCase(
+        n, v, d, head.dtype.itemsize, hidden.device.type, (False,) * 3, budget, converts=head.converts
+    )
     chunk, m = plan.linear_plan(case, "forward").rows, head.target.shape[0]
     buffer = memory.empty((min(chunk, max(m, 1)), v), head.dtype, hidden.device)
     parts = [torch.zeros(0, _FIELDS, dtype=reduction.sum_dtype(hidden.device), device=hidden.device)]

@@ -149,7 +149,7 @@ def _check_whole_batch(num_items: float | Tensor, count: Tensor) -> None:
         "fused_ppl.integrations.huggingface, which scales the gradient of the whole window."
     )
     if torch.compiler.is_compiling():
-        whole = torch.as_tensor(num_items, device=count.device) <= count
+        whole = torch.as_tensor(num_items, dtype=torch.float64, device=count.device) <= count
         torch._assert_async(whole.reshape(()), message)
     elif bool((count < num_items).any() if isinstance(num_items, Tensor) else count < num_items):
         raise RuntimeError(message)

@@ -56,8 +56,8 @@ def small_batch(model: Any, head: nn.Linear) -> Tensor:
     vocab = min(head.weight.shape[0], getattr(model.get_input_embeddings(), "num_embeddings", head.weight.shape[0]))
     ids = [i for i in range(min(vocab, 4096)) if i not in special] or list(range(vocab))
     generator = torch.Generator().manual_seed(0)
-    chosen = torch.randint(len(ids), (2, LENGTH), generator=generator)
-    return torch.tensor(ids)[chosen].to(model.device)
+    chosen = torch.randint(len(ids), (2, LENGTH), generator=generator, dtype=torch.int64, device="cpu")
+    return torch.tensor(ids, dtype=torch.int64, device="cpu")[chosen].to(model.device)
 
 
 @contextlib.contextmanager
@@ -95,7 +95,8 @@ def _native(
 ) -> tuple[dict[str, Any], Watched, Tensor]:
     """The native loss, given all of the keywords that forward takes."""
     shifted = next_token_targets(batch["labels"])
-    offered = {"num_items_in_batch": torch.tensor(11.0, device=shifted.device), "shift_labels": shifted}
+    items = torch.tensor(11.0, dtype=torch.float32, device=shifted.device)
+    offered = {"num_items_in_batch": items, "shift_labels": shifted}
     takes_all = any(p.kind == p.VAR_KEYWORD for p in parameters.values())
     keywords = {k: v for k, v in offered.items() if takes_all or k in parameters}
     watched = Watched()

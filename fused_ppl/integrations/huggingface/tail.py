@@ -21,11 +21,14 @@ class CheckError(ValueError):
 def grid(shape: tuple[int, ...], device: torch.device) -> Tensor:
     """float32 numbers of both signs over all amplitudes, in an order that does not repeat along any dimension."""
     count = math.prod(shape)
-    generator = torch.Generator().manual_seed(0)
-    unit = torch.rand(count, generator=generator) + 0.5
-    sign = torch.randint(2, (count,), generator=generator) * 2 - 1
-    amplitude = torch.tensor(AMPLITUDES)[torch.arange(count) % len(AMPLITUDES)]
-    values: Tensor = unit * sign * amplitude[torch.randperm(count, generator=generator)]
+    cpu = torch.device("cpu")
+    generator = torch.Generator(cpu).manual_seed(0)
+    unit = torch.rand(count, generator=generator, dtype=torch.float32, device=cpu) + 0.5
+    sign = torch.randint(2, (count,), generator=generator, dtype=torch.int64, device=cpu) * 2 - 1
+    places = torch.arange(count, dtype=torch.int64, device=cpu) % len(AMPLITUDES)
+    amplitude = torch.tensor(AMPLITUDES, dtype=torch.float32, device=cpu)[places]
+    order = torch.randperm(count, generator=generator, dtype=torch.int64, device=cpu)
+    values: Tensor = unit * sign * amplitude[order]
     return values.view(shape).to(device)
 
 

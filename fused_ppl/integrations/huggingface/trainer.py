@@ -31,7 +31,7 @@ class PerplexityTrainerMixin:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._perplexity_window = Perplexity()  # since the last optimizer step
         self._perplexity_logged: dict[str, Perplexity] = {}
-        self._perplexity_items = torch.zeros(())  # in the window, on all ranks
+        self._perplexity_items = torch.zeros((), dtype=torch.float64, device="cpu")  # in the window, on all ranks
         self._perplexity_open = False  # the window has micro-batches, and its gradient is not scaled yet
         self._perplexity_due = False  # and an optimizer step comes next
         super().__init__(*args, **kwargs)
@@ -85,7 +85,7 @@ class PerplexityTrainerMixin:
     def _perplexity_add(self, loss: Tensor, num_items: Any, training: bool) -> None:
         """A micro-batch's part of S and of N; N belongs to the window, and is divided among its parts."""
         ranks = self._perplexity_ranks() if self.args.average_tokens_across_devices else 1  # type: ignore[attr-defined]
-        items = torch.as_tensor(num_items, device=loss.device).double()
+        items = torch.as_tensor(num_items, dtype=torch.float64, device=loss.device)
         nll = loss.double() / ranks * items
         if training:
             self._perplexity_open, self._perplexity_items = True, items
