@@ -16,8 +16,8 @@ import fused_ppl.engines.linear_compact
 import fused_ppl.engines.linear_vocab
 import fused_ppl.engines.totals
 import fused_ppl.engines.vocab_parallel  # noqa: F401  (they register their ops)
-from fused_ppl import parallel
-from fused_ppl.engines import linear_rows
+from fused_ppl import checks, parallel
+from fused_ppl.engines import flops, linear_rows
 from fused_ppl.engines import logits as logits_engine
 
 _OPS = torch.ops.fused_ppl
@@ -28,12 +28,23 @@ def run(function: type[torch.autograd.Function], *args: Any) -> tuple[Tensor, ..
 
     Dynamo would take a forward of one variadic parameter for one that wants a ctx.
     """
-    compiling = torch.compiler.is_compiling()
-    if not compiling and (torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0):
-        return function.apply(*args)  # type: ignore[no-any-return]
+    compiling, transformed = torch.compiler.is_compiling(), torch._C._are_functorch_transforms_active()
+    if compiling and (transformed or _exporting()):
+        # the autograd of the ops is the one that stays: Dynamo takes a Function apart, and may lose what it has left
+        return function.forward(*args)  # type: ignore[no-any-return]
+    if not compiling and torch._C._len_torch_dispatch_stack():
+        flops.register()
+    if not compiling and (transformed or torch.autograd.forward_ad._current_level >= 0):
+        return _transformed(function).apply(*args)  # type: ignore[no-any-return]
     if not torch.is_grad_enabled() or not any(isinstance(a, Tensor) and a.requires_grad for a in args):
         return function.forward(*args)  # type: ignore[no-any-return]
     return (function if compiling else _eager(function)).apply(*args)  # type: ignore[no-any-return]
+
+
+def _exporting() -> bool:
+    """Whether torch.export traces; no torch before 2.7 says."""
+    asked = getattr(torch.compiler, "is_exporting", None)
+    return asked is not None and asked()
 
 
 @functools.cache
@@ -47,6 +58,13 @@ def _eager(function: type[torch.autograd.Function]) -> type[torch.autograd.Funct
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(function.backward)}
     return type(torch.autograd.Function)(function.__name__, (torch.autograd.Function,), methods)  # type: ignore[misc, no-any-return]
+
+
+@functools.cache
+def _transformed(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
+    """The same for transforms of torch.func, which asks it for more; Dynamo takes none that has a `jvp`."""
+    methods = {"jvp": staticmethod(checks.fail_jvp), "vmap": staticmethod(checks.fail_vmap)}
+    return type(torch.autograd.Function)(function.__name__, (function,), methods)  # type: ignore[misc, no-any-return]
 
 
 def _kept() -> bool:
@@ -116,13 +134,24 @@ class LogitsLoss(torch.autograd.Function):
         return (_FirstOrderOnly.apply(gradient, grad_loss, grad_perplexity, logits), *(None,) * 9)  # type: ignore[no-untyped-call]
 
 
+def _batched(*upstream: Tensor | None) -> bool:
+    """Whether there is a batch of upstream gradients: is_grads_batched, which is no transform to those who ask."""
+    functorch: Any = torch._C._functorch
+    return any(
+        g is not None and (functorch.is_batchedtensor(g) or functorch.is_legacy_batchedtensor(g)) for g in upstream
+    )
+
+
 def _logits_gradient(inplace: bool, groups: parallel.Groups | None, args: tuple[Any, ...]) -> Tensor:
-    op: Any = logits_engine.backward if _unwatched(args[0]) else _OPS.logits_backward
+    batched = not torch.compiler.is_compiling() and _batched(*args[8:10])
+    op: Any = logits_engine.backward if _unwatched(args[0]) and not batched else _OPS.logits_backward
     op_ = _OPS.logits_backward_
     if groups is not None and groups.vocab:
         op, op_ = _OPS.shard_logits_backward, _OPS.shard_logits_backward_
         args = (*args, groups.first, groups.num_classes)
     if inplace:
+        if batched:
+            checks.fail_batched_inplace()
         op_(*args)
         return args[0].detach()  # type: ignore[no-any-return]  # the logits themselves would bring their graph along
     return op(*args)  # type: ignore[no-any-return]
@@ -145,7 +174,8 @@ class LinearLoss(torch.autograd.Function):
         made = grads if kind == "rows" else (False,) * 3
         if groups is not None:
             return parallel.hidden_forward(tensors, spec, backend, dtype, made, memory_budget, groups)
-        return tuple(_OPS.linear_forward(*tensors, *spec, backend, dtype, made, memory_budget))
+        op: Any = linear_rows.forward if _unwatched(tensors[0]) else _OPS.linear_forward
+        return tuple(op(*tensors, *spec, backend, dtype, made, memory_budget))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -169,6 +199,7 @@ class LinearLoss(torch.autograd.Function):
                     _untraced(inputs[0])
                     and not torch.is_grad_enabled()
                     and not _kept()
+                    and not _batched(*upstream[:2])
                     and _unhooked(dhidden, dweight, dbias)
                 ):
                     results = linear_rows.scale(*args, last=True)  # type: ignore[no-untyped-call]
@@ -202,8 +233,9 @@ class _FirstOrderOnly(torch.autograd.Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], gradient: Tensor, *parents: Tensor | None) -> Any:
+        return _FirstOrderOnly.apply(gradient, *parents), in_dims[0]  # type: ignore[no-untyped-call]
+
+    @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[None, ...]:
-        raise RuntimeError(
-            "fused_ppl computes first derivatives only, and this backward asks for a derivative of its gradient. "
-            "Use Options(backend='reference'), which plain autograd differentiates any number of times."
-        )
+        checks.fail_second_derivative()

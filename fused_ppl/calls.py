@@ -9,7 +9,16 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fused_ppl import backends, checks, dtensors, parallel, plan, rank_checks, reference
+from fused_ppl import (  # noqa: F401  (op_autograd registers)
+    backends,
+    checks,
+    dtensors,
+    op_autograd,
+    parallel,
+    plan,
+    rank_checks,
+    reference,
+)
 from fused_ppl.autograd import LinearLoss, LogitsLoss, run
 from fused_ppl.engines.head import product_dtype
 from fused_ppl.reduction import sum_dtype
@@ -53,7 +62,8 @@ def from_logits(
         num_items = _scalar(num_items, input)
     if backend == "reference":
         rank_checks.check_no_group(groups)
-        checks.check_target_range(target, logits.shape[-1], spec.ignore_index)
+        if checks.readable(target):
+            checks.check_target_range(target, logits.shape[-1], spec.ignore_index)
         return reference.logits_loss(logits, target, spec, weight, token_weight, num_items)
     if groups is not None and checks.debug():
         _compare(groups, spec, num_classes, target, input.dtype, {"class weights": weight, "num_items": num_items})
@@ -117,7 +127,8 @@ def from_hidden(
         num_items = _scalar(num_items, input)
     if backend == "reference":
         rank_checks.check_no_group(groups)
-        checks.check_target_range(target, linear_weight.shape[0], spec.ignore_index)
+        if checks.readable(target):
+            checks.check_target_range(target, linear_weight.shape[0], spec.ignore_index)
         logits = torch.nn.functional.linear(input, linear_weight, linear_bias)
         return reference.logits_loss(logits, target, spec, weight, token_weight, num_items)
     tensors = (input, linear_weight, linear_bias)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -94,6 +94,42 @@ def check_screen(screen: str | None, dtype: torch.dtype, device_type: str, shape
             f"{screen} products of a GPU want V and D to be multiples of {multiple}; got {tuple(shape)}. Pad the head, "
             "or use screen='bf16'."
         )
+
+
+def fail_second_derivative() -> NoReturn:
+    raise RuntimeError(
+        "fused_ppl computes first derivatives only, and this backward asks for a derivative of its gradient. "
+        "Use Options(backend='reference'), which plain autograd differentiates any number of times."
+    )
+
+
+def fail_jvp(*_: object) -> NoReturn:
+    raise NotImplementedError(
+        "fused_ppl has no forward-mode derivative (torch.func.jvp, jacfwd, hessian, forward_ad). Use "
+        "Options(backend='reference'), or torch.func.grad and vjp, which go backwards."
+    )
+
+
+def fail_vmap(*_: object) -> NoReturn:
+    raise NotImplementedError(
+        "fused_ppl has no batching rule for torch.vmap. Give the loss all samples at once, with reduction='none' or "
+        "'sequence' for a value of each, or use Options(backend='reference')."
+    )
+
+
+def fail_batched_inplace() -> NoReturn:
+    raise NotImplementedError(
+        "inplace_backward=True writes the gradient over input, which has room for one; got a batch of upstream "
+        "gradients (is_grads_batched, jacrev). Use Options(inplace_backward=False)."
+    )
+
+
+def fail_op_gradient(name: str) -> NoReturn:
+    raise NotImplementedError(
+        f"fused_ppl.{name} has a gradient only as a part of its loss, and a transform of torch.func under "
+        "torch.compile, or torch.export, has taken that apart. Compile a step that ends in loss.backward() or "
+        "torch.autograd.grad instead, or leave group, vocab_group and the compact plan out."
+    )
 
 
 def check_options(options: object, kind: type) -> None:
@@ -312,6 +348,18 @@ def check_inplace_backward(input: Tensor) -> None:
         )
 
 
+def readable(tensor: Tensor) -> bool:
+    """Whether it has values to look at: not under torch.vmap, nor where only shapes are known."""
+    from torch._subclasses.fake_tensor import is_fake  # no sooner than it is asked for: torch imports it late
+
+    return (
+        tensor.device.type != "meta"
+        and not torch.compiler.is_compiling()
+        and not torch._C._functorch.is_batchedtensor(tensor)
+        and not is_fake(tensor)
+    )
+
+
 def check_target_range(target: Tensor, num_classes: int, ignore_index: int | None) -> tuple[int, int]:
     """The lowest and the highest target. Asked on a CPU, and anywhere under FUSED_PPL_DEBUG=1 (it synchronises)."""
     if target.numel() == 0 or target.is_meta:
@@ -359,7 +407,7 @@ def check_cu_seqlens(cu_seqlens: object, tokens: Tensor) -> None:
             f"got {tuple(tokens.shape)}. "
             "Call next_token_targets for each row."
         )
-    if cu_seqlens.device.type == "cpu" or debug():
+    if (cu_seqlens.device.type == "cpu" or debug()) and readable(cu_seqlens):
         ends, length = cu_seqlens.tolist(), tokens.shape[-1]
         if ends[0] != 0 or ends[-1] != length or ends != sorted(ends):
             raise ValueError(

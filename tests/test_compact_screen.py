@@ -84,7 +84,11 @@ def test_the_weight_is_converted_once_for_each_of_its_versions(monkeypatch):
 
 @pytest.mark.parametrize("screen", ["int8", "bf16"])
 @pytest.mark.parametrize(
-    "how", ["fused", "data", pytest.param("numpy", marks=pytest.mark.cpu("numpy shares the memory of a CPU")), "a row"]
+    "how",
+    [
+        *("fused", "data", "a row", "spared", "one", "swapped", "negated"),
+        pytest.param("numpy", marks=pytest.mark.cpu("numpy shares the memory of a CPU")),
+    ],
 )
 def test_a_write_that_is_no_version_is_noticed(how, screen):
     """Fused optimizers leave the version of a parameter as it is, and FSDP2 that of a gathered weight."""
@@ -102,8 +106,20 @@ def test_a_write_that_is_no_version_is_noticed(how, screen):
         weight.data.mul_(0.3)
     elif how == "numpy":
         weight.detach().numpy()[:] *= 0.3
-    else:
+    elif how == "a row":
         weight.data[7] = 5.0
+    elif how == "spared":  # one element of each row, which is all that was looked at
+        row = torch.arange(V)
+        places = (row, row * 7919 % weight.shape[1])
+        kept = weight.data[places]
+        weight.data.mul_(0.3)
+        weight.data[places] = kept
+    elif how == "one":
+        weight.data[target[0], 2] += 8.0
+    elif how == "swapped":
+        weight.data[target[0], :4] = weight.data[target[0]][[2, 3, 0, 1]]
+    else:
+        weight.data[:, 1::2] *= -1
     again = linear_cross_entropy(hidden, weight, target, options=options)
     assert torch.equal(again, linear_cross_entropy(hidden, weight.clone(), target, options=options))
     assert not torch.equal(again, loss)

@@ -39,7 +39,7 @@ LIBRARY.define(
 
 
 @without_autocast
-def _forward(*args):  # type: ignore[no-untyped-def]
+def forward(*args):  # type: ignore[no-untyped-def]
     *tensors, num_items = args[:7]
     spec, rows, gradients = _walk(*tensors, *args[7:])  # type: ignore[no-untyped-call]
     shape = tensors[3].shape
@@ -49,7 +49,7 @@ def _forward(*args):  # type: ignore[no-untyped-def]
 
 @without_autocast
 def _sums(*args):  # type: ignore[no-untyped-def]
-    """The part of `_forward` that comes before the sums of other ranks are added."""
+    """The part of `forward` that comes before the sums of other ranks are added."""
     spec, rows, gradients = _walk(*args)  # type: ignore[no-untyped-call]
     shape = args[3].shape
     return reduction.stack_sums(rows, spec, shape), *tokens_of(rows, shape), *gradients
@@ -176,7 +176,7 @@ def made_fake(hidden: Tensor, linear_weight: Tensor, dtype: torch.dtype, grads: 
     return [hidden.new_empty(s, dtype=wide_dtype(dtype)) for s in accumulator_shapes(hidden, linear_weight, grads)]
 
 
-LIBRARY.impl("linear_forward", _forward, "CompositeExplicitAutograd")
+LIBRARY.impl("linear_forward", forward, "CompositeExplicitAutograd")
 LIBRARY.impl("linear_sums", _sums, "CompositeExplicitAutograd")
 LIBRARY.impl("linear_scale", scale, "CompositeExplicitAutograd")
 torch.library.register_fake("fused_ppl::linear_forward", _forward_fake, lib=LIBRARY)

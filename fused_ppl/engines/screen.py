@@ -6,8 +6,8 @@
     bf16   z = bf16(h) bf16(W)^T                                                                (torch.mm)
 
 On a CPU the weight is converted once for all micro-batches of a step. That it was not written to since is not asked of
-its version, which fused optimizers and FSDP2 leave alone, but seen by one element of each row. A GPU would have to wait
-for that, and converts it again each time.
+its version, which fused optimizers and FSDP2 leave alone, but seen by sums over all of its bits, which take a
+fraction of the conversion. A GPU would have to wait for that, and converts it again each time.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ LEAST_ROWS = 32  # of torch._int_mm on a GPU
 _LARGEST = {"int8": 127.0, "fp8": 448.0}
 _DTYPE = {"int8": torch.int8, "fp8": torch.float8_e4m3fn, "bf16": torch.bfloat16}
 
-# what each weight was converted to: by kind, an element of each row then, the values, and the scale of each row
+# what each weight was converted to: by kind, its fingerprint then, the values, and the scale of each row
 _converted: Any = WeakTensorKeyDictionary()
 
 
@@ -74,9 +74,9 @@ def _convert_once(kind: str, weight: Tensor) -> tuple[Tensor, Tensor]:
     """The weight for the screen, out of what is kept unless it was written to since."""
     if kind == "bf16" and weight.dtype == torch.bfloat16:
         return weight, weight
-    probe = None if weight.device.type != "cpu" else _probe(weight)
-    kept = {} if probe is None else _converted.setdefault(weight, {})
-    if probe is not None and kind in kept and torch.equal(kept[kind][0], probe):
+    print_ = _fingerprint(weight)
+    kept = {} if print_ is None else _converted.setdefault(weight, {})
+    if print_ is not None and kind in kept and torch.equal(kept[kind][0], print_):
         _, target, scale = kept[kind]
         return target, scale
     kept.pop(kind, None)  # so that its memory is there for what follows
@@ -88,13 +88,23 @@ def _convert_once(kind: str, weight: Tensor) -> tuple[Tensor, Tensor]:
             target[s] = weight[s]
         else:
             target[s], scale[s] = _convert(kind, weight[s])
-    kept[kind] = (probe, target, scale)
+    kept[kind] = (print_, target, scale)
     return target, scale
 
 
-def _probe(weight: Tensor) -> Tensor:
-    """(V,): an element of each row, at places that differ from row to row. Whatever writes to a row changes it, unless
-    it leaves that very element as it was."""
+def _fingerprint(weight: Tensor) -> Tensor | None:
+    """Sums of the bits of each row and of each column, as integers modulo 2**64, and an element of each row; None where
+    they cannot be read eight bytes at a time. One element that changes is always seen, and several are unless they
+    cancel in every row and column: neither a swap nor a sign does."""
     v, d = weight.shape
-    rows = torch.arange(v, dtype=torch.int64, device=weight.device)
-    return weight.detach()[rows, rows * 7919 % d]
+    first = weight.storage_offset()
+    if (
+        weight.device.type != "cpu"
+        or not weight.is_contiguous()
+        or any(n * weight.element_size() % 8 for n in (d, first))
+    ):
+        return None
+    bits = weight.detach().view(torch.int64)
+    row = torch.arange(v, dtype=torch.int64, device=weight.device)
+    element = weight.detach()[row, row * 7919 % d].to(torch.float64).view(torch.int64)
+    return torch.cat([bits.sum(1), bits.sum(0), element])
