@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What gpu_acceptance.py checks before it times anything: values at real sizes, and the promises about streams,
-graphs, determinism and memory. A check is a step that returns a few words, raises, or is `Skipped`. The promises that
-streams and graphs change no bit are also asked of a bare torch.mm: what cuBLAS does not keep, no head can keep.
-"""
+"""What gpu_acceptance.py checks: values at real sizes, and the promises about streams, graphs, determinism and memory.
+
+The promises about streams and graphs are also asked of a bare torch.mm: what cuBLAS does not keep, no head can keep."""
 
 from __future__ import annotations
 
@@ -364,16 +363,11 @@ SECONDS = {large: 4.0, misaligned: 3.0, split_rows: 3.0, head: 6.0, deterministi
 def check_steps(card: Card | StandIn, sizes: Sizes) -> Iterator[Step]:
     """One check of each kind, then the others of every kind."""
     seen: set[Any] = set()
-    found = list(all_checks(card, sizes))
-    for name, function, *args in found:
+    for name, function, *args in all_checks(card, sizes):
         group = "more checks" if function in seen else "checks"
         seen.add(function)
-        run = functools.partial(_found, functools.partial(function, card, sizes, *args))
+        run = functools.partial(lambda f, *a: Found(f(*a) or ""), function, card, sizes, *args)
         yield Step(name, group, SECONDS.get(function, 1.5), run, CONTROL not in name)
-
-
-def _found(run: Callable[[], str | None]) -> Found:
-    return Found(run() or "")
 
 
 def all_checks(card: Card | StandIn, sizes: Sizes) -> Iterator[tuple[Any, ...]]:

@@ -16,7 +16,7 @@ import fused_ppl.engines.linear_compact
 import fused_ppl.engines.linear_vocab
 import fused_ppl.engines.totals
 import fused_ppl.engines.vocab_parallel  # noqa: F401  (they register their ops)
-from fused_ppl import checks, parallel
+from fused_ppl import parallel, transform_checks
 from fused_ppl.engines import flops, linear_rows
 from fused_ppl.engines import logits as logits_engine
 
@@ -63,7 +63,7 @@ def _eager(function: type[torch.autograd.Function]) -> type[torch.autograd.Funct
 @functools.cache
 def _transformed(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
     """The same for transforms of torch.func, which asks it for more; Dynamo takes none that has a `jvp`."""
-    methods = {"jvp": staticmethod(checks.fail_jvp), "vmap": staticmethod(checks.fail_vmap)}
+    methods = {"jvp": staticmethod(transform_checks.fail_jvp), "vmap": staticmethod(transform_checks.fail_vmap)}
     return type(torch.autograd.Function)(function.__name__, (function,), methods)  # type: ignore[misc, no-any-return]
 
 
@@ -151,7 +151,7 @@ def _logits_gradient(inplace: bool, groups: parallel.Groups | None, args: tuple[
         args = (*args, groups.first, groups.num_classes)
     if inplace:
         if batched:
-            checks.fail_batched_inplace()
+            transform_checks.fail_batched_inplace()
         op_(*args)
         return args[0].detach()  # type: ignore[no-any-return]  # the logits themselves would bring their graph along
     return op(*args)  # type: ignore[no-any-return]
@@ -238,4 +238,4 @@ class _FirstOrderOnly(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[None, ...]:
-        checks.fail_second_derivative()
+        transform_checks.fail_second_derivative()

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._functorch import autograd_function
 from torch.autograd.function import _SingleLevelFunction
 
-from fused_ppl import checks
+from fused_ppl import transform_checks
 from fused_ppl.autograd import LinearLoss, LogitsLoss
 from fused_ppl.engines import LIBRARY, flops
 
@@ -65,8 +65,8 @@ def _without(name: str) -> Any:
 
     def backward(ctx: Any, *upstream: Tensor | None) -> None:
         if _is_gradient(name):
-            checks.fail_second_derivative()
-        checks.fail_op_gradient(name)
+            transform_checks.fail_second_derivative()
+        transform_checks.fail_op_gradient(name)
 
     return _function(name, forward, backward)
 
@@ -92,16 +92,16 @@ def _kernel(name: str) -> Callable[..., Any]:
             flops.register()
         tensors = [a for a in args if isinstance(a, Tensor)]
         if any(_is_dual(t) for t in tensors):
-            checks.fail_jvp()
+            transform_checks.fail_jvp()
         if not torch.is_grad_enabled():
             return _below(op, keyset, args)
         if not any(t.requires_grad for t in tensors):
             # a compiled backward with create_graph=True: before torch 2.13 it may have lost what it depends on
             if first_order and torch._C._current_graph_task_id() != -1:
-                checks.fail_second_derivative()
+                transform_checks.fail_second_derivative()
             return _below(op, keyset, args)
         if op._schema.is_mutable:
-            checks.fail_op_gradient(name)
+            transform_checks.fail_op_gradient(name)
         with autograd_function.enable_single_level_autograd_function():  # type: ignore[attr-defined]
             return function.apply(keyset, *args)
 

@@ -14,12 +14,13 @@ ROOT = Path(__file__).resolve().parent.parent
 # a module of fused_ppl imports rooms of earlier lines, and its own
 LAYERS = (
     {"kernels"},
-    {"checks", "rank_checks"},
+    {"checks", "rank_checks", "transform_checks"},
     {"spec"},
     {"parallel", "plan", "reduction", "reference"},
     {"backends", "dtensors"},
     {"engines"},
     {"autograd"},
+    {"op_autograd"},
     {"calls"},
     {"functional"},
     {"accumulate", "metrics", "modules", "targets"},

@@ -190,6 +190,7 @@ def swap(module: Any, mixin: type) -> None:
     if not isinstance(module, mixin):  # it is one where a wrapper like FSDP put its class over ours
         module.__class__ = subclass(mixin, cls)
         _rebind(module)
+    module.__dict__["_fused_ppl_call"] = None  # there from the start: Dynamo guards on what an instance has
     instance_forward = module.__dict__.get("forward")
     if mixin is FusedHead and instance_forward is not None and "_old_forward" not in module.__dict__:
         # transformers' tensor parallelism
