@@ -67,10 +67,10 @@ class LossSpec:
         each would be a graph of its own: as a tensor it is not. In their places stand numbers of the same kind.
         """
         fields = (self.reduction, self.ignore_index, *self._floats(), self.stats)
-        if not _CHANGES or not torch.compiler.is_compiling() or not any(_changes(f) for f in self._floats()):
+        if not checks.TRACES_KNOWN or not torch.compiler.is_compiling() or not any(_changes(f) for f in self._floats()):
             return *fields, None
         one = torch.ones((), dtype=torch.float64, device="cpu")
-        numbers = torch.stack([one * (f if _changes(f) else float("nan")) for f in self._floats()])
+        numbers = torch.stack([one * (f if f is not None and _changes(f) else float("nan")) for f in self._floats()])
         floats = [0.5 if _changes(f) else f for f in self._floats()]
         return self.reduction, self.ignore_index, *floats, self.stats, numbers
 
@@ -90,14 +90,13 @@ def _with_numbers(args: tuple[Any, ...]) -> tuple[object, ...]:
     nearly 0, because that it is more has been promised to the graph."""
     fields = list(args[:-1])
     for i, number in enumerate(args[-1].tolist(), 2):
-        if number == number:  # noqa: PLR0124  (not NaN)
+        if number == number:
             fields[i] = max(number, 1e-300)
     return tuple(fields)
 
 
 _OP_ARGS = 9
 _NO_NUMBER = 0.12345678901234567  # that nobody gives
-_CHANGES = tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 8)  # before, Dynamo does not trace the question
 _made = functools.lru_cache(typed=True)(LossSpec)  # typed: True is no number here, and equals 1
 
 SPEC_SCHEMA = (
