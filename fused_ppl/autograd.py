@@ -73,10 +73,10 @@ def _kept() -> bool:
     return kept is None or bool(kept())
 
 
-def _unhooked(saved: Tensor) -> bool:
-    """Whether no hook on saved tensors has seen this one: else the graph holds what its hook has made of it, and not
-    the tensor itself beside us."""
-    return saved._use_count() > 1  # type: ignore[attr-defined, no-any-return]
+def _unhooked(*saved: Any) -> bool:
+    """Whether no hook on saved tensors has seen one of these: else the graph holds what its hook has made of it, and
+    not the tensor itself beside us."""
+    return bool(min([tensor._use_count() for tensor in saved]) > 1)
 
 
 def _untraced(tensor: Tensor) -> bool:
@@ -200,7 +200,7 @@ class LinearLoss(torch.autograd.Function):
                     and not torch.is_grad_enabled()
                     and not _kept()
                     and not _batched(*upstream[:2])
-                    and all(_unhooked(t) for t in (dhidden, dweight, dbias))
+                    and _unhooked(dhidden, dweight, dbias)
                 ):
                     results = linear_rows.scale(*args, last=True)  # type: ignore[no-untyped-call]
                 else:

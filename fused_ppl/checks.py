@@ -146,6 +146,11 @@ def check_tensor(name: str, value: object) -> None:
 
 def check_float_input(name: str, value: object) -> None:
     check_tensor(name, value)
+    if name == "linear_weight" and not value.dtype.is_floating_point:  # type: ignore[attr-defined]
+        raise TypeError(
+            f"{name} must hold floating-point numbers; got {value.dtype}, as quantised weights are stored. "  # type: ignore[attr-defined]
+            "Pass the dequantised weight, or compute the logits with the quantised module and use cross_entropy."
+        )
     if value.dtype not in FLOAT_DTYPES:  # type: ignore[attr-defined]
         raise TypeError(
             f"{name} must be float16, bfloat16, float32 or float64; got {value.dtype}. "  # type: ignore[attr-defined]
@@ -385,7 +390,8 @@ def check_target_range(target: Tensor, num_classes: int, ignore_index: int | Non
             raise IndexError(
                 f"target must be in [0, {num_classes}) or equal to ignore_index={ignore_index}; "
                 f"got {int(target.reshape(-1)[first])} at flat position {first}. "
-                "Check that the tokenizer's vocabulary is not larger than the head's."
+                "Check that the tokenizer's vocabulary is not larger than the head's, and where ranks hold shards of "
+                "different sizes, that they are given as vocab_group=(group, sizes)."
             )
     return low, high
 

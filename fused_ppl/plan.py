@@ -170,10 +170,10 @@ def linear_kind(case: LinearCase, per_token: bool) -> str:
         return "forward"
     if per_token:
         return "vocab"
-    chunk = MIN_ROWS[case.place][case.itemsize] * case.num_classes * case.itemsize
-    least = case.accumulator_bytes + chunk + case.converted_bytes
-    if case.memory_budget is not None and least > case.memory_budget:
-        return "vocab"
+    if case.memory_budget is not None:
+        chunk = MIN_ROWS[case.place][case.itemsize] * case.num_classes * case.itemsize
+        if case.accumulator_bytes + chunk + case.converted_bytes > case.memory_budget:
+            return "vocab"
     return "rows" if case.compact is None else "compact"
 
 

@@ -95,7 +95,7 @@ def finish(
     if inverse is not no_mean:
         _, slope = _exp(s * inverse, spec.max_nll)
     if num_items is not None:
-        loss, factor = total / num_items, num_items.to(s.dtype).reciprocal()
+        loss, factor = total / num_items, torch.ones_like(s) / num_items
     elif spec.reduction == "sum":
         loss, factor = total, torch.ones_like(s)
     else:

@@ -173,5 +173,5 @@ def launch_rescreen(
             numbers=numbers,
             K=K,
             stride_n=screened.stride(0), stride_out_n=out.stride(0),
-            BLOCK=BLOCK, num_warps=NUM_WARPS, enable_fp_fusion=False, **registers(128),
+            BLOCK=BLOCK, num_warps=NUM_WARPS, enable_fp_fusion=False, **registers(72),
         )  # fmt: skip

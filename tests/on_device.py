@@ -5,8 +5,7 @@ The tests say nothing of a device. torch's default device is the one asked for, 
 imported, so that the constants of modules are there too; random numbers are drawn on the CPU and moved, so that a test
 has the same input everywhere. `--device elsewhere` is a device for machines that have no other: tests/stand_in.py.
 
-A tensor that fused_ppl forgets to place lands on the default device as well, and shows only where that does not reach:
-in backward on a GPU, which is another thread, and under bench/gpu_acceptance.py.
+That fused_ppl itself does not rely on a default device is for tests/test_defaults.py to see.
 """
 
 from __future__ import annotations
@@ -71,7 +70,7 @@ def backends() -> list[str]:
 
 
 def place(name: str, collect_only: bool) -> None:
-    """From here on tensors are made on this device, or nowhere where tests are only collected."""
+    """From here on tensors are made on this device. It need not be there for tests to be collected."""
     global device
     if name == stand_in.NAME:
         stand_in.install()
@@ -82,15 +81,16 @@ def place(name: str, collect_only: bool) -> None:
         raise pytest.UsageError(
             f"--device {name} runs compiled kernels; unset TRITON_INTERPRET, which interprets them."
         )
-    present = device.type != "cuda" or torch.cuda.is_available()
-    if not present and not collect_only:
+    if device.type == "cuda" and not torch.cuda.is_available():
+        if collect_only:
+            return
         raise pytest.UsageError(f"--device {name}: torch {torch.__version__} sees no such device on this machine.")
-    torch.set_default_device(device if present else "meta")
+    torch.set_default_device(device)
     torch.empty(0)  # torch remembers its factories at the first call, before a fixture replaces some
     for factory in RANDOM:
         setattr(torch, factory, _drawn_on_the_cpu(getattr(torch, factory)))
     for make in (make_logits, make_target):
-        make.__kwdefaults__["device"] = None  # they leave their tensors where they are
+        make.__kwdefaults__["device"] = device
 
 
 def _drawn_on_the_cpu(factory: Callable[..., Tensor]) -> Callable[..., Tensor]:

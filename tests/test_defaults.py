@@ -84,8 +84,9 @@ def losses(backend: str, dtype: torch.dtype, keywords: dict) -> list[torch.Tenso
         out = fused_ppl.cross_entropy_with_stats(leaf, y, num_items=None, options=options, **keywords)
         gradient = torch.autograd.grad(out.loss.sum() + out.perplexity.sum(), leaf)
         results += [*(t for t in out if t is not None), *gradient]
-    h, w = make_logits((4, 6), dtype, seed=2), make_logits((29, 6), dtype, seed=3)
-    y, items = make_target((4,), 29, ignored=0.3), 3 if "reduction" not in keywords else None
+    # of multiples of 8, as products in int8 of a GPU want them
+    h, w = make_logits((4, 8), dtype, seed=2), make_logits((32, 8), dtype, seed=3)
+    y, items = make_target((4,), 32, ignored=0.3), 3 if "reduction" not in keywords else None
     leaves = [t.clone().requires_grad_() for t in (h, w)]
     out = fused_ppl.linear_cross_entropy_with_stats(*leaves, y, num_items=items, options=options, **keywords)
     results += [*(t for t in out if t is not None), *torch.autograd.grad(out.loss.sum(), leaves)]
@@ -127,7 +128,7 @@ def test_split_rows_do_not_see_the_defaults(context, backend, monkeypatch, fits)
 def test_metrics_targets_and_windows_do_not_see_the_defaults(context, options):
     x, tokens = make_logits((4, 9)), torch.tensor([3, 1, 4, 1])
     with default(**CONTEXTS[context]):
-        target = next_token_targets(tokens, cu_seqlens=torch.tensor([0, 2, 4], device="cpu"))
+        target = next_token_targets(tokens, cu_seqlens=torch.tensor([0, 2, 4], device=tokens.device))
         metric = Perplexity(options=options)
         metric.update(x, target)
         leaf = x.clone().requires_grad_()

@@ -9,7 +9,7 @@ from typing import Any
 import distributed_cases as cases
 import pytest
 import torch
-from pool import Pool
+from pool import FSDP, Pool
 
 from fused_ppl import Options, plan
 
@@ -18,7 +18,7 @@ SIZES = [1, 2, 3, 4]
 
 @pytest.mark.parametrize("fused", [False, True], ids=["logits", "head"])
 @pytest.mark.parametrize("name", ["cross_entropy", "perplexity"])
-@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+@pytest.mark.parametrize("how", ["ddp", FSDP])
 @pytest.mark.parametrize("size", SIZES)
 def test_every_rank_has_the_loss_and_the_gradient_of_the_batch(
     pool: Pool, size: int, how: str, name: str, fused: bool
@@ -64,7 +64,7 @@ def test_statistics_beside_the_loss_of_the_batch(pool: Pool, fused: bool, kind: 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("how", ["none", "ddp", "fsdp"])
+@pytest.mark.parametrize("how", ["none", "ddp", FSDP])
 @pytest.mark.parametrize("size", SIZES)
 def test_accumulated_micro_batches_have_the_gradient_of_the_window(
     pool: Pool, size: int, how: str, dtype: torch.dtype

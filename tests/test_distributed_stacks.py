@@ -5,15 +5,17 @@ from __future__ import annotations
 
 import pytest
 import stack_cases as cases
-from pool import Pool
+from pool import FSDP, NEEDS_FSDP2, Pool
 
 
+@NEEDS_FSDP2
 @pytest.mark.parametrize("layout", cases.LAYOUTS, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("size", [2, 4])
 def test_a_loss_inside_forward_is_right_in_every_layout_of_fsdp(pool: Pool, size: int, layout: object) -> None:
     pool.run(size, cases.fsdp, layout)
 
 
+@NEEDS_FSDP2
 @pytest.mark.parametrize("how", ["method", "unshard"])
 def test_a_loss_outside_of_forward(pool: Pool, how: str) -> None:
     pool.run(2, cases.fsdp_outside_forward, how)
@@ -24,7 +26,7 @@ def test_a_weight_that_fsdp_has_sharded_is_not_taken_for_a_shard_of_the_vocabula
 
 
 @pytest.mark.parametrize("kind", ["unequal", "all ignored", "empty"])
-@pytest.mark.parametrize("wrapper", ["none", "fsdp"])
+@pytest.mark.parametrize("wrapper", ["none", FSDP])
 @pytest.mark.parametrize("fused", [False, True], ids=["logits", "head"])
 @pytest.mark.parametrize("name", ["cross_entropy", "perplexity"])
 def test_data_times_tensor_parallel(pool: Pool, name: str, fused: bool, wrapper: str, kind: str) -> None:
@@ -50,5 +52,6 @@ def test_a_copy_of_a_module_trains_in_the_same_group(pool: Pool) -> None:
     pool.run(2, cases.copied)
 
 
+@NEEDS_FSDP2
 def test_micro_batches_over_data_ranks_and_shards(pool: Pool) -> None:
     pool.run(4, cases.accumulated_over_shards)

@@ -17,7 +17,7 @@ from hf_cases import IDS, LABELS, assert_same, llama, one_warning, runs_fused, s
 from hf_tiny import tiny_config
 
 from fused_ppl.integrations.huggingface import patch, unpatch
-from fused_ppl.integrations.huggingface.swap import FusedHead
+from fused_ppl.integrations.huggingface.swap import FusedHead, call_of
 
 # what it refuses, and leaves as it was
 
@@ -173,7 +173,7 @@ def test_labels_that_the_model_changes_are_noticed():
     model.late = True
     with pytest.raises(RuntimeError, match="changed its labels"):
         model(IDS, labels=LABELS)
-    assert model._fused_ppl_call is None and model.lm_head._fused_ppl_call is None
+    assert call_of(model) is None and call_of(model.lm_head) is None and not model.lm_head._forward_hooks
 
 
 # PEFT

@@ -33,12 +33,12 @@ def run(*arguments: str, **env: str) -> tuple[int, str]:
 def test_all_kernel_tests_are_collected_for_a_gpu_and_both_backends() -> None:
     pytest.importorskip("triton", reason="the kernels import it")
     files = [*KERNELS, "test_functional.py", "test_compact.py", "test_contracts.py"]
-    code, out = run("--device", "cuda", "--collect-only", *(f"tests/{f}" for f in files))
+    code, out = run("--device", "cuda", "--collect-only", "tests")
     assert code == 0, out
     ids = [line for line in out.splitlines() if "::" in line]
     for file in files:
         tests = set(re.findall(r"^def (test_\w+)", (TESTS / file).read_text(encoding="utf-8"), re.MULTILINE))
-        assert tests == {line.split("::")[1].split("[")[0] for line in ids if file in line}, file
+        assert tests == {line.split("::")[1].split("[")[0] for line in ids if line.startswith(f"tests/{file}::")}, file
     for backend in ("torch", "triton"):
         assert sum(f"[{backend}" in line for line in ids) > 300
 
@@ -88,3 +88,20 @@ def test_a_tensor_left_on_the_cpu_would_be_seen() -> None:
     )
     assert done.stdout == f"[2.0, 2.0, 2.0] {stand_in.NAME}:0\n"
     assert done.returncode and "is on the cpu" in done.stderr
+
+
+PLACED = """
+import torch, on_device, stand_in
+from fused_ppl.testing import make_logits, make_target
+on_device.place(stand_in.NAME, collect_only=False)
+made = [make_logits((2, 3)), make_target((2,), 3), torch.ones(1), torch.rand(2, generator=torch.Generator())]
+print({str(t.device) for t in made}, torch.randn(2, requires_grad=True).is_leaf)
+"""
+
+
+@stands_in
+def test_what_a_test_makes_is_on_the_device() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", PLACED], cwd=TESTS, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.stdout == f"{{'{stand_in.NAME}:0'}} True\n", done.stderr

@@ -21,6 +21,8 @@ from fused_ppl.spec import LossSpec
 
 SLICE = 4096  # columns of a product that is converted or added in cache
 SLICE_ELEMENTS = 2**19  # of a gradient that is scaled and rounded in cache
+# a constant, which torch.compile need not trace
+CPU_HAS_BF16: bool = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -32,13 +34,16 @@ def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return dtype
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _has_bf16(kind: str) -> bool:
     if kind == "meta":  # as on the device that it stands for
         return True
     if kind != "cpu":
         return presence.widens_half_products(kind)
-    return bool(torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return CPU_HAS_BF16
+
+
+# what torch.compiler.assume_constant_result does, without the second that importing Dynamo takes
+_has_bf16._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -75,9 +75,16 @@ class Fused:
             return native(hidden)  # type: ignore[no-any-return]
         targets = self.targets.to(hidden.device).reshape(shape)
         value = self.recipe.value(module, hidden, targets, self.perplexity)
-        # it leaves through the module's output, on which wrappers hang their hooks for backward
         self.carrier = value.expand(*shape, 1)
         return self.carrier
+
+    def returned(self, output: Tensor) -> None:
+        """Takes what the head's module call has returned in the place of the carrier.
+
+        Wrappers hang their work for backward on that output: DeepSpeed's ZeRO-3 gathers the weight there.
+        """
+        if self.carrier is not None and not self.native:
+            self.carrier = output
 
     def reduce(
         self,

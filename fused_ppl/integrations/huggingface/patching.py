@@ -10,7 +10,7 @@ from torch import nn
 
 from fused_ppl import Options
 from fused_ppl.integrations.huggingface.check import examine
-from fused_ppl.integrations.huggingface.swap import FusedHead, FusedModel, head_of, swap, swap_back
+from fused_ppl.integrations.huggingface.swap import FusedHead, FusedModel, head_of, not_plain, swap, swap_back
 from fused_ppl.integrations.huggingface.tail import CheckError
 
 
@@ -77,7 +77,15 @@ def patch(
             swap_back(head)
         else:
             inner._fused_ppl = before
-        reason = str(error) if isinstance(error, CheckError) else f"the check on a batch of tokens failed: {error!r}"
+        if isinstance(error, CheckError):
+            reason = str(error)
+        elif getattr(inner.config, "is_encoder_decoder", False):
+            reason = (
+                "it is an encoder-decoder, and only models that predict the next of their own tokens are supported; "
+                "call fused_ppl.linear_cross_entropy on the decoder's hidden states"
+            )
+        else:
+            reason = f"the check on a batch of tokens failed: {error!r}"
         raise _refusal(inner, reason) from error
     asked = {"label_smoothing": label_smoothing, "z_loss": z_loss, "max_nll": max_nll, "options": options}
     inner._fused_ppl = replace(recipe, loss=loss, **asked)  # type: ignore[arg-type]
@@ -111,6 +119,11 @@ def _cannot(model: Any, head: Any) -> str | None:
     if not isinstance(head, FusedHead) and getattr(type(head), "forward", None) is not nn.Linear.forward:
         kind = f"{type(head).__module__}.{type(head).__qualname__}"
         return f"its head is a {kind}, not a plain torch.nn.Linear: what that computes would be left out"
+    if any(hasattr(p, "ds_id") for p in model.parameters()):
+        return "its weights are sharded by DeepSpeed's ZeRO-3; patch it before deepspeed.initialize"
+    reason = not_plain(head.weight)
+    if reason is not None:
+        return f"{reason}; keep its own loss, or dequantise the head"
     if any(t.device.type == "meta" for t in (*model.parameters(), *model.buffers())):
         return "its weights are on the meta device; patch it when they are loaded"
     if "forward" in model.__dict__ and "_old_forward" not in model.__dict__:

@@ -12,12 +12,17 @@ import inspect
 import types
 import warnings
 from collections.abc import Iterator
+from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fused_ppl.integrations.huggingface.calls import Fused, Recipe
+
+# the calls that this thread is in: (model, head, call), the innermost last
+_CALLS: ContextVar[tuple[tuple[Any, Any, Any], ...]] = ContextVar("fused_ppl_calls", default=())
 
 
 class FusedHead:
@@ -27,7 +32,7 @@ class FusedHead:
     _fused_ppl_instance_forward: Any = None
 
     def _fused_ppl_forward(self, native: Any, input: Tensor) -> Tensor:
-        call = self._fused_ppl_call
+        call = call_of(self)
         return native(input) if call is None else call.head(self, input, native)  # type: ignore[no-any-return]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -45,7 +50,7 @@ class FusedModel:
     def _fused_ppl_forward(self, native: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         skip_logits = kwargs.pop("skip_logits", None)
         recipe = self._fused_ppl
-        if recipe is None or self._fused_ppl_call is not None:  # the check has a call in charge
+        if recipe is None or call_of(self) is not None:  # the check has a call in charge
             return native(*args, **kwargs)
         labels = kwargs.get("labels")
         if labels is None and len(args) > recipe.labels_at:
@@ -56,6 +61,10 @@ class FusedModel:
         head = head_of(self)
         if not isinstance(head, FusedHead):
             self._fused_ppl_warn(f"its head is another module now ({type(head).__name__})")
+            return native(*args, **kwargs)
+        reason = not_plain(head.weight)  # type: ignore[attr-defined]
+        if reason is not None:
+            self._fused_ppl_warn(reason)
             return native(*args, **kwargs)
         if not self.training:  # type: ignore[attr-defined]
             recipe = replace(recipe, label_smoothing=0.0, z_loss=0.0)
@@ -88,7 +97,7 @@ class FusedModel:
 
     @property
     def loss_function(self) -> Any:
-        native, call = super().loss_function, self._fused_ppl_call  # type: ignore[misc]
+        native, call = super().loss_function, call_of(self)  # type: ignore[misc]
         return native if call is None else functools.partial(call.reduce, native)
 
     @loss_function.setter
@@ -111,13 +120,48 @@ def head_of(model: Any) -> Any:
     return head.original_module if head.disable_adapters or len(active) != 1 else saved[active[0]]
 
 
+def not_plain(weight: Any) -> str | None:
+    """Why a head's weight cannot take part in a fused loss, which reads its numbers; half a sentence."""
+    if type(weight) not in (Tensor, torch.nn.Parameter) and not hasattr(weight, "device_mesh"):
+        return f"the weight of its head is a {type(weight).__name__}, whose numbers only its own products know"
+    if not weight.dtype.is_floating_point:
+        return f"the weight of its head is quantised, packed as {weight.dtype}"
+    return None
+
+
+def call_of(module: Any) -> Any:
+    """The call that is in charge of a model or a head in this thread, or None."""
+    if not torch.compiler.is_compiling():
+        for model, head, call in reversed(_CALLS.get()):
+            if module is model or module is head:
+                return call
+    return module._fused_ppl_call  # where it is traced: a compiled forward runs in the thread that traces it
+
+
 @contextlib.contextmanager
 def in_charge(model: Any, head: Any, call: Any) -> Iterator[None]:
-    model._fused_ppl_call = head._fused_ppl_call = call
+    """Puts a call in charge of a model and its head, for this thread alone."""
+    if torch.compiler.is_compiling():  # which traces attributes, and neither context variables nor new hooks
+        model._fused_ppl_call = head._fused_ppl_call = call
+        try:
+            yield
+        finally:
+            model._fused_ppl_call = head._fused_ppl_call = None
+        return
+    token = _CALLS.set((*_CALLS.get(), (model, head, call)))
+    # the last of the hooks: it sees what those of wrappers have made of the output
+    hook = head.register_forward_hook(functools.partial(_returned, call)) if isinstance(call, Fused) else None
     try:
         yield
     finally:
-        model._fused_ppl_call = head._fused_ppl_call = None
+        _CALLS.reset(token)
+        if hook is not None:
+            hook.remove()
+
+
+def _returned(call: Fused, head: Any, args: Any, output: Any) -> None:
+    if call_of(head) is call:
+        call.returned(output)
 
 
 @functools.cache
