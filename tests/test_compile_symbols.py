@@ -9,12 +9,12 @@ import torch._dynamo.utils
 from torch.testing import assert_close
 
 from fused_ppl import (
+    checks,
     cross_entropy,
     linear_cross_entropy,
     linear_perplexity,
     next_token_targets,
     perplexity,
-    transforms,
 )
 from fused_ppl.testing import make_logits, make_target
 
@@ -28,7 +28,7 @@ def _nothing_compiled_before():
 
 
 KNOWN = pytest.mark.skipif(
-    not transforms.TRACES_KNOWN, reason="before torch 2.8 Dynamo does not trace the question of what is known"
+    not checks.TRACES_KNOWN, reason="before torch 2.8 Dynamo does not trace the question of what is known"
 )
 
 
