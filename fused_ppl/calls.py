@@ -212,6 +212,4 @@ def _scalar(value: float | Tensor, input: Tensor) -> Tensor:
     """A number on the device of the input, without waiting for it."""
     if isinstance(value, Tensor):
         return value.detach().reshape(()).to(input.device, non_blocking=True)
-    if torch.compiler.is_compiling() and isinstance(value, float):  # a product takes a number that changes, `full` not
-        return torch.ones((), dtype=sum_dtype(input.device), device=input.device) * value
     return torch.full((), float(value), dtype=sum_dtype(input.device), device=input.device)

@@ -13,8 +13,6 @@ from torch import Tensor
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 SCREENS = ("int8", "fp8", "bf16")
 INDEX_DTYPES = (torch.int64, torch.int32)
-# before, Dynamo does not trace the question of what is known of a symbol
-TRACES_KNOWN = tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 8)
 
 
 def debug() -> bool:
@@ -122,20 +120,6 @@ def check_float_input(name: str, value: object) -> None:
         )
 
 
-def differ(got: Sequence[int], wanted: Sequence[int]) -> bool:
-    """Whether shapes differ. Sizes of which torch.compile knows nothing (`mark_unbacked`) are taken to be the same, and
-    checked when the graph runs."""
-    if not torch.compiler.is_compiling() or not TRACES_KNOWN:
-        return tuple(got) != tuple(wanted)
-    from torch.fx.experimental.symbolic_shapes import statically_known_true  # no sooner: it imports sympy
-
-    if len(got) != len(wanted) or any(statically_known_true(a != b) for a, b in zip(got, wanted, strict=True)):
-        return True
-    for a, b in zip(got, wanted, strict=True):
-        torch._check(a == b)
-    return False
-
-
 def check_target(target: object, shape: Sequence[int], input: Tensor) -> None:
     """Class indices of the given shape on the device of the input."""
     check_tensor("target", target)
@@ -147,7 +131,7 @@ def check_target(target: object, shape: Sequence[int], input: Tensor) -> None:
         )
     if target.dtype not in INDEX_DTYPES:
         raise TypeError(f"target must be int64 or int32; got {target.dtype}. Convert it with .long().")
-    if differ(target.shape, shape):
+    if tuple(target.shape) != tuple(shape):
         raise ValueError(
             f"target must have shape {tuple(shape)} to match input of shape {tuple(input.shape)}; "
             f"got {tuple(target.shape)}. For logits of shape (B, T, V) pass class_dim=-1."
@@ -170,7 +154,7 @@ def check_constant(name: str, value: object, shape: Sequence[int], what: str, in
     assert isinstance(value, Tensor)
     if not value.dtype.is_floating_point:
         raise TypeError(f"{name} must be a floating-point tensor; got {value.dtype}. Convert it with .float().")
-    if differ(value.shape, shape):
+    if tuple(value.shape) != tuple(shape):
         raise ValueError(f"{name} must have shape {tuple(shape)}, {what}; got {tuple(value.shape)}.")
     check_device(name, value, input)
     check_no_grad(name, value)

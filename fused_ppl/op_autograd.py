@@ -20,7 +20,7 @@ from fused_ppl.autograd import LinearLoss, LogitsLoss
 from fused_ppl.engines import LIBRARY, flops
 
 _OPS = torch.ops.fused_ppl
-_SPEC = 9  # fields in the schema
+_SPEC = 8  # fields in the schema
 
 
 def _logits_inputs(args: tuple[Any, ...], needed: tuple[bool, ...]) -> tuple[Any, ...]:

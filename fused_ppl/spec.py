@@ -6,7 +6,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,12 +47,7 @@ class LossSpec:
 
     @classmethod
     def of(cls, *args: object, **keywords: bool) -> LossSpec:
-        """The same object for the same arguments: to validate them takes as long as an operation of a small loss.
-
-        Also from what `op_args` gave.
-        """
-        if len(args) == _OP_ARGS:
-            args = args[:-1] if args[-1] is None else _with_numbers(args)
+        """The same object for the same arguments: to validate them takes as long as an operation of a small loss."""
         if torch.compiler.is_compiling():  # which would trace the cache
             return cls(*args, **keywords)  # type: ignore[arg-type]
         try:
@@ -60,48 +55,25 @@ class LossSpec:
         except TypeError:  # something that has no hash, which its own check has better words for
             return cls(*args, **keywords)  # type: ignore[arg-type]
 
-    def op_args(self) -> tuple[Any, ...]:
-        """The fields in order, as the schema of the opaque ops spells them (`SPEC_SCHEMA`).
-
-        Last come the numbers that are another in every call of a compiled graph. An op takes no symbol for a float, and
-        each would be a graph of its own: as a tensor it is not. In their places stand numbers of the same kind.
-        """
-        fields = (self.reduction, self.ignore_index, *self._floats(), self.stats)
-        if not checks.TRACES_KNOWN or not torch.compiler.is_compiling() or not any(_changes(f) for f in self._floats()):
-            return *fields, None
-        one = torch.ones((), dtype=torch.float64, device="cpu")
-        numbers = torch.stack([one * (f if f is not None and _changes(f) else float("nan")) for f in self._floats()])
-        floats = [0.5 if _changes(f) else f for f in self._floats()]
-        return self.reduction, self.ignore_index, *floats, self.stats, numbers
-
-    def _floats(self) -> tuple[float | None, ...]:
-        return self.label_smoothing, self.logit_scale, self.softcap, self.z_loss, self.max_nll
+    def op_args(self) -> tuple[str, int | None, float, float, float | None, float, float | None, bool]:
+        """The fields in order, as the schema of the opaque ops spells them (`SPEC_SCHEMA`)."""
+        return (
+            self.reduction,
+            self.ignore_index,
+            self.label_smoothing,
+            self.logit_scale,
+            self.softcap,
+            self.z_loss,
+            self.max_nll,
+            self.stats,
+        )
 
 
-def _changes(value: float | None) -> bool:
-    """Whether torch.compile traces a symbol here: of a number it would know what this asks."""
-    from torch.fx.experimental.symbolic_shapes import statically_known_true  # no sooner: it imports sympy
-
-    return isinstance(value, float) and not statically_known_true(value != _NO_NUMBER)
-
-
-def _with_numbers(args: tuple[Any, ...]) -> tuple[object, ...]:
-    """The fields, with the numbers that are in a tensor: on a CPU, so that nobody waits. One that has become 0 is
-    nearly 0, because that it is more has been promised to the graph."""
-    fields = list(args[:-1])
-    for i, number in enumerate(args[-1].tolist(), 2):
-        if number == number:
-            fields[i] = max(number, 1e-300)
-    return tuple(fields)
-
-
-_OP_ARGS = 9
-_NO_NUMBER = 0.12345678901234567  # that nobody gives
 _made = functools.lru_cache(typed=True)(LossSpec)  # typed: True is no number here, and equals 1
 
 SPEC_SCHEMA = (
     "str reduction, int? ignore_index, float label_smoothing, float logit_scale, "
-    "float? softcap, float z_loss, float? max_nll, bool stats, Tensor? numbers"
+    "float? softcap, float z_loss, float? max_nll, bool stats"
 )
 
 

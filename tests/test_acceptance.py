@@ -61,7 +61,8 @@ def test_a_dry_run_runs_every_step_and_keeps_no_result(dry_run):
     assert "DRY RUN, NOT MEASURED: made gpu_no_gpu_dry_run.json, gpu_no_gpu_dry_run.md" in done.stdout and not kept
     lines = done.stdout.splitlines()
     steps = [line for line in acceptance("--dry-run", "--list").stdout.splitlines() if line.startswith("  ")]
-    assert sum(line.startswith(("ok ", "skipped ")) for line in lines) == len(steps) > 100
+    # a peer may fail in the interpreter, and is told so; none of ours may
+    assert sum(line.startswith(("ok ", "skipped ", "failed ")) for line in lines) == len(steps) > 100
     assert "0 of them ours; 0 did not fit" in done.stdout
 
 

@@ -77,8 +77,8 @@ class Known(NamedTuple):
 
 @without_autocast
 def _forward(*args):  # type: ignore[no-untyped-def]
-    target, spec, dtype = args[3], LossSpec.of(*args[6:15]), args[16]
-    head, walk, gradients = _over_rows(args[:6], spec, args[15:-1], args[-1], None, None)  # type: ignore[no-untyped-call]
+    target, spec, dtype = args[3], LossSpec.of(*args[6:14]), args[15]
+    head, walk, gradients = _over_rows(args[:6], spec, args[14:-1], args[-1], None, None)  # type: ignore[no-untyped-call]
     rows = all_tokens(head, walk.parts, spec, target.numel(), dtype)
     sums = reduction.stack_sums(rows, spec, target.shape)
     return sums, *tokens_of(rows, target.shape), *gradients, walk.residual(), walk.mean_loss_error(rows.weight)
@@ -86,8 +86,8 @@ def _forward(*args):  # type: ignore[no-untyped-def]
 
 @without_autocast
 def _shard(*args):  # type: ignore[no-untyped-def]
-    spec = LossSpec.of(*args[8:17])
-    _, walk, gradients = _over_rows(args[:6], spec, args[17:-2], None, args[6:8], args[-2:])  # type: ignore[no-untyped-call]
+    spec = LossSpec.of(*args[8:16])
+    _, walk, gradients = _over_rows(args[:6], spec, args[16:-2], None, args[6:8], args[-2:])  # type: ignore[no-untyped-call]
     return *gradients, walk.residual()
 
 
@@ -326,7 +326,7 @@ class _Walk:
 
 
 def _fake(hidden, linear_weight, linear_bias, target, weight, token_weight, *rest):  # type: ignore[no-untyped-def]
-    reduction_, z_loss, stats, dtype, grads = rest[0], rest[5], rest[7], rest[10], rest[11]
+    reduction_, z_loss, stats, dtype, grads = rest[0], rest[5], rest[7], rest[9], rest[10]
     tokens = reduction.empty_results(hidden, target, wide_dtype(dtype), reduction_, stats)[5:]
     sums = reduction.empty_sums(hidden, target, reduction_, z_loss)
     errors = (hidden.new_empty((), dtype=torch.float32) for _ in range(2))
@@ -334,7 +334,7 @@ def _fake(hidden, linear_weight, linear_bias, target, weight, token_weight, *res
 
 
 def _shard_fake(hidden, linear_weight, *rest):  # type: ignore[no-untyped-def]
-    dtype, grads = rest[16], rest[17]
+    dtype, grads = rest[15], rest[16]
     return *made_fake(hidden, linear_weight, dtype, grads), hidden.new_empty((), dtype=torch.float32)
 
 
