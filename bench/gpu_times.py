@@ -311,6 +311,8 @@ HEADS: dict[str, tuple[dict[str, Any], str]] = {
 
 def _head_plan(card: Card | StandIn, sizes: Sizes, name: str) -> Found:
     keywords, kind = HEADS[name]
+    if card.stand_in and keywords.get("screen") == "fp8":
+        raise Skipped("products in fp8 need a GPU")
     backend = head_options().backend
     options = Options(backend=backend, **keywords)
     case = head_case(card, sizes, group="plans", kind="rows" if kind == "compact" else kind)

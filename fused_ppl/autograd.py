@@ -42,9 +42,8 @@ def run(function: type[torch.autograd.Function], *args: Any) -> tuple[Tensor, ..
 
 
 def _exporting() -> bool:
-    """Whether torch.export traces; no torch before 2.7 says."""
-    asked = getattr(torch.compiler, "is_exporting", None)
-    return asked is not None and asked()
+    """True if torch.export traces. This reads the flag: before torch 2.13, `is_exporting()` is True for Dynamo."""
+    return bool(getattr(torch.compiler, "_is_exporting_flag", False))
 
 
 @functools.cache

@@ -88,6 +88,11 @@ def check_screen(screen: str | None, dtype: torch.dtype, device_type: str, shape
         raise NotImplementedError(
             f"a screen computes in at most float32, and float64 asks for more; got screen={screen!r}. Leave it out."
         )
+    if screen == "fp8" and device_type != "cuda":
+        raise NotImplementedError(
+            f"products in fp8 need a GPU; got screen='fp8' on {device_type}. Use screen='bf16', or 'int8' on a CPU "
+            "that has no fast bf16 products."
+        )
     multiple = {"int8": 8, "fp8": 16}.get(screen, 1)
     if device_type == "cuda" and any(size % multiple for size in shape):
         raise NotImplementedError(

@@ -100,7 +100,7 @@ class Options:
         gradient_columns: in the place of a tolerance, the number of columns that are kept exactly in each group of
             rows (never less than its rows), or their share of the vocabulary (below 1).
         screen: with either of them: the logits are computed in "int8", "fp8" or "bf16", and again in full where they
-            matter. Then the loss is approximate too; `LossOutput.loss_error` says how far.
+            matter ("fp8" on a GPU only). Then the loss is approximate too; `LossOutput.loss_error` says how far.
 
     Example:
         >>> import torch, fused_ppl

@@ -227,6 +227,14 @@ ERRORS = [
         "50257",
         "Pad the head",
     ),
+    (
+        "check_screen",
+        lambda: checks.check_screen("fp8", torch.float32, "cpu", (16, 16), 0),
+        NotImplementedError,
+        "need a GPU",
+        "cpu",
+        "screen='bf16'",
+    ),
     ("check_compact", lambda: Options(gradient_columns=float("inf")), ValueError, "finite count", "inf", "an eighth"),
     (
         "check_screen",
