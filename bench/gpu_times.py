@@ -24,6 +24,7 @@ from torch import Tensor
 
 import fused_ppl
 from fused_ppl import Options, backends, plan
+from fused_ppl.records import Normalizers, RowUpstream, TokenInputs
 from fused_ppl.spec import LossSpec
 
 KERNEL_PASSES = {"nll_forward": 1, "nll_backward": 2, "nll_forward_backward": 2}  # over N * V; reads and writes
@@ -185,15 +186,17 @@ def _kernel(card: Card | StandIn, name: str, n: int, v: int) -> Found:
     logits = fill_logits(torch.empty(n, v, dtype=torch.bfloat16, device=card.device), target, 0)
     backend, spec, rows, out = backends.load("triton"), LossSpec(), logits.unsqueeze(0), logits.clone()
     at_target = logits.gather(1, target.clamp(min=0).unsqueeze(1)).squeeze(1).float()
-    stats, totals = backend.nll_forward(rows, target, spec, None, None, None, None)
-    of_s = totals.perplexity_factor.float().expand(len(target))
-    saved = (rows, target, stats.lse, stats.nll, of_s, None, spec, None, None)
+    tokens, budget = TokenInputs(target, None, None), {"memory_budget": None}
+    forward = functools.partial(backend.nll_forward, rows, tokens, spec, num_items=None, keep_lse=True, **budget)
+    stats, totals = forward()
+    upstream = RowUpstream(totals.perplexity_factor.float().expand(len(target)), None)
+    known = {"normalizers": Normalizers(stats.lse, stats.nll), "upstream": upstream}
     runs = {
-        "nll_forward": lambda: backend.nll_forward(rows, target, spec, None, None, None, None),
-        "nll_backward": lambda: backend.nll_backward(*saved, torch.empty_like(rows), None),
+        "nll_forward": forward,
+        "nll_backward": lambda: backend.nll_backward(rows, tokens, spec, out=torch.empty_like(rows), **known, **budget),
         # over its own result: its time does not depend on what the logits are
         "nll_forward_backward": lambda: backend.nll_forward_backward(
-            out, at_target, target, spec, None, None, 1.0, None
+            out, tokens, spec, target_logit=at_target, upstream=1.0, **budget
         ),
     }
     times = card.milliseconds(runs[name])

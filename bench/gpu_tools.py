@@ -96,10 +96,11 @@ def call(tried: Tried, device: str) -> functools.partial[object]:
     """A forward with this configuration in the place of the one that launch.py chooses."""
     from fused_ppl.backends import triton_rows
     from fused_ppl.kernels import launch
+    from fused_ppl.records import TokenInputs
     from fused_ppl.spec import LossSpec
 
     logits = torch.randn(tried.n, tried.v, device=device).to(tried.dtype)
-    target = torch.zeros(tried.n, dtype=torch.long, device=device)
+    tokens = TokenInputs(torch.zeros(tried.n, dtype=torch.long, device=device), None, None)
     threads = tried.num_warps * 32
     tiles = tried.v // (tried.vectors * threads * (16 // tried.dtype.itemsize)) + 1
     per_slice = -(-tiles // tried.slices)
@@ -108,7 +109,7 @@ def call(tried: Tried, device: str) -> functools.partial[object]:
     def forward() -> object:
         chosen, triton_rows._config = triton_rows._config, lambda *args, **kwargs: config
         try:
-            return triton_rows.nll_forward(logits, target, LossSpec(), None, None, None, None)
+            return triton_rows.nll_forward(logits, tokens, LossSpec(), num_items=None, memory_budget=None)
         finally:
             triton_rows._config = chosen
 

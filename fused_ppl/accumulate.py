@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fused_ppl import checks, parallel, reduction
+from fused_ppl import checks, groups, reduction
 from fused_ppl.spec import LossOutput, LossSpec
 
 if TYPE_CHECKING:
-    from fused_ppl.parallel import Group
+    from fused_ppl.groups import Group
 
 
 class PerplexityAccumulator:
@@ -63,7 +63,7 @@ class PerplexityAccumulator:
         self.expected_items = expected_items
         self._spec = LossSpec(max_nll=max_nll)
         self._alone = group is None
-        self._group = parallel.token_group(group, "mean")
+        self._group = groups.token_group(group, "mean")
         self._reset()
 
     def _reset(self) -> None:
@@ -79,9 +79,10 @@ class PerplexityAccumulator:
                 they have neither; nor that a reentrant checkpoint calls `add` twice: keep `add` outside of it.
         """
         checks.check_sum_output(output)
-        shards = getattr(output.loss.grad_fn, "groups", None)  # ranks that hold them have the same tokens
+        request = getattr(output.loss.grad_fn, "request", None)
+        shards = None if request is None else request.groups  # ranks that hold them have the same tokens
         if self._alone and not (shards and shards.vocab):
-            parallel.warn_without_group("mean", None, None, output.loss)
+            groups.warn_without_group("mean", None, None, output.loss)
         with torch.no_grad():
             self._sums += torch.stack((output.loss.to(self._sums), output.total_weight.to(self._sums)))
         return output.loss if self.expected_items == 1 else output.loss / self.expected_items
@@ -95,9 +96,9 @@ class PerplexityAccumulator:
         """
         sums, group = self._sums, self._group
         if group is not None:
-            sums = parallel.reduce(sums, "sum", group.tokens)
+            sums = groups.all_reduce(sums, "sum", group.tokens)
         s, m = sums.unbind()
-        totals = reduction.finish(s, m, None, self._spec, None, sums.dtype)
+        totals = reduction.finish(reduction.Sums(s, m, None), self._spec, num_items=None, dtype=sums.dtype)
         ranks = 1 if group is None else group.ranks
         _scale(
             [p.grad for p in self.parameters if p.grad is not None],

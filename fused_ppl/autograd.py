@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The autograd.Functions around the opaque ops: what is saved, what is differentiable, what raises. No loop.
+"""The autograd.Functions around a loss: what is saved, what is differentiable, what raises. No loop, no op.
 
+A Function takes the request, and then each tensor of the inputs, because autograd looks at nothing inside a record.
 `once_differentiable` is not used: it is silent when the upstream gradient is a constant, as that of a mean is.
 """
 
@@ -12,33 +13,47 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import fused_ppl.engines.linear_compact
-import fused_ppl.engines.linear_vocab
-import fused_ppl.engines.totals
-import fused_ppl.engines.vocab_parallel  # noqa: F401  (they register their ops)
-from fused_ppl import parallel, transform_checks
-from fused_ppl.engines import flops, linear_rows
-from fused_ppl.engines import logits as logits_engine
+from fused_ppl import loss, transform_checks
+from fused_ppl.engines import flops
+from fused_ppl.engines.logits import Saved
+from fused_ppl.engines.ops import flatten, reader
+from fused_ppl.records import (
+    HeadInputs,
+    HeadRequest,
+    HeadResults,
+    LogitsInputs,
+    LogitsRequest,
+    LossResults,
+    Normalizers,
+    Unscaled,
+    Upstream,
+)
 
-_OPS = torch.ops.fused_ppl
+_read_head_results = reader(HeadResults)
 
 
-def run(function: type[torch.autograd.Function], *args: Any) -> tuple[Tensor, ...]:
-    """`function.apply`, or its forward alone where nothing records a gradient.
+def logits_loss(inputs: LogitsInputs, request: LogitsRequest) -> LossResults:
+    return LossResults(*_run(LogitsLoss, request, inputs))
 
-    Dynamo would take a forward of one variadic parameter for one that wants a ctx.
-    """
+
+def head_loss(inputs: HeadInputs, request: HeadRequest) -> HeadResults:
+    results: HeadResults = _read_head_results(iter(_run(HeadLoss, request, inputs)))
+    return results
+
+
+def _run(function: Any, request: LogitsRequest | HeadRequest, inputs: LogitsInputs | HeadInputs) -> tuple[Any, ...]:
+    """`function.apply`, or its forward alone where nothing records a gradient."""
     compiling, transformed = torch.compiler.is_compiling(), torch._C._are_functorch_transforms_active()
     if compiling and (transformed or _exporting()):
         # the autograd of the ops is the one that stays: Dynamo takes a Function apart, and may lose what it has left
-        return function.forward(*args)  # type: ignore[no-any-return]
+        return function.forward(request, *inputs)  # type: ignore[no-any-return]
     if not compiling and torch._C._len_torch_dispatch_stack():
         flops.register()
     if not compiling and (transformed or torch.autograd.forward_ad._current_level >= 0):
-        return _transformed(function).apply(*args)  # type: ignore[no-any-return]
-    if not torch.is_grad_enabled() or not any(isinstance(a, Tensor) and a.requires_grad for a in args):
-        return function.forward(*args)  # type: ignore[no-any-return]
-    return (function if compiling else _eager(function)).apply(*args)  # type: ignore[no-any-return]
+        return _transformed(function).apply(request, *inputs)  # type: ignore[no-any-return]
+    if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in inputs):
+        return function.forward(request, *inputs)  # type: ignore[no-any-return]
+    return (function if compiling else _eager(function)).apply(request, *inputs)  # type: ignore[no-any-return]
 
 
 def _exporting() -> bool:
@@ -47,177 +62,137 @@ def _exporting() -> bool:
 
 
 @functools.cache
-def _eager(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
+def _eager(function: Any) -> Any:
     """The same without the form that torch.func and Dynamo want, which takes longer to apply than a small loss."""
 
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
-        output = function.forward(*args)
+    def forward(ctx: Any, *args: Any) -> tuple[Any, ...]:
+        output: tuple[Any, ...] = function.forward(*args)
         function.setup_context(ctx, args, output)
-        return output  # type: ignore[no-any-return]
+        return output
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(function.backward)}
-    return type(torch.autograd.Function)(function.__name__, (torch.autograd.Function,), methods)  # type: ignore[misc, no-any-return]
+    return new_function(function.__name__, torch.autograd.Function, methods)
 
 
 @functools.cache
-def _transformed(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
+def _transformed(function: Any) -> Any:
     """The same for transforms of torch.func, which asks it for more; Dynamo takes none that has a `jvp`."""
     methods = {"jvp": staticmethod(transform_checks.fail_jvp), "vmap": staticmethod(transform_checks.fail_vmap)}
-    return type(torch.autograd.Function)(function.__name__, (function,), methods)  # type: ignore[misc, no-any-return]
+    return new_function(function.__name__, function, methods)
+
+
+def new_function(name: str, base: Any, methods: dict[str, Any]) -> Any:
+    """A subclass of an autograd.Function."""
+    metaclass: Any = type(torch.autograd.Function)
+    return metaclass(name, (base,), methods)
+
+
+def _gradients(inputs: Any, **given: Tensor | None) -> tuple[Tensor | None, ...]:
+    """What backward returns: None for the request, and a gradient or None for each tensor of the inputs."""
+    return (None, *(given.get(name) for name in inputs._fields))
+
+
+def _batched(*upstream: Tensor | None) -> bool:
+    """True if upstream gradients are a batch, by is_grads_batched. torch.func does not call that a transform."""
+    functorch: Any = torch._C._functorch
+    return not torch.compiler.is_compiling() and any(
+        g is not None and (functorch.is_batchedtensor(g) or functorch.is_legacy_batchedtensor(g)) for g in upstream
+    )
+
+
+class LogitsLoss(torch.autograd.Function):
+    """`loss.logits_loss` with its gradient. The fields of `LossResults` are the outputs."""
+
+    @staticmethod
+    def forward(request: LogitsRequest, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        return tuple(loss.logits_loss(LogitsInputs(*tensors), request))  # type: ignore[arg-type]  # from `_run`
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        ctx.request, *tensors = inputs
+        given, results = LogitsInputs(*tensors), LossResults(*output)
+        ctx.set_materialize_grads(False)
+        _, _, *detached = output
+        ctx.mark_non_differentiable(*(t for t in detached if t is not None))
+        saved = Saved(given.logits, given.target, given.weight, given.token_weight, results.lse, results.nll)
+        ctx.save_for_backward(results.loss_factor, results.perplexity_factor, *saved)
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor | None, grad_perplexity: Tensor | None, *_: None) -> Any:
+        if grad_loss is None and grad_perplexity is None:
+            return _gradients(LogitsInputs)
+        loss_factor, perplexity_factor, *tensors = ctx.saved_tensors
+        saved, upstream = Saved(*tensors), Upstream(loss_factor, perplexity_factor, grad_loss, grad_perplexity)
+        batched = _batched(grad_loss, grad_perplexity)
+        if batched and ctx.request.inplace_backward:
+            transform_checks.fail_batched_inplace()
+        if not torch.is_grad_enabled():
+            return _gradients(LogitsInputs, logits=loss.logits_gradient(saved, upstream, ctx.request, batched=batched))
+        with torch.no_grad():
+            gradient = loss.logits_gradient(saved, upstream, ctx.request, batched=batched)
+        return _gradients(LogitsInputs, logits=_first_order(gradient, grad_loss, grad_perplexity, saved.logits))
+
+
+class HeadLoss(torch.autograd.Function):
+    """`loss.head_loss` with its gradient. The fields of `HeadResults` are the outputs.
+
+    Plans "rows" and "compact" save unscaled gradients and multiply them in backward; "vocab" saves lse and computes
+    them there.
+    """
+
+    @staticmethod
+    def forward(request: HeadRequest, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        return tuple(flatten(loss.head_loss(HeadInputs(*tensors), request)))  # type: ignore[arg-type]  # from `_run`
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        ctx.request, *tensors = inputs
+        given, results = HeadInputs(*tensors), _read_head_results(iter(output))
+        ctx.set_materialize_grads(False)
+        _, _, *detached = output
+        ctx.mark_non_differentiable(*(t for t in detached if t is not None))
+        losses = results.losses
+        scalars = (losses.loss_factor, losses.perplexity_factor, losses.lse, losses.nll)
+        # not num_items: its owner may change it before backward
+        kept = (given.hidden, given.linear_weight, given.linear_bias, given.target, given.weight, given.token_weight)
+        ctx.save_for_backward(*scalars, *results.unscaled, *kept, None)
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor | None, grad_perplexity: Tensor | None, *_: None) -> Any:
+        if grad_loss is None and grad_perplexity is None:
+            return _gradients(HeadInputs)
+        request: HeadRequest = ctx.request
+        loss_factor, perplexity_factor, lse, nll, hidden, linear_weight, linear_bias, *tensors = ctx.saved_tensors
+        inputs, unscaled = HeadInputs(*tensors), Unscaled(hidden, linear_weight, linear_bias)
+        upstream = Upstream(loss_factor, perplexity_factor, grad_loss, grad_perplexity)
+        with torch.no_grad():
+            last = not torch.compiler.is_compiling() and not _kept() and not _batched(grad_loss, grad_perplexity)
+            last = last and _unhooked(*unscaled)
+            known = Normalizers(lse, nll), unscaled
+            made = loss.head_gradients(inputs, known, upstream, request, last=last)
+        gradients: list[Any] = [g if n else None for g, n in zip(made, request.execution.grads, strict=True)]
+        if torch.is_grad_enabled():
+            parents = (grad_loss, grad_perplexity, inputs.hidden, inputs.linear_weight, inputs.linear_bias)
+            gradients = [None if g is None else _first_order(g, *parents) for g in gradients]
+        return _gradients(HeadInputs, **dict(zip(Unscaled._fields, gradients, strict=True)))
 
 
 def _kept() -> bool:
-    """Whether the graph of the backward that is under way is kept for another one; if in doubt, it is."""
+    """True if the graph of the backward that is under way is kept for another one; if in doubt, it is."""
     kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     return kept is None or bool(kept())
 
 
 def _unhooked(*saved: Any) -> bool:
-    """Whether no hook on saved tensors has seen one of these: else the graph holds what its hook has made of it, and
-    not the tensor itself beside us."""
+    """True if no hook on saved tensors has seen one of these.
+
+    With a hook the graph holds what the hook has made of a tensor, and not the tensor itself beside us.
+    """
     return bool(min([tensor._use_count() for tensor in saved]) > 1)
 
 
-def _untraced(tensor: Tensor) -> bool:
-    """Whether an op may be left out for what it does: nothing traces, counts or fakes what is dispatched,
-    and there is something to compute."""
-    return (
-        not torch.compiler.is_compiling()
-        and type(tensor) in (Tensor, torch.nn.Parameter)
-        and not tensor.is_meta
-        and torch._C._len_torch_dispatch_stack() == 0
-        and not torch._C._are_functorch_transforms_active()
-    )
-
-
-def _unwatched(tensor: Tensor) -> bool:
-    """The same, and no profiler would miss the name of the op."""
-    return _untraced(tensor) and not torch._C._autograd._profiler_enabled()
-
-
-class LogitsLoss(torch.autograd.Function):
-    """(loss, perplexity, total_weight, loss_factor, perplexity_factor, nll, lse, entropy, predicted) from logits."""
-
-    # (logits, target, weight, token_weight, num_items, spec, backend, memory_budget, inplace_backward, groups), as one
-    # parameter: Function.apply inspects the signature at every call, which costs as much as a small loss
-    @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, ...]:
-        *tensors, spec, backend, memory_budget, _, groups = args
-        if groups is not None:
-            return parallel.logits_forward(tensors, spec, backend, memory_budget, groups)
-        op: Any = logits_engine.forward if _unwatched(tensors[0]) else _OPS.logits_forward
-        return tuple(op(*tensors, *spec, backend, memory_budget))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        logits, target, weight, token_weight, _, ctx.spec, ctx.backend, ctx.memory_budget, ctx.inplace, ctx.groups = (
-            inputs
-        )
-        loss_factor, perplexity_factor, nll, lse = output[3:7]
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*(t for t in output[2:] if t is not None))
-        ctx.save_for_backward(logits, target, weight, token_weight, lse, nll, loss_factor, perplexity_factor)
-
-    @staticmethod
-    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        grad_loss, grad_perplexity = upstream[:2]
-        if grad_loss is None and grad_perplexity is None:
-            return (None,) * 10
-        saved = ctx.saved_tensors
-        logits = saved[0]
-        args = (*saved, grad_loss, grad_perplexity, *ctx.spec, ctx.backend, ctx.memory_budget)
-        if not torch.is_grad_enabled():
-            return (_logits_gradient(ctx.inplace, ctx.groups, args), *(None,) * 9)
-        with torch.no_grad():
-            gradient = _logits_gradient(ctx.inplace, ctx.groups, args)
-        return (_FirstOrderOnly.apply(gradient, grad_loss, grad_perplexity, logits), *(None,) * 9)  # type: ignore[no-untyped-call]
-
-
-def _batched(*upstream: Tensor | None) -> bool:
-    """Whether there is a batch of upstream gradients: is_grads_batched, which is no transform to those who ask."""
-    functorch: Any = torch._C._functorch
-    return any(
-        g is not None and (functorch.is_batchedtensor(g) or functorch.is_legacy_batchedtensor(g)) for g in upstream
-    )
-
-
-def _logits_gradient(inplace: bool, groups: parallel.Groups | None, args: tuple[Any, ...]) -> Tensor:
-    batched = not torch.compiler.is_compiling() and _batched(*args[8:10])
-    op: Any = logits_engine.backward if _unwatched(args[0]) and not batched else _OPS.logits_backward
-    op_ = _OPS.logits_backward_
-    if groups is not None and groups.vocab:
-        op, op_ = _OPS.shard_logits_backward, _OPS.shard_logits_backward_
-        args = (*args, groups.first, groups.num_classes)
-    if inplace:
-        if batched:
-            transform_checks.fail_batched_inplace()
-        op_(*args)
-        return args[0].detach()  # type: ignore[no-any-return]  # the logits themselves would bring their graph along
-    return op(*args)  # type: ignore[no-any-return]
-
-
-class LinearLoss(torch.autograd.Function):
-    """The nine results of `LogitsLoss`, then the unscaled gradients, from hidden states and the weight of the head.
-
-    Plans "rows" and "compact" save unscaled gradients and multiply them in backward; "vocab" saves lse and computes
-    them there. "compact" has two results more, `residual` and `loss_error` of `LossOutput`.
-    """
-
-    # (hidden, linear_weight, linear_bias, target, weight, token_weight, num_items, spec, kind, grads, dtype, backend,
-    # memory_budget, groups, (gradient_tolerance, gradient_columns, screen))
-    @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, ...]:
-        *tensors, spec, kind, grads, dtype, backend, memory_budget, groups, compact = args
-        if kind == "compact":
-            return parallel.compact_forward(tensors, spec, (backend, dtype, grads, memory_budget, *compact), groups)
-        made = grads if kind == "rows" else (False,) * 3
-        if groups is not None:
-            return parallel.hidden_forward(tensors, spec, backend, dtype, made, memory_budget, groups)
-        op: Any = linear_rows.forward if _unwatched(tensors[0]) else _OPS.linear_forward
-        return tuple(op(*tensors, *spec, backend, dtype, made, memory_budget))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        *tensors, ctx.spec, ctx.kind, ctx.grads, ctx.dtype, ctx.backend, ctx.memory_budget, ctx.groups, _ = inputs
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*output[2:])
-        ctx.save_for_backward(*tensors[:6], *output[3:7], *output[9:12])
-
-    @staticmethod
-    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        grad_loss, grad_perplexity = upstream[:2]
-        if grad_loss is None and grad_perplexity is None:
-            return (None,) * 15
-        *inputs, loss_factor, perplexity_factor, nll, lse, dhidden, dweight, dbias = ctx.saved_tensors
-        scalars = (loss_factor, perplexity_factor, grad_loss, grad_perplexity)
-        groups = ctx.groups
-        with torch.no_grad():
-            if ctx.kind in ("rows", "compact"):
-                args = (*inputs[:4], dhidden, dweight, dbias, *scalars, ctx.spec[1], ctx.grads)
-                if (
-                    _untraced(inputs[0])
-                    and not torch.is_grad_enabled()
-                    and not _kept()
-                    and not _batched(*upstream[:2])
-                    and _unhooked(dhidden, dweight, dbias)
-                ):
-                    results = linear_rows.scale(*args, last=True)  # type: ignore[no-untyped-call]
-                else:
-                    results = _OPS.linear_scale(*args)
-            else:
-                columns = (0, inputs[1].shape[0])
-                if groups is not None and groups.vocab:
-                    columns = (groups.first, groups.num_classes)
-                how = (ctx.backend, ctx.dtype, ctx.grads, ctx.memory_budget, *columns)
-                results = _OPS.linear_vocab_backward(*inputs, lse, nll, *scalars, *ctx.spec, *how)
-            if groups is not None and groups.sum_hidden and ctx.grads[0]:
-                # each shard of the vocabulary has made its part, by whatever plan
-                results = (parallel.reduce(results[0], "sum", groups.vocab), *results[1:])
-        gradients = [r if needed else None for r, needed in zip(results, ctx.grads, strict=True)]
-        if torch.is_grad_enabled():
-            parents = (grad_loss, grad_perplexity, *inputs[:3])
-            gradients = [None if g is None else _FirstOrderOnly.apply(g, *parents) for g in gradients]  # type: ignore[no-untyped-call]
-        return (*gradients, *(None,) * 12)
+def _first_order(gradient: Tensor, *parents: Tensor | None) -> Any:
+    return _FirstOrderOnly.apply(gradient, *parents)  # type: ignore[no-untyped-call]  # torch has no annotation
 
 
 class _FirstOrderOnly(torch.autograd.Function):
@@ -233,7 +208,7 @@ class _FirstOrderOnly(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], gradient: Tensor, *parents: Tensor | None) -> Any:
-        return _FirstOrderOnly.apply(gradient, *parents), in_dims[0]  # type: ignore[no-untyped-call]
+        return _first_order(gradient, *parents), in_dims[0]
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[None, ...]:

@@ -13,11 +13,14 @@ from typing import TYPE_CHECKING, TypeGuard, TypeVar
 import torch
 from torch import Tensor
 
-from fused_ppl import parallel, rank_checks
-from fused_ppl.parallel import Groups
+from fused_ppl import rank_checks
+from fused_ppl.groups import add_shards, plain_shards
+from fused_ppl.records import Groups
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
+
+    from fused_ppl.groups import VocabGroup
 
 T = TypeVar("T", Tensor, Tensor | None)
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -29,7 +32,7 @@ def all_plain(*tensors: object) -> bool:
 
 
 def local_logits(
-    logits: Tensor, class_dim: int, vocab_group: parallel.VocabGroup | None, groups: Groups | None
+    logits: Tensor, class_dim: int, vocab_group: VocabGroup | None, groups: Groups | None
 ) -> tuple[Tensor, Groups | None]:
     """This rank's columns, and the groups with those that hold the others."""
     dim = 0 if logits.ndim == 1 else class_dim % logits.ndim
@@ -37,7 +40,7 @@ def local_logits(
         groups = _of_spec("input", logits, dim, vocab_group, groups, False)
         return logits.to_local(), groups
     if vocab_group is not None:
-        groups = parallel.plain_shards(groups, vocab_group, logits.shape[dim], False)
+        groups = plain_shards(groups, vocab_group, logits.shape[dim], False)
     return logits, groups
 
 
@@ -45,7 +48,7 @@ def local_head(
     hidden: Tensor,
     linear_weight: Tensor,
     linear_bias: Tensor | None,
-    vocab_group: parallel.VocabGroup | None,
+    vocab_group: VocabGroup | None,
     groups: Groups | None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Groups | None]:
     """Hidden states of all tokens, this rank's rows of weight and bias, and the groups with those that hold the others.
@@ -62,7 +65,7 @@ def local_head(
     else:
         rank_checks.check_same_mesh(sum_hidden)
         if vocab_group is not None:
-            groups = parallel.plain_shards(groups, vocab_group, linear_weight.shape[0], sum_hidden)
+            groups = plain_shards(groups, vocab_group, linear_weight.shape[0], sum_hidden)
     if linear_bias is not None and _is_distributed(linear_bias):
         _of_spec("linear_bias", linear_bias, 0, None, groups, False)
         linear_bias = linear_bias.to_local()
@@ -82,7 +85,7 @@ def _of_spec(
     name: str,
     tensor: DTensor,
     dim: int,
-    vocab_group: parallel.VocabGroup | None,
+    vocab_group: VocabGroup | None,
     groups: Groups | None,
     sum_hidden: bool,
 ) -> Groups | None:
@@ -96,7 +99,7 @@ def _of_spec(
     coordinate = mesh.get_coordinate()
     rank = 0 if coordinate is None else coordinate[0]
     rank_checks.check_shard_sizes(sizes, rank, ranks, tensor.to_local().shape[dim])
-    return parallel.add_shards(groups, group.group_name, rank, sizes, sum_hidden)
+    return add_shards(groups, group.group_name, rank, sizes, sum_hidden)
 
 
 def _chunks(size: int, ranks: int) -> Sequence[int]:

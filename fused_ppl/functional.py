@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from fused_ppl import checks, parallel
-from fused_ppl.calls import from_hidden, from_logits
+from fused_ppl import checks, groups
+from fused_ppl.prepare import Extras, from_hidden, from_logits
 from fused_ppl.spec import LossOutput, LossSpec, Options
 
 if TYPE_CHECKING:
-    from fused_ppl.parallel import Group, VocabGroup
+    from fused_ppl.groups import Group, VocabGroup
 
 
 def cross_entropy(
@@ -85,10 +85,23 @@ def cross_entropy(
         >>> fused_ppl.cross_entropy(logits, torch.tensor([0, 2]), reduction="none")
         tensor([0.2395, 1.0986])
     """
-    spec = LossSpec.of(reduction, ignore_index, label_smoothing, logit_scale, softcap, z_loss)
-    return from_logits(
-        input, target, weight, token_weight, num_items, class_dim, spec, options, group, vocab_group
-    ).loss
+    spec = LossSpec.of(
+        reduction=reduction,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        z_loss=z_loss,
+    )
+    extras = Extras(
+        weight=weight,
+        token_weight=token_weight,
+        num_items=num_items,
+        options=options,
+        group=group,
+        vocab_group=vocab_group,
+    )
+    return from_logits(input, target, spec, class_dim=class_dim, extras=extras).loss
 
 
 def perplexity(
@@ -137,11 +150,24 @@ def perplexity(
         -10.3333
     """
     checks.check_reduction_for_perplexity(reduction)
-    parallel.warn_without_group(reduction, group, vocab_group, input)
-    spec = LossSpec.of(reduction, ignore_index, label_smoothing, logit_scale, softcap, 0.0, max_nll)
-    return from_logits(
-        input, target, weight, token_weight, None, class_dim, spec, options, group, vocab_group
-    ).perplexity
+    groups.warn_without_group(reduction, group, vocab_group, input)
+    spec = LossSpec.of(
+        reduction=reduction,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        max_nll=max_nll,
+    )
+    extras = Extras(
+        weight=weight,
+        token_weight=token_weight,
+        num_items=None,
+        options=options,
+        group=group,
+        vocab_group=vocab_group,
+    )
+    return from_logits(input, target, spec, class_dim=class_dim, extras=extras).perplexity
 
 
 def cross_entropy_with_stats(
@@ -178,8 +204,25 @@ def cross_entropy_with_stats(
         >>> out.loss, out.total_weight, out.predicted
         (tensor(2.0794), tensor(1., dtype=torch.float64), tensor([ 0, -1]))
     """
-    spec = LossSpec.of(reduction, ignore_index, label_smoothing, logit_scale, softcap, z_loss, max_nll, stats=True)
-    return from_logits(input, target, weight, token_weight, num_items, class_dim, spec, options, group, vocab_group)
+    spec = LossSpec.of(
+        reduction=reduction,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        z_loss=z_loss,
+        max_nll=max_nll,
+        stats=True,
+    )
+    extras = Extras(
+        weight=weight,
+        token_weight=token_weight,
+        num_items=num_items,
+        options=options,
+        group=group,
+        vocab_group=vocab_group,
+    )
+    return from_logits(input, target, spec, class_dim=class_dim, extras=extras)
 
 
 def linear_cross_entropy(
@@ -226,10 +269,23 @@ def linear_cross_entropy(
         >>> round(loss.item(), 4)                      # ln 50
         3.912
     """
-    spec = LossSpec.of(reduction, ignore_index, label_smoothing, logit_scale, softcap, z_loss)
-    return from_hidden(
-        input, linear_weight, target, linear_bias, weight, token_weight, num_items, spec, options, group, vocab_group
-    ).loss
+    spec = LossSpec.of(
+        reduction=reduction,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        z_loss=z_loss,
+    )
+    extras = Extras(
+        weight=weight,
+        token_weight=token_weight,
+        num_items=num_items,
+        options=options,
+        group=group,
+        vocab_group=vocab_group,
+    )
+    return from_hidden(input, linear_weight, target, spec, linear_bias=linear_bias, extras=extras).loss
 
 
 def linear_perplexity(
@@ -261,11 +317,24 @@ def linear_perplexity(
         50.0
     """
     checks.check_reduction_for_perplexity(reduction)
-    parallel.warn_without_group(reduction, group, vocab_group, input, linear_weight)
-    spec = LossSpec.of(reduction, ignore_index, label_smoothing, logit_scale, softcap, 0.0, max_nll)
-    return from_hidden(
-        input, linear_weight, target, linear_bias, weight, token_weight, None, spec, options, group, vocab_group
-    ).perplexity
+    groups.warn_without_group(reduction, group, vocab_group, input, linear_weight)
+    spec = LossSpec.of(
+        reduction=reduction,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        max_nll=max_nll,
+    )
+    extras = Extras(
+        weight=weight,
+        token_weight=token_weight,
+        num_items=None,
+        options=options,
+        group=group,
+        vocab_group=vocab_group,
+    )
+    return from_hidden(input, linear_weight, target, spec, linear_bias=linear_bias, extras=extras).perplexity
 
 
 def linear_cross_entropy_with_stats(
@@ -297,7 +366,22 @@ def linear_cross_entropy_with_stats(
         >>> round(out.perplexity.item(), 3), out.total_weight.item()
         (50.0, 1.0)
     """
-    spec = LossSpec.of(reduction, ignore_index, label_smoothing, logit_scale, softcap, z_loss, max_nll, stats=True)
-    return from_hidden(
-        input, linear_weight, target, linear_bias, weight, token_weight, num_items, spec, options, group, vocab_group
+    spec = LossSpec.of(
+        reduction=reduction,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        z_loss=z_loss,
+        max_nll=max_nll,
+        stats=True,
     )
+    extras = Extras(
+        weight=weight,
+        token_weight=token_weight,
+        num_items=num_items,
+        options=options,
+        group=group,
+        vocab_group=vocab_group,
+    )
+    return from_hidden(input, linear_weight, target, spec, linear_bias=linear_bias, extras=extras)

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fused_ppl import checks, functional, parallel, reduction
+from fused_ppl import checks, functional, groups, reduction
 from fused_ppl.spec import LossSpec, Options
 
 if TYPE_CHECKING:
-    from fused_ppl.parallel import Group
+    from fused_ppl.groups import Group
 
 
 class Perplexity:
@@ -96,16 +96,17 @@ class Perplexity:
         Args:
             group: a ProcessGroup or one dimension of a DeviceMesh; None for all ranks.
         """
-        name, device = parallel.group_or_world(group)
+        name, device = groups.group_or_world(group)
         # of all ranks the same device, also of one that has seen nothing yet
         self.nll_sum, self.total_weight = self.nll_sum.to(device), self.total_weight.to(device)
-        sums = parallel.reduce(torch.stack((self.nll_sum, self.total_weight)), "sum", name)
+        sums = groups.all_reduce(torch.stack((self.nll_sum, self.total_weight)), "sum", name)
         self.nll_sum, self.total_weight = sums.unbind()
         return self
 
     def compute(self) -> Tensor:
         """The perplexity, a 0-d float64 tensor; NaN before any counted token."""
-        return reduction.finish(self.nll_sum, self.total_weight, None, LossSpec(), None, self.nll_sum.dtype).perplexity
+        sums = reduction.Sums(self.nll_sum, self.total_weight, None)
+        return reduction.finish(sums, LossSpec(), num_items=None, dtype=sums.s.dtype).perplexity
 
     @property
     def bits_per_token(self) -> Tensor:

@@ -13,7 +13,7 @@ from fused_ppl import checks, functional
 from fused_ppl.spec import LossSpec, Options
 
 if TYPE_CHECKING:
-    from fused_ppl.parallel import Group, VocabGroup
+    from fused_ppl.groups import Group, VocabGroup
 
 
 class _Loss(nn.Module):

@@ -7,6 +7,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from fused_ppl.records import Compact, Needed
+
 # bytes of the buffer of rows that a chunk works on. On a CPU it stays in the shared cache; smaller ones cost more
 # barriers between threads, which are slow where other programs want the cores. On a GPU it is enough to fill it
 CPU_BUFFER_PER_THREAD = 2**20
@@ -62,19 +64,12 @@ GROUP_ROWS = {"cpu": 640, "gpu": 1024}
 MOST_COLUMNS = 4  # above a share of 1 / 4 kept columns save little
 
 
-@dataclass(frozen=True)
-class Compact:
-    """What is asked of the compact plan."""
-
-    tolerance: float | None  # of the gradient of the logits
-    columns: float | None  # kept in each group of rows: a count, or a share of V
-    screen: str | None
-
-    def count(self, num_classes: int) -> int:
-        """The columns that a group keeps at most."""
-        if self.columns is None:
-            return max(1, num_classes // MOST_COLUMNS)
-        return max(1, min(num_classes, int(self.columns if self.columns >= 1 else self.columns * num_classes)))
+def kept_columns(compact: Compact, num_classes: int) -> int:
+    """The largest number of columns that a group keeps."""
+    columns = compact.gradient_columns
+    if columns is None:
+        return max(1, num_classes // MOST_COLUMNS)
+    return max(1, min(num_classes, int(columns if columns >= 1 else columns * num_classes)))
 
 
 @dataclass(frozen=True)
@@ -86,7 +81,7 @@ class LinearCase:
     hidden_size: int  # D
     itemsize: int  # of the dtype of the products
     device_type: str
-    grads: tuple[bool, bool, bool]  # whether hidden states, weight and bias need a gradient
+    grads: Needed  # whether hidden states, weight and bias need a gradient
     memory_budget: int | None = None
     compact: Compact | None = None
     converts: bool = False  # the weight to the dtype of the products, as under autocast
@@ -237,8 +232,8 @@ def _compact_plan(case: LinearCase, rows: int, saved: int, handed_over: int, rea
     n, v, d, size = case.num_tokens, case.num_classes, case.hidden_size, case.itemsize
     gradients, screened = case.grads[0] + case.grads[1], case.compact.screen is not None
     group = math.ceil(rows / math.ceil(rows / GROUP_ROWS[case.place]))
-    count = case.compact.count(v)
-    if case.compact.tolerance is None:
+    count = kept_columns(case.compact, v)
+    if case.compact.gradient_tolerance is None:
         count = max(count, min(group, v))  # the targets are kept
     # the chunk of logits, kept columns of the weight, of a group's logits and of what adds to dW; sums of columns
     buffers = rows * v * (2 if screened else size) + count * (d + group * (1 + screened)) * size

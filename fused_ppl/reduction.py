@@ -11,16 +11,31 @@ d perplexity / d S are one number per group of rows, applied in fp32 at the end.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fused_ppl.spec import LossSpec, RowStats, Totals
+from fused_ppl.records import RowStats, RowUpstream, TokenSums, Totals, Upstream
+from fused_ppl.spec import LossSpec
+
+
+class Sums(NamedTuple):
+    """The sums of every group of rows."""
+
+    s: Tensor  # of the loss
+    m: Tensor  # of the weight
+    z: Tensor | None  # of weight * lse^2; None where nothing asks for it
 
 
 def sum_dtype(device: torch.device) -> torch.dtype:
     """float64 where the device has it: M in fp32 stops counting at 2**24."""
     return torch.float32 if device.type == "mps" else torch.float64
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of results and accumulators."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def group_shape(reduction: str, target_shape: torch.Size) -> torch.Size:
@@ -30,24 +45,8 @@ def group_shape(reduction: str, target_shape: torch.Size) -> torch.Size:
     return target_shape[:-1] if reduction == "sequence" else torch.Size(())
 
 
-def empty_results(like: Tensor, target: Tensor, dtype: torch.dtype, reduction: str, stats: bool) -> list[Tensor]:
-    """What the fakes of the forward ops return: the five `Totals`, then nll, lse, entropy and predicted."""
-    sums, groups = sum_dtype(like.device), group_shape(reduction, target.shape)
-    asked = target.shape if stats else torch.Size((0,))
-    shapes = [(groups, dtype), (groups, dtype), (groups, sums), (groups, sums), (groups, sums)]
-    shapes += [(target.shape, dtype), (target.shape, sums), (asked, dtype), (asked, torch.int64)]
-    return [like.new_empty(shape, dtype=d) for shape, d in shapes]
-
-
-def or_empty(entropy: Tensor | None, predicted: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor]:
-    """What an op returns of what was not asked for: no elements."""
-    if entropy is None or predicted is None:
-        return like.new_empty(0), like.new_empty(0, dtype=torch.int64)
-    return entropy, predicted
-
-
-def sum_rows(rows: RowStats, spec: LossSpec, target_shape: torch.Size) -> tuple[Tensor, Tensor, Tensor | None]:
-    """S, M and Z of every group of rows; Z is None where nothing asks for it."""
+def sum_rows(rows: RowStats, spec: LossSpec, target_shape: torch.Size) -> Sums:
+    """S, M and Z of every group of rows."""
     dtype = sum_dtype(rows.loss.device)
     z = rows.weight * rows.lse.square() if spec.z_loss and rows.lse is not None else None
 
@@ -58,29 +57,53 @@ def sum_rows(rows: RowStats, spec: LossSpec, target_shape: torch.Size) -> tuple[
             return r.view(target_shape).sum(-1, dtype=dtype)
         return r.sum(dtype=dtype)
 
-    return grouped(rows.loss), grouped(rows.weight), None if z is None else grouped(z)
+    return Sums(grouped(rows.loss), grouped(rows.weight), None if z is None else grouped(z))
 
 
-def stack_sums(rows: RowStats, spec: LossSpec, target_shape: torch.Size) -> Tensor:
-    """(2 or 3, *groups): what `sum_rows` gives, to be summed over ranks at once."""
-    return torch.stack([t for t in sum_rows(rows, spec, target_shape) if t is not None])
+def token_sums(rows: RowStats, spec: LossSpec, target_shape: torch.Size) -> TokenSums:
+    """S, M and Z in one tensor, to be summed over ranks at once, and the statistics of every token."""
+    sums = torch.stack([t for t in sum_rows(rows, spec, target_shape) if t is not None])
+    return TokenSums(sums, *token_stats(rows, target_shape))
 
 
-def empty_sums(like: Tensor, target: Tensor, reduction: str, z_loss: float) -> Tensor:
-    """The fake of `stack_sums`."""
-    shape = (3 if z_loss else 2, *group_shape(reduction, target.shape))
-    return like.new_empty(shape, dtype=sum_dtype(like.device))
+def token_stats(rows: RowStats, target_shape: torch.Size) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """nll, lse, entropy and predicted in the shape of the target; 0 elements of what was not asked for."""
+    assert rows.lse is not None
+    nll, lse = rows.nll.view(target_shape), rows.lse.view(target_shape)
+    if rows.entropy is None or rows.predicted is None:
+        return nll, lse, *or_empty(None, None, nll)
+    return nll, lse, rows.entropy.view(target_shape), rows.predicted.view(target_shape)
 
 
-def finish(
-    s: Tensor, m: Tensor, z: Tensor | None, spec: LossSpec, num_items: Tensor | None, dtype: torch.dtype
-) -> Totals:
+def or_empty(entropy: Tensor | None, predicted: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Entropy and argmax as an op returns them: without elements where they were not asked for."""
+    if entropy is None or predicted is None:
+        return like.new_empty(0), like.new_empty(0, dtype=torch.int64)
+    return entropy, predicted
+
+
+def empty_totals(like: Tensor, groups: torch.Size, dtype: torch.dtype) -> Totals:
+    """The fake of `finish`."""
+    sums = sum_dtype(like.device)
+    return Totals(*(like.new_empty(groups, dtype=d) for d in (dtype, dtype, sums, sums, sums)))
+
+
+def empty_token_sums(like: Tensor, target: Tensor, spec: LossSpec, dtype: torch.dtype) -> TokenSums:
+    """The fake of `token_sums`."""
+    wide, asked = sum_dtype(like.device), target.shape if spec.stats else torch.Size((0,))
+    groups = (3 if spec.z_loss else 2, *group_shape(spec.reduction, target.shape))
+    shapes = ((groups, wide), (target.shape, dtype), (target.shape, wide), (asked, dtype), (asked, torch.int64))
+    return TokenSums(*(like.new_empty(shape, dtype=d) for shape, d in shapes))
+
+
+def finish(sums: Sums, spec: LossSpec, *, num_items: Tensor | None, dtype: torch.dtype) -> Totals:
     """Values and factors from the sums.
 
     What is divided by M, a mean and the perplexity, is NaN with the factor 0 where M = 0. What is not is the sum, and
     the loss of `num_items`: signed weights may add up to 0 there. No factor says that a token is not counted: the
     gradient of its row is 0 by itself.
     """
+    s, m, z = sums
     total = s if z is None else s + spec.z_loss * z
     if spec.reduction == "none":
         perplexity, slope = _exp(s, spec.max_nll)
@@ -112,33 +135,21 @@ def _exp(mean: Tensor, max_nll: float | None) -> tuple[Tensor, Tensor]:
     return slope * (1 + (mean - max_nll).clamp(min=0)), slope
 
 
-def upstream(
-    grad_loss: Tensor | None, grad_perplexity: Tensor | None, loss_factor: Tensor, perplexity_factor: Tensor
-) -> Tensor:
-    """The upstream gradient of S, of the shape of the loss; not both gradients are None."""
-    of_loss = None if grad_loss is None else grad_loss * loss_factor
-    if grad_perplexity is None:
+def upstream_of_sum(upstream: Upstream) -> Tensor:
+    """The upstream gradient of S, of the shape of the loss."""
+    of_loss = None if upstream.grad_loss is None else upstream.grad_loss * upstream.loss_factor
+    if upstream.grad_perplexity is None:
         assert of_loss is not None
         return of_loss
-    of_perplexity = grad_perplexity * perplexity_factor
+    of_perplexity = upstream.grad_perplexity * upstream.perplexity_factor
     return of_perplexity if of_loss is None else of_loss + of_perplexity
 
 
-def row_upstream(
-    grad_loss: Tensor | None,
-    grad_perplexity: Tensor | None,
-    loss_factor: Tensor,
-    perplexity_factor: Tensor,
-    spec: LossSpec,
-    target_shape: torch.Size,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor | None]:
-    """The upstream gradients of S and of Z for every row, (N,), or () where all rows share one.
-
-    Z takes part in the loss and not in the perplexity; None where nothing asks for it.
-    """
-    of_z = grad_loss * loss_factor if spec.z_loss and grad_loss is not None else None
-    of_s = upstream(grad_loss, grad_perplexity, loss_factor, perplexity_factor)
+def row_upstream(upstream: Upstream, spec: LossSpec, target_shape: torch.Size, dtype: torch.dtype) -> RowUpstream:
+    """The upstream gradients of S and of Z for every row. Z takes part in the loss and not in the perplexity."""
+    grad_loss = upstream.grad_loss
+    grad_z = grad_loss * upstream.loss_factor if spec.z_loss and grad_loss is not None else None
+    grad_s = upstream_of_sum(upstream)
 
     def rows(g: Tensor) -> Tensor:
         if spec.reduction in ("mean", "sum"):
@@ -148,4 +159,4 @@ def row_upstream(
             g = g.unsqueeze(-1).expand(target_shape)
         return g.reshape(-1)
 
-    return rows(of_s), None if of_z is None else rows(of_z)
+    return RowUpstream(rows(grad_s), None if grad_z is None else rows(grad_z))

@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is computed (`LossSpec`), how it runs (`Options`), and what comes back (`LossOutput`, `RowStats`)."""
+"""What is computed (`LossSpec`), how it runs (`Options`), and what comes back (`LossOutput`)."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,9 +16,8 @@ REDUCTIONS = ("mean", "sum", "none", "sequence")
 BACKENDS = ("triton", "torch", "reference")
 
 
-@dataclass(frozen=True)
-class LossSpec:
-    """The numbers that define a loss, validated once; tensors travel beside it.
+class LossSpec(NamedTuple):
+    """The numbers that define a loss; tensors travel beside it. `LossSpec.of` validates them.
 
     `stats` asks the row kernels for entropy and argmax as well.
     """
@@ -33,48 +31,37 @@ class LossSpec:
     max_nll: float | None = None
     stats: bool = False
 
-    def __post_init__(self) -> None:
-        checks.check_choice("reduction", self.reduction, REDUCTIONS)
-        checks.check_ignore_index(self.ignore_index)
-        checks.check_number("label_smoothing", self.label_smoothing, "in [0, 1]", lambda a: 0 <= a <= 1)
-        hint = "To scale by a tensor, scale the hidden states."
-        checks.check_number("logit_scale", self.logit_scale, "> 0 and finite", _positive, hint)
-        if self.softcap is not None:
-            checks.check_number("softcap", self.softcap, "> 0 and finite, or None for no cap", _positive)
-        checks.check_number("z_loss", self.z_loss, ">= 0 and finite", lambda a: 0 <= a < float("inf"))
-        if self.max_nll is not None:
-            checks.check_number("max_nll", self.max_nll, "> 0 and finite, or None for no limit", _positive)
+    @staticmethod
+    def of(**fields: Any) -> LossSpec:
+        """A validated spec, the same object for the same numbers: to validate takes as long as a small operation.
 
-    @classmethod
-    def of(cls, *args: object, **keywords: bool) -> LossSpec:
-        """The same object for the same arguments: to validate them takes as long as an operation of a small loss."""
+        Raises:
+            ValueError, TypeError: a number breaks its rule; the message says which.
+        """
         if torch.compiler.is_compiling():  # which would trace the cache
-            return cls(*args, **keywords)  # type: ignore[arg-type]
+            return _validated(**fields)
         try:
-            return _made(*args, **keywords)
-        except TypeError:  # something that has no hash, which its own check has better words for
-            return cls(*args, **keywords)  # type: ignore[arg-type]
-
-    def op_args(self) -> tuple[str, int | None, float, float, float | None, float, float | None, bool]:
-        """The fields in order, as the schema of the opaque ops spells them (`SPEC_SCHEMA`)."""
-        return (
-            self.reduction,
-            self.ignore_index,
-            self.label_smoothing,
-            self.logit_scale,
-            self.softcap,
-            self.z_loss,
-            self.max_nll,
-            self.stats,
-        )
+            return _cached(**fields)
+        except TypeError:  # something that has no hash, for which its own check has better words
+            return _validated(**fields)
 
 
-_made = functools.lru_cache(typed=True)(LossSpec)  # typed: True is no number here, and equals 1
+def _validated(**fields: Any) -> LossSpec:
+    spec = LossSpec(**fields)
+    checks.check_choice("reduction", spec.reduction, REDUCTIONS)
+    checks.check_ignore_index(spec.ignore_index)
+    checks.check_number("label_smoothing", spec.label_smoothing, "in [0, 1]", lambda a: 0 <= a <= 1)
+    hint = "To scale by a tensor, scale the hidden states."
+    checks.check_number("logit_scale", spec.logit_scale, "> 0 and finite", _positive, hint)
+    if spec.softcap is not None:
+        checks.check_number("softcap", spec.softcap, "> 0 and finite, or None for no cap", _positive)
+    checks.check_number("z_loss", spec.z_loss, ">= 0 and finite", lambda a: 0 <= a < float("inf"))
+    if spec.max_nll is not None:
+        checks.check_number("max_nll", spec.max_nll, "> 0 and finite, or None for no limit", _positive)
+    return spec
 
-SPEC_SCHEMA = (
-    "str reduction, int? ignore_index, float label_smoothing, float logit_scale, "
-    "float? softcap, float z_loss, float? max_nll, bool stats"
-)
+
+_cached = functools.lru_cache(typed=True)(_validated)  # typed: True is no number here, and equals 1
 
 
 def _positive(a: float) -> bool:
@@ -139,54 +126,3 @@ class LossOutput(NamedTuple):
     total_weight: Tensor  # M in float64, the shape of `loss`: sum of token_weight * weight[target] over counted tokens
     residual: Tensor | None = None  # (): bound on ||G - G'|| / ||G|| of the compact plan; None where another plan ran
     loss_error: Tensor | None = None  # (): estimate of the mean error of nll that a screen made; None as `residual`
-
-
-class RowStats(NamedTuple):
-    """What a backend's forward says of each of the N rows; 0 (and predicted = -1) where a row is ignored."""
-
-    loss: Tensor  # (N,): u * ((1-a) * w[y] * nll + a/V * sum_v w[v] * (lse - z[v])): the row's part of S
-    weight: Tensor  # (N,): u * w[y], the row's part of M
-    nll: Tensor  # (N,)
-    lse: Tensor | None  # (N,); None where nobody looks at it
-    entropy: Tensor | None  # (N,), or None where not asked for
-    predicted: Tensor | None  # (N,) int64, or None where not asked for
-
-    def map(self, function: Callable[[Tensor, int], Tensor]) -> RowStats:
-        """`function(values, what an ignored row has there)` of each that is there."""
-        ignored = (0, 0, 0, 0, 0, -1)
-        return RowStats(*(None if t is None else function(t, i) for t, i in zip(self, ignored, strict=True)))  # type: ignore[arg-type]
-
-    @classmethod
-    def concatenate(cls, parts: Sequence[RowStats]) -> RowStats:
-        """Of the rows of all parts."""
-        return cls(*(None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True)))  # type: ignore[arg-type]
-
-
-class Totals(NamedTuple):
-    """What one loss value per group of rows says: one group for "mean" and "sum", one per sequence, one per token."""
-
-    loss: Tensor  # (*groups,)
-    perplexity: Tensor  # (*groups,)
-    total_weight: Tensor  # (*groups,) float64: M
-    loss_factor: Tensor  # (*groups,) float64: d loss / d S
-    perplexity_factor: Tensor  # (*groups,) float64: d perplexity / d S
-
-
-class Columns(NamedTuple):
-    """Of the softmax part of a gradient, dz[i,v] + C[i] * w[v] * scale (C of the label smoothing), without the
-    targets' entries. Float64 where the device has it: squares leave float32 soon."""
-
-    size: Tensor  # (V,): sum over the rows of |entry|
-    square: Tensor  # (V,): sum of squares
-    total: Tensor  # (V,): sum, where it may differ from `size` and was asked for, else 0 elements
-
-
-class Factors(NamedTuple):
-    """Of each row of that gradient: dz[i,v] = (a * p[v] - (a - rest) * [v = y]) * dz/dx - pull * w[v]."""
-
-    a: Tensor  # (N,)
-    rest: Tensor  # (N,)
-    pull: Tensor  # (N,), or 0 elements without label smoothing
-    row_sum: Tensor  # (N,): sum over v, without the pull
-    at_target: Tensor  # (N,): the target's entry, without the pull
-    of_backend: tuple[Tensor, ...] = ()  # what its other functions want to know

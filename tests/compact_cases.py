@@ -84,14 +84,8 @@ def dense(
     """
     wide = [t.double() for t in tensors]
     keep = target != -100
-    spec = LossSpec.of(
-        "sum",
-        -100,
-        keywords.get("label_smoothing", 0.0),
-        keywords.get("logit_scale", 1.0),
-        keywords.get("softcap"),
-        keywords.get("z_loss", 0.0),
-    )
+    names = ("label_smoothing", "logit_scale", "softcap", "z_loss")
+    spec = LossSpec.of(reduction="sum", **{name: keywords[name] for name in names if name in keywords})
     weights = [None if keywords.get(k) is None else keywords[k].double() for k in ("weight", "token_weight")]
     logits = (wide[0] @ wide[1].T + wide[2]).requires_grad_()
     (full,) = torch.autograd.grad(fused_ppl.reference.logits_loss(logits, target, spec, *weights).loss, logits)

@@ -21,7 +21,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import fused_ppl
-from fused_ppl import Options, parallel
+from fused_ppl import Options, groups
 
 V, D, IGNORED = 37, 16, -100
 REFERENCE = Options(backend="reference")
@@ -209,7 +209,7 @@ def metric(group: dist.ProcessGroup) -> None:
 
 def warned(group: dist.ProcessGroup) -> tuple[list[str], list[str]]:
     """(the warnings, the files they are attributed to) of calls of which one should warn, and once."""
-    parallel._warned = False
+    groups._warned = False
     x, y = torch.zeros(2, 5, requires_grad=True), torch.tensor([1, 2])
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from typing import NamedTuple
 
@@ -14,6 +13,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from fused_ppl import reduction
+from fused_ppl.records import RowStats, TokenInputs
 from fused_ppl.spec import LossSpec
 from fused_ppl.testing import assert_as_good_as_eager, make_logits, make_target
 
@@ -97,7 +97,7 @@ def forward(case: Case, config: LaunchConfig, stats: bool = False) -> tuple[Rows
     launch_nll_forward(
         case.logits,
         case.target,
-        triton_rows.weights(case.weight, case.token_weight, spec),
+        triton_rows.weights(TokenInputs(case.target, case.weight, case.token_weight), spec),
         rows,
         sums,
         Workspace(
@@ -121,7 +121,7 @@ def backward(
         rows.lse,
         rows.nll,
         Upstream(of_s, of_z),
-        triton_rows.weights(case.weight, case.token_weight, case.spec),
+        triton_rows.weights(TokenInputs(case.target, case.weight, case.token_weight), case.spec),
         out,
         triton_rows.numbers(case.spec),
         config=config,
@@ -181,9 +181,9 @@ def check(case: Case, config: LaunchConfig | None = None, stats: bool = False) -
     assert bool((buffer[outside] == 7.0).all()), "written outside of the rows"
 
     judge(case, rows, out[0], of_s, of_z)
-    spec = dataclasses.replace(case.spec, max_nll=case.spec.max_nll)
-    stated = reduction.sum_rows(triton_rows.RowStats(*rows[:4], rows.loss, rows.loss), spec, case.target.shape)
-    want = reduction.finish(*stated, spec, case.num_items, torch.float32)
+    stats = RowStats(rows.loss, rows.weight, rows.nll, rows.lse, rows.loss, rows.loss)
+    stated = reduction.sum_rows(stats, case.spec, case.target.shape)
+    want = reduction.finish(stated, case.spec, num_items=case.num_items, dtype=torch.float32)
     for name, value in want._asdict().items():
         assert_close(
             getattr(sums, name), value, rtol=1e-12 if value.dtype == torch.float64 else 3e-7, atol=0, equal_nan=True

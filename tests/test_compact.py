@@ -10,11 +10,13 @@ import on_device
 import pytest
 import torch
 from compact_cases import ROWS, WHOLE, D, N, V, dense, expand, gradients, make, named, small_groups  # noqa: F401
+from op_cases import checked_op
 from torch import Tensor
 from torch.testing import assert_close
 
 from fused_ppl import Options, linear_cross_entropy, linear_cross_entropy_with_stats, linear_perplexity, plan
 from fused_ppl.engines import compact, linear_compact
+from fused_ppl.records import Compact, HeadExecution, HeadInputs, TokenInputs
 from fused_ppl.spec import LossSpec
 
 
@@ -71,15 +73,16 @@ def test_nll_is_that_of_rows_wherever_a_group_ends(monkeypatch):
 
 def test_lse_of_a_row_is_the_same_wherever_it_stands():
     """Of one row, which vector instructions leave over, and among many."""
+    from fused_ppl.backends.torch_chunks import Chunks
     from fused_ppl.backends.torch_stats import Others
-    from fused_ppl.backends.torch_walk import Walk
 
     g = torch.Generator().manual_seed(4)
     top, excess, z_y = (torch.randn(997, generator=g, dtype=torch.float64) * 3 for _ in range(3))
-    walk = Walk(torch.empty(0, 3), torch.empty(0, dtype=torch.int64), LossSpec(), None)
-    many = Others(top, top, excess, None, None, None).lse(walk, z_y)
+    tokens = TokenInputs(torch.empty(0, dtype=torch.int64), None, None)
+    chunks = Chunks(torch.empty(0, 3), tokens, LossSpec(), memory_budget=None)
+    many = Others(top, top, excess, None, None, None).lse(chunks, z_y)
     for i in range(997):
-        one = Others(*(t[i : i + 1] for t in (top, top, excess)), None, None, None).lse(walk, z_y[i : i + 1])
+        one = Others(*(t[i : i + 1] for t in (top, top, excess)), None, None, None).lse(chunks, z_y[i : i + 1])
         assert torch.equal(one, many[i : i + 1])
     assert_close(many, torch.logsumexp(torch.stack((top + excess, z_y)), 0))
 
@@ -216,8 +219,9 @@ def test_compiles_into_one_graph_for_any_number_of_tokens():
 def test_opcheck(screen, backend, fits):
     fits(N, V)
     (hidden, weight, bias), target = make(v=WHOLE[0], d=WHOLE[1]) if screen else make()
-    how = (*LossSpec(stats=True).op_args(), backend, torch.float32, (True, True, True), None, None, 30.0, screen)
-    torch.library.opcheck(torch.ops.fused_ppl.linear_compact, (hidden, weight, bias, target, None, None, *how))
+    inputs = HeadInputs(hidden, weight, bias, target, None, None, None)
+    execution = HeadExecution(backend, None, torch.float32, (True, True, True))
+    checked_op("linear_compact", inputs, LossSpec(stats=True), execution, Compact(None, 30.0, screen))
 
 
 def test_nothing_counted_and_nothing_at_all():
@@ -324,10 +328,11 @@ def test_it_waits_for_no_device(fake_gpu, monkeypatch):
         hidden, weight, bias = (torch.empty(s, device="cuda") for s in ((N, D), (V, D), (V,)))
         target = torch.empty(N, dtype=torch.int64, device="cuda")
         for keywords in ({"gradient_columns": 40}, {"gradient_tolerance": 1e-2}):
-            how = (*LossSpec().op_args(), "torch", torch.float32, (True,) * 3, None)
-            asked = (keywords.get("gradient_tolerance"), keywords.get("gradient_columns"), None)
-            out = linear_compact._forward(hidden, weight, bias, target, None, None, *how, *asked)
-            assert out[5].shape == hidden.shape and out[8].shape == ()
+            inputs = HeadInputs(hidden, weight, bias, target, None, None, None)
+            execution = HeadExecution("torch", None, torch.float32, (True,) * 3)
+            asked = Compact(keywords.get("gradient_tolerance"), keywords.get("gradient_columns"), None)
+            out = linear_compact.linear_compact.function(inputs, LossSpec(), execution, asked)
+            assert out.unscaled.hidden.shape == hidden.shape and out.residual.shape == ()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

@@ -28,6 +28,9 @@ from pool import Pool, WorkerError
 from torch.testing import assert_close
 
 from fused_ppl import Options, linear_cross_entropy, plan
+from fused_ppl.engines.linear_compact import linear_compact_shard
+from fused_ppl.engines.ops import flatten
+from fused_ppl.records import Compact, HeadExecution, HeadInputs, Normalizers, Shard
 from fused_ppl.spec import LossSpec
 
 SIZES = {2: (150, 60), 3: (90, 1, 119)}
@@ -111,9 +114,10 @@ def test_a_shard_of_each_backend(keywords, count, backend, fits, monkeypatch):
     made, first = [], 0
     for size in sizes:
         shard = slice(first, first + size)
-        tensors = (hidden, weight[shard], bias[shard], target, keywords.get("weight"), keywords.get("token_weight"))
-        how = (backend, torch.float32, (True,) * 3, None, None, float(count))
-        made.append(torch.ops.fused_ppl.linear_compact_shard(*tensors, lse, nll, *spec.op_args(), *how, first, V))
+        tokens = (target, keywords.get("weight"), keywords.get("token_weight"))
+        inputs = HeadInputs(hidden, weight[shard], bias[shard], *tokens, None)
+        how = (HeadExecution(backend, None, torch.float32, (True,) * 3), Compact(None, float(count), None))
+        made.append(flatten(linear_compact_shard(inputs, Normalizers(lse, nll), spec, *how, Shard(first, V))))
         first += size
     dh, *others = zip(*made, strict=True)
     for mine, true in zip((sum(dh), *(torch.cat(o) for o in others[:2])), truth, strict=True):

@@ -15,10 +15,12 @@ import on_device
 import pytest
 import torch
 import torch._dynamo.utils
+from op_cases import checked_op
 from torch.testing import assert_close
 
 from fused_ppl import Options, cross_entropy, cross_entropy_with_stats, perplexity
 from fused_ppl.engines import logits as engine
+from fused_ppl.records import Execution, LogitsInputs, Upstream
 from fused_ppl.spec import LossSpec
 from fused_ppl.testing import make_logits, make_target
 
@@ -287,20 +289,19 @@ def op_samples(backend):
             y = y.clamp(min=0)
         weight, token_weight = (torch.rand(11), torch.rand(y.shape)) if i % 2 else (None, None)
         num_items = torch.tensor(5.0) if i == 0 else None
-        yield name, (x, y, weight, token_weight, num_items), (*spec.op_args(), backend, None)
+        yield name, LogitsInputs(x, y, weight, token_weight, num_items), spec, Execution(backend, None)
 
 
 @pytest.mark.parametrize("index", range(9))
 def test_ops_keep_the_rules_of_torch_library(index, backend):
-    name, (x, y, weight, token_weight, num_items), rest = list(op_samples(backend))[index]
-    ops = torch.ops.fused_ppl
-    torch.library.opcheck(ops.logits_forward.default, (x, y, weight, token_weight, num_items, *rest))
-    out = ops.logits_forward(x, y, weight, token_weight, num_items, *rest)
-    upstream = torch.ones_like(out[0])
-    saved = (y, weight, token_weight, out[6], out[5], out[3], out[4], upstream, None if index % 2 else upstream)
-    torch.library.opcheck(ops.logits_backward.default, (x, *saved, *rest))
+    name, inputs, *how = list(op_samples(backend))[index]
+    out = checked_op("logits_forward", inputs, *how)
+    one = torch.ones_like(out.loss)
+    upstream = Upstream(out.loss_factor, out.perplexity_factor, one, None if index % 2 else one)
+    x, *tokens, _ = inputs
+    checked_op("logits_backward", engine.Saved(x, *tokens, out.lse, out.nll), upstream, *how)
     if name != "expanded":
-        torch.library.opcheck(ops.logits_backward_.default, (x.clone(), *saved, *rest))
+        checked_op("logits_backward_", engine.Saved(x.clone(), *tokens, out.lse, out.nll), upstream, *how)
 
 
 @pytest.mark.parametrize("index", range(9))
@@ -308,10 +309,10 @@ def test_fakes_have_the_shape_dtype_and_strides_of_the_results(index, backend):
     """Also where memory is long aligned and where it is not: opcheck compares one sample."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    _, tensors, rest = list(op_samples(backend))[index]
-    real = torch.ops.fused_ppl.logits_forward(*tensors, *rest)
+    _, tensors, *how = list(op_samples(backend))[index]
+    real = engine.logits_forward(tensors, *how)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        fake = torch.ops.fused_ppl.logits_forward(*(t if t is None else mode.from_tensor(t) for t in tensors), *rest)
+        fake = engine.logits_forward(LogitsInputs(*(t if t is None else mode.from_tensor(t) for t in tensors)), *how)
     for a, b in zip(real, fake, strict=True):
         assert (a.shape, a.dtype, a.stride(), a.storage_offset()) == (b.shape, b.dtype, b.stride(), b.storage_offset())
     assert engine.empty_gradient(tensors[0]).stride() == engine.empty_gradient(mode.from_tensor(tensors[0])).stride()

@@ -16,6 +16,7 @@ import fused_ppl
 from fused_ppl import Options, cross_entropy, cross_entropy_with_stats, perplexity
 from fused_ppl.engines import linear_rows, linear_vocab
 from fused_ppl.engines import logits as engine
+from fused_ppl.records import Execution, HeadExecution, HeadInputs, LogitsInputs, Normalizers, Shard, Upstream
 from fused_ppl.spec import LossSpec
 from fused_ppl.testing import assert_as_good_as_eager, make_logits, make_target
 
@@ -286,25 +287,28 @@ def tokens_on(device: str, spec: LossSpec) -> tuple[Tensor | None, ...]:
 def run_logits_on(device: str, spec: LossSpec, dtype: torch.dtype, backend: str) -> Tensor:
     """The engine's forward and backward, as the opaque ops call them."""
     x, (*tokens, num_items) = torch.empty(2, 3, 11, dtype=dtype, device=device), tokens_on(device, spec)
-    rest = (*spec.op_args(), backend, None)
-    out = engine._forward(x, *tokens, num_items, *rest)
-    upstream = torch.ones(out[0].shape, device=device)
-    saved = (x, *tokens, out[6], out[5], out[3], out[4], upstream, upstream)
-    engine._backward_(*saved, *rest)
-    return engine.backward(*saved, *rest)
+    execution = Execution(backend, None)
+    out = engine.logits_forward.function(LogitsInputs(x, *tokens, num_items), spec, execution)
+    one = torch.ones(out.loss.shape, device=device)
+    upstream = Upstream(out.loss_factor, out.perplexity_factor, one, one)
+    saved = engine.Saved(x, *tokens, out.lse, out.nll)
+    engine.logits_backward_.function(saved, upstream, spec, execution)
+    return engine.logits_backward.function(saved, upstream, spec, execution)
 
 
 def run_head_on(device: str, spec: LossSpec, dtype: torch.dtype, backend: str) -> Tensor:
     """The fused head by either plan."""
     head = [torch.empty(shape, dtype=dtype, device=device) for shape in ((2, 3, 5), (11, 5), (11,))]
     *tokens, num_items = tokens_on(device, spec)
-    how, grads = (*spec.op_args(), backend, dtype), (spec.reduction == "mean",) * 3
-    out = linear_rows.forward(*head, *tokens, num_items, *how, grads, None)
-    upstream = torch.ones(out[0].shape, device=device)
+    grads, inputs = (spec.reduction == "mean",) * 3, HeadInputs(*head, *tokens, num_items)
+    losses, unscaled, *_ = linear_rows.linear_forward.function(inputs, spec, HeadExecution(backend, None, dtype, grads))
+    one = torch.ones(losses.loss.shape, device=device)
+    upstream = Upstream(losses.loss_factor, losses.perplexity_factor, one, one)
     if any(grads):  # one factor for all tokens, as this plan has it
-        linear_rows.scale(*head, tokens[0], *out[9:], *out[3:5], upstream, upstream, spec.ignore_index, grads)
-    saved = (*head, *tokens, out[6], out[5], *out[3:5], upstream, upstream)
-    return linear_vocab._backward(*saved, *how, (True, True, True), None, 0, 11)[0]
+        linear_rows.linear_scale.function(inputs, unscaled, upstream, spec, grads)
+    known, execution = Normalizers(losses.lse, losses.nll), HeadExecution(backend, None, dtype, (True, True, True))
+    vocab = linear_vocab.linear_vocab_backward.function
+    return vocab(inputs, known, upstream, spec, execution, Shard(0, 11)).hidden
 
 
 ENGINES = {run_logits_on: (2, 3, 11), run_head_on: (2, 3, 5)}
@@ -339,7 +343,12 @@ WAITS = {
 @pytest.mark.parametrize("name", WAITS)
 def test_what_waits_for_a_gpu_would_be_seen(name, run_on, fake_gpu, monkeypatch):
     right = engine.reduction.finish
-    monkeypatch.setattr(engine.reduction, "finish", lambda s, *rest: (WAITS[name](s.expand(3)), right(s, *rest))[1])
+
+    def wait_and_finish(sums, *args, **keywords):
+        WAITS[name](sums.s.expand(3))
+        return right(sums, *args, **keywords)
+
+    monkeypatch.setattr(engine.reduction, "finish", wait_and_finish)
     with fake_gpu(), pytest.raises((DataDependentOutputException, DynamicOutputShapeException)):
         run_on("cuda", LossSpec(), torch.float32, "torch")
 

@@ -18,10 +18,13 @@ from torch.testing import assert_close
 
 import fused_ppl
 from fused_ppl.backends import shards as of_ranks
+from fused_ppl.engines.finish import finish
+from fused_ppl.engines.logits import Saved
+from fused_ppl.engines.vocab_shards import shard_logits, shard_logits_backward, shard_merge, shard_sums
+from fused_ppl.records import Execution, LogitsInputs, Shard, TokenInputs, Upstream
 from fused_ppl.spec import LossSpec
 from fused_ppl.testing import KINDS, make_logits, make_target
 
-OPS = torch.ops.fused_ppl
 N, V = 10, 23
 
 
@@ -34,26 +37,27 @@ def cuts(total: int, most: int = 4, *, empty: bool = True) -> st.SearchStrategy[
 def played(x, y, rows, columns, spec, backend, **tensors):
     """(loss, perplexity, predicted, gradient of x) of ranks that hold `columns` of `rows` each."""
     weight, token_weight = tensors.get("weight"), tensors.get("token_weight")
-    args, how, layout = spec.op_args(), (backend, None), 77
+    execution, layout = Execution(backend, None), 77
     sums, kept = 0, []
     for a, b in itertools.pairwise(rows):
         u = None if token_weight is None else token_weight[a:b]
+        tokens = TokenInputs(y[a:b], weight, u)
         parts = [
-            OPS.shard_logits(x[a:b, c:d], y[a:b], weight, *args, *how, c, V, layout)
+            shard_logits(LogitsInputs(x[a:b, c:d], *tokens, None), spec, execution, Shard(c, V), layout)
             for c, d in itertools.pairwise(columns)
         ]
-        maxima = torch.stack([m for _, m in parts]).amax(0)
-        added = sum(OPS.shard_sums(shards, maxima, *args) for shards, _ in parts)
-        part, *tokens = OPS.shard_merge(maxima, added, y[a:b], weight, u, *args, V, torch.float32)
-        sums = sums + part
-        kept.append((a, b, u, tokens))
-    loss, ppl, _, *factors = OPS.finish(sums, None, *args, torch.float32, 1)
-    gradient = torch.full_like(x, torch.nan)
-    for a, b, u, (nll, lse, *_) in kept:
+        maxima = torch.stack([part.maxima for part in parts]).amax(0)
+        added = sum(shard_sums(part._replace(maxima=maxima), spec) for part in parts)
+        merged = shard_merge(maxima, added, tokens, spec, V, torch.float32)
+        sums = sums + merged.sums
+        kept.append((a, b, tokens, merged))
+    loss, ppl, _, *factors = finish(sums, None, spec, torch.float32, 1)
+    gradient, upstream = torch.full_like(x, torch.nan), Upstream(*factors, torch.ones(()), torch.ones(()))
+    for a, b, tokens, merged in kept:
         for c, d in itertools.pairwise(columns):
-            saved = (y[a:b], weight, u, lse, nll, *factors, torch.ones(()), torch.ones(()))
-            gradient[a:b, c:d] = OPS.shard_logits_backward(x[a:b, c:d].contiguous(), *saved, *args, *how, c, V)
-    return loss, ppl, torch.cat([tokens[3] for *_, tokens in kept]), gradient
+            saved = Saved(x[a:b, c:d].contiguous(), *tokens, merged.lse, merged.nll)
+            gradient[a:b, c:d] = shard_logits_backward(saved, upstream, spec, execution, Shard(c, V))
+    return loss, ppl, torch.cat([merged.predicted for *_, merged in kept]), gradient
 
 
 @settings(max_examples=60)

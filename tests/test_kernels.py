@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from fused_ppl.records import TokenInputs
 from fused_ppl.spec import LossSpec
 from fused_ppl.testing import make_logits, make_target
 
@@ -312,7 +313,7 @@ def test_shards_of_the_vocabulary_hold_what_the_whole_is_made_of(slices):
         shards = torch.full((4, launch.SHARD_FIELDS), NAN, dtype=torch.float64)
         partials = torch.full((launch.PARTIALS, 4, config.slices), NAN) if split else None
         launch_nll_forward(
-            case.logits, y, triton_rows.weights(w, None, spec), Rows(*(None,) * 6), None,
+            case.logits, y, triton_rows.weights(TokenInputs(y, w, None), spec), Rows(*(None,) * 6), None,
             Workspace(torch.zeros(5, dtype=torch.int32), partials), triton_rows.numbers(spec),
             config=config, ignore_index=IGNORED, v0=first, num_classes=1500, shards=shards,
         )  # fmt: skip
@@ -372,7 +373,6 @@ def test_offsets_beyond_int32():
 
 
 def test_no_rows_launch_nothing():
-    rows, totals = triton_rows.nll_forward(
-        torch.zeros(1, 0, 7), torch.zeros(0, dtype=torch.int64), LossSpec(), None, None, None, None
-    )
+    tokens = TokenInputs(torch.zeros(0, dtype=torch.int64), None, None)
+    rows, totals = triton_rows.nll_forward(torch.zeros(1, 0, 7), tokens, LossSpec(), num_items=None, memory_budget=None)
     assert totals is None and all(t.numel() == 0 for t in rows if t is not None)

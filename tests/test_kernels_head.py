@@ -19,6 +19,7 @@ from fused_ppl.backends import torch_rows, triton_rows
 from fused_ppl.kernels import launch, nll_forward_backward
 from fused_ppl.kernels.launch import LaunchConfig, Rows
 from fused_ppl.kernels.nll_forward_backward import launch_nll_forward_backward
+from fused_ppl.records import TokenInputs
 from fused_ppl.spec import LossSpec
 from fused_ppl.testing import make_logits
 
@@ -61,7 +62,7 @@ def run(
         case.logits[0],
         target_logit,
         case.target,
-        triton_rows.weights(case.weight, case.token_weight, case.spec),
+        triton_rows.weights(TokenInputs(case.target, case.weight, case.token_weight), case.spec),
         rows,
         triton_rows.numbers(case.spec),
         upstream=upstream,
@@ -298,10 +299,9 @@ def test_two_reads_and_one_write_of_the_logits(monkeypatch):
 
 def test_no_rows_launch_nothing(monkeypatch):
     monkeypatch.setattr(nll_forward_backward, "nll_forward_backward_kernel", None)
-    none = torch.zeros(0, dtype=torch.int64)
-    stats = triton_rows.nll_forward_backward(
-        torch.zeros(0, 7), torch.zeros(0), none, LossSpec(stats=True), None, None, 1.0, None
-    )
+    tokens = TokenInputs(torch.zeros(0, dtype=torch.int64), None, None)
+    how = {"target_logit": torch.zeros(0), "upstream": 1.0, "memory_budget": None}
+    stats = triton_rows.nll_forward_backward(torch.zeros(0, 7), tokens, LossSpec(stats=True), **how)
     assert all(t.numel() == 0 for t in stats if t is not None)
 
 
@@ -309,10 +309,11 @@ def test_the_torch_backend_gives_the_same():
     """One interface: every statistic and the gradient, with every option."""
     logits, target = make_logits((5, 90)), torch.tensor([0, 89, IGNORED, 4, 5])
     spec = LossSpec(label_smoothing=0.1, softcap=7.0, z_loss=0.01, stats=True)
-    rest = (torch.linspace(-1, 1, 5), target, spec, torch.linspace(1, 2, 90), torch.linspace(1, 3, 5), 0.7, None)
+    tokens = TokenInputs(target, torch.linspace(1, 2, 90), torch.linspace(1, 3, 5))
+    how = {"target_logit": torch.linspace(-1, 1, 5), "upstream": 0.7, "memory_budget": None}
     results = []
     for module in (torch_rows, triton_rows):
         x = logits.clone()
-        results.append((*module.nll_forward_backward(x, *rest), x))
+        results.append((*module.nll_forward_backward(x, tokens, spec, **how), x))
     for ours, theirs in zip(*results, strict=True):
         assert_close(ours, theirs, rtol=3e-6, atol=1e-6)

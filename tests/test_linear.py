@@ -10,10 +10,13 @@ import pytest
 import torch
 import torch._dynamo.utils
 import torch.nn.functional as F
+from op_cases import checked_op
 from torch.testing import assert_close
 
 import fused_ppl
 from fused_ppl import Options, linear_cross_entropy, linear_cross_entropy_with_stats, linear_perplexity, plan
+from fused_ppl.records import HeadExecution, HeadInputs, Normalizers, Shard, Upstream
+from fused_ppl.spec import LossSpec
 from fused_ppl.testing import assert_as_good_as_eager, make_target
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -356,14 +359,10 @@ def test_compiles_into_one_graph_for_any_number_of_tokens(reduction):
 @pytest.mark.parametrize("grads", [(True, True, True), (True, False, False), (False, False, False)], ids=str)
 def test_opcheck(grads, backend):
     (hidden, weight, bias), target = make_head(6, 11, 4)
-    spec = fused_ppl.spec.LossSpec(stats=True).op_args()
-    how = (*spec, backend, torch.float32, grads, None)
-    args = (hidden, weight, bias, target, None, None, None, *how)
-    torch.library.opcheck(torch.ops.fused_ppl.linear_forward, args)
-    out = torch.ops.fused_ppl.linear_forward(*args)
-    factors, (nll, lse), made = out[3:5], out[5:7], out[9:]
-    one = torch.ones(())
-    scale = (hidden, weight, bias, target, *made, *factors, one, None, -100, grads)
-    torch.library.opcheck(torch.ops.fused_ppl.linear_scale, scale)
-    vocab = (hidden, weight, bias, target, None, None, lse, nll, *factors, None, one, *how, 0, weight.shape[0])
-    torch.library.opcheck(torch.ops.fused_ppl.linear_vocab_backward, vocab)
+    spec, execution = LossSpec(stats=True), HeadExecution(backend, None, torch.float32, grads)
+    inputs, one = HeadInputs(hidden, weight, bias, target, None, None, None), torch.ones(())
+    losses, unscaled, *_ = checked_op("linear_forward", inputs, spec, execution)
+    factors = (losses.loss_factor, losses.perplexity_factor)
+    checked_op("linear_scale", inputs, unscaled, Upstream(*factors, one, None), spec, grads)
+    known, shard = Normalizers(losses.lse, losses.nll), Shard(0, weight.shape[0])
+    checked_op("linear_vocab_backward", inputs, known, Upstream(*factors, None, one), spec, execution, shard)

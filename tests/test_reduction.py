@@ -10,7 +10,8 @@ import torch
 from torch.testing import assert_close
 
 from fused_ppl import reduction
-from fused_ppl.spec import LossSpec, RowStats
+from fused_ppl.records import RowStats, Upstream
+from fused_ppl.spec import LossSpec
 
 F64 = torch.float64
 
@@ -23,7 +24,7 @@ def finish(s, m, z=None, *, num_items=None, **spec):
     spec = LossSpec(**spec)
     items = None if num_items is None else torch.tensor(float(num_items))
     z = None if z is None else scalar(z)
-    return reduction.finish(scalar(s), scalar(m), z, spec, items, F64)
+    return reduction.finish(reduction.Sums(scalar(s), scalar(m), z), spec, num_items=items, dtype=F64)
 
 
 def test_mean_and_perplexity_by_hand():
@@ -56,9 +57,8 @@ def test_z_loss_is_added_to_the_loss_and_not_to_the_perplexity():
         assert out.perplexity.item() == pytest.approx(math.exp(1.5))
     out = finish(6, 4, 10, z_loss=0.5, num_items=2)
     assert out.loss == 5.5
-    none = reduction.finish(
-        torch.tensor([1.0]), torch.tensor([1.0]), torch.tensor([4.0]), LossSpec("none", z_loss=0.5), None, F64
-    )
+    sums = reduction.Sums(torch.tensor([1.0]), torch.tensor([1.0]), torch.tensor([4.0]))
+    none = reduction.finish(sums, LossSpec("none", z_loss=0.5), num_items=None, dtype=F64)
     assert none.loss == 3
     assert none.perplexity.item() == pytest.approx(math.e)
 
@@ -132,21 +132,15 @@ def test_sums_are_float64_whatever_the_rows_are():
 
 def test_upstream_of_a_row_is_that_of_its_group():
     factor, shape = torch.tensor([2.0, 3.0], dtype=F64), torch.Size((2, 3))
-    of_s, of_z = reduction.row_upstream(
-        torch.tensor([1.0, 10.0]),
-        torch.tensor([0.5, 0.25]),
-        factor,
-        factor * 2,
-        LossSpec("sequence", z_loss=1.0),
-        shape,
-        F64,
-    )
+    upstream = Upstream(factor, factor * 2, torch.tensor([1.0, 10.0]), torch.tensor([0.5, 0.25]))
+    of_s, of_z = reduction.row_upstream(upstream, LossSpec("sequence", z_loss=1.0), shape, F64)
     assert of_s.tolist() == [2 + 2] * 3 + [30 + 1.5] * 3
     assert of_z.tolist() == [2.0] * 3 + [30.0] * 3  # the perplexity has no z-loss
 
 
 def test_upstream_of_one_loss_is_one_number():
-    of_s, _ = reduction.row_upstream(scalar(2), None, scalar(3), scalar(5), LossSpec(), torch.Size((7,)), torch.float32)
+    shape, factors = torch.Size((7,)), (scalar(3), scalar(5))
+    of_s, _ = reduction.row_upstream(Upstream(*factors, scalar(2), None), LossSpec(), shape, torch.float32)
     assert of_s.shape == () and of_s.item() == 6.0
-    of_s, _ = reduction.row_upstream(None, scalar(2), scalar(3), scalar(5), LossSpec(), torch.Size((7,)), torch.float32)
+    of_s, _ = reduction.row_upstream(Upstream(*factors, None, scalar(2)), LossSpec(), shape, torch.float32)
     assert of_s.shape == () and of_s.item() == 10.0

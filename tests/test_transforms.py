@@ -9,7 +9,11 @@ from torch.autograd import forward_ad
 from torch.testing import assert_close
 
 from fused_ppl import Options, cross_entropy, linear_cross_entropy, linear_perplexity, perplexity
-from fused_ppl.engines import LIBRARY
+from fused_ppl.engines.finish import finish
+from fused_ppl.engines.linear_rows import linear_forward
+from fused_ppl.engines.ops import LIBRARY
+from fused_ppl.records import HeadExecution, HeadInputs
+from fused_ppl.spec import LossSpec
 from fused_ppl.testing import make_logits, make_target
 
 TARGET = make_target((6,), 11, ignored=0.2)
@@ -191,13 +195,11 @@ def test_an_exported_model_trains(fused, strict, options):
 
 def test_an_op_alone_has_the_gradient_of_its_loss(backend):
     """Also where it was not told that one would be asked for."""
-    from fused_ppl.spec import LossSpec
-
     tensors = [t.clone().requires_grad_() for t in (HIDDEN, WEIGHT)]
     expected = torch.autograd.grad(torch.nn.functional.cross_entropy(tensors[0] @ tensors[1].T, TARGET), tensors)
-    rest = (None, TARGET, None, None, None, *LossSpec().op_args(), backend, torch.float32)
-    for made in ([True, True, False], [True, False, False], [False] * 3):
-        loss = torch.ops.fused_ppl.linear_forward(*tensors, *rest, made, None)[0]
+    inputs = HeadInputs(*tensors, None, TARGET, None, None, None)
+    for made in ((True, True, False), (True, False, False), (False,) * 3):
+        loss = linear_forward(inputs, LossSpec(), HeadExecution(backend, None, torch.float32, made)).losses.loss
         for a, b in zip(torch.autograd.grad(loss, tensors), expected, strict=True):
             assert_close(a, b, rtol=1e-5, atol=1e-6)
 
@@ -210,8 +212,6 @@ def test_every_op_has_autograd_or_says_that_it_has_none():
 
 def test_a_part_of_a_loss_alone_has_no_gradient():
     sums = torch.zeros(3, dtype=torch.float64, requires_grad=True)
-    from fused_ppl.spec import LossSpec
-
-    loss = torch.ops.fused_ppl.finish(sums, None, *LossSpec().op_args(), torch.float32, 1)[0]
+    loss = finish(sums, None, LossSpec(), torch.float32, 1).loss
     with pytest.raises(NotImplementedError, match="only as a part of its loss"):
         loss.backward()

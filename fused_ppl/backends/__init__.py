@@ -1,44 +1,162 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which code runs the row formula: strict by name, best effort for None, with the reasons collected.
 
-A backend is a module of four functions over rows of logits. It knows the row formula and no loop over the
-caller's memory; the engines know the loop and no formula.
-
-    nll_forward(logits, target, spec, weight, token_weight, num_items, budget, keep_lse) -> (RowStats, Totals | None)
-    nll_backward(logits, target, rows_lse, rows_nll, of_s, of_z, spec, weight, token_weight, out) -> None
-    nll_forward_backward(logits, target_logit, target, spec, weight, token_weight, upstream) -> RowStats
-    nll_forward_shard(logits, target, target_logit, spec, weight, columns) -> (N, 6) float64
-
-`logits` is (N, V), or (B, R, V) with row n = b * R + r and N = B * R, of any strides; `target`, `token_weight` and all
-that is per row are (N,). `nll_forward` returns Totals where the same launch has already summed and finished them.
-`nll_forward_backward` is the chunk primitive of the fused LM head: it turns logits (R, V) into their gradient.
-`nll_forward_shard` gives statistics of a shard of the vocabulary, which `shards` merges, the same for every backend;
-`columns` = (first, num_classes) says which part of the vocabulary the logits are, there and in `nll_backward`.
-
-The compact fused head asks a second module of each backend for four more, over logits (R, V) or (R, K):
-
-    nll_columns(logits, target_logit, target, spec, weight, token_weight, signed) -> (RowStats, Columns, Factors)
-    nll_columns_shard(logits, target_logit, target, lse, nll, spec, ..., signed, shard) -> (Columns, Factors)
-    nll_kept(logits, index, place, stats, factors, spec, out) -> what is left of the row sums
-    nll_rescreen(logits, screened, index, place, stats, factors, spec, weight_sum) -> (RowStats, the same, error of nll)
+A backend is two modules of functions over rows of logits, `RowBackend` and `CompactBackend`. It knows the row formula
+and no loop over the caller's memory. The engines know the loop and no formula.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib
 import os
 import warnings
-from types import ModuleType
+from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from fused_ppl import checks
 from fused_ppl.backends import presence
-from fused_ppl.spec import BACKENDS
+from fused_ppl.records import (
+    ColumnSums,
+    KeptColumns,
+    Normalizers,
+    RowFactors,
+    RowStats,
+    RowUpstream,
+    Shard,
+    TokenInputs,
+    Totals,
+)
+from fused_ppl.spec import BACKENDS, LossSpec
 
-MODULES = {"torch": "fused_ppl.backends.torch_rows", "triton": "fused_ppl.backends.triton_rows"}
-COMPACT_MODULES = {"torch": "fused_ppl.backends.torch_compact", "triton": "fused_ppl.backends.triton_compact"}
+
+class RowBackend(Protocol):
+    """The row formula. `logits` is (N, V), or (B, R, V) with row n = b * R + r and N = B * R, of any strides."""
+
+    def nll_forward(
+        self,
+        logits: Tensor,
+        tokens: TokenInputs,
+        spec: LossSpec,
+        *,
+        num_items: Tensor | None,
+        memory_budget: int | None,
+        keep_lse: bool,
+    ) -> tuple[RowStats, Totals | None]:
+        """The statistics of every row, and Totals where the same launch has already summed and finished them."""
+
+    def nll_backward(
+        self,
+        logits: Tensor,
+        tokens: TokenInputs,
+        spec: LossSpec,
+        *,
+        normalizers: Normalizers,
+        upstream: RowUpstream,
+        out: Tensor,
+        memory_budget: int | None,
+        shard: Shard | None = None,
+    ) -> None:
+        """The gradient of every row into `out`, a buffer of the shape of the logits, or the logits themselves.
+
+        With `shard` the logits are that part of the vocabulary, and the normalizers are those of all classes.
+        """
+
+    def nll_forward_backward(
+        self,
+        logits: Tensor,
+        tokens: TokenInputs,
+        spec: LossSpec,
+        *,
+        target_logit: Tensor,
+        upstream: float | None,
+        memory_budget: int | None,
+    ) -> RowStats:
+        """The statistics of a chunk (R, V), which becomes `upstream` times the gradient of l; None computes none.
+
+        `target_logit` (R,) takes the place of logits[i, y_i], which the products may have rounded.
+        """
+
+    def nll_forward_shard(
+        self,
+        logits: Tensor,
+        tokens: TokenInputs,
+        spec: LossSpec,
+        *,
+        target_logit: Tensor | None,
+        memory_budget: int | None,
+        shard: Shard,
+    ) -> Tensor:
+        """(N, 6) float64 of a part of the vocabulary, 0 where a row is ignored. `shards` merges the parts.
+
+        The fields: the largest z; sum e^(z - largest), the target left out; the target's z, or 0; sum w z; sum
+        e^(z - largest) (z - largest), the target left out; the column of the largest.
+        """
+
+
+class CompactBackend(Protocol):
+    """What the compact fused head asks of logits (R, V), or (R, K) in the kept columns."""
+
+    def nll_columns(
+        self,
+        logits: Tensor,
+        tokens: TokenInputs,
+        spec: LossSpec,
+        *,
+        target_logit: Tensor,
+        signed: bool,
+        memory_budget: int | None,
+    ) -> tuple[RowStats, ColumnSums, RowFactors]:
+        """The statistics of `nll_forward_backward`, bit for bit, and sums over the columns of the softmax part.
+
+        `signed` says that rows may differ in sign, and that the sums with their signs are wanted as well.
+        """
+
+    def nll_columns_shard(
+        self,
+        logits: Tensor,
+        tokens: TokenInputs,
+        spec: LossSpec,
+        *,
+        target_logit: Tensor,
+        normalizers: Normalizers,
+        signed: bool,
+        memory_budget: int | None,
+        shard: Shard,
+    ) -> tuple[ColumnSums, RowFactors]:
+        """`nll_columns` over a part of the vocabulary, where lse and nll over all classes are known."""
+
+    def nll_kept(
+        self,
+        logits: Tensor,
+        kept: KeptColumns,
+        spec: LossSpec,
+        *,
+        stats: RowStats,
+        factors: RowFactors,
+        out: Tensor,
+        memory_budget: int | None,
+    ) -> Tensor:
+        """The softmax part of the gradient in the kept columns; returns what is left of the row sums, (R,)."""
+
+    def nll_rescreen(
+        self,
+        logits: Tensor,
+        kept: KeptColumns,
+        spec: LossSpec,
+        *,
+        screened: Tensor,
+        stats: RowStats,
+        factors: RowFactors,
+        weight_sum: float | Tensor,
+        memory_budget: int | None,
+    ) -> tuple[RowStats, Tensor, Tensor]:
+        """`nll_kept` where statistics and factors come from a screen (R, V), which the exact `logits` (R, K) correct.
+
+        The logits become their gradient. Returns the statistics, what is left of the row sums, and an estimate of the
+        error of nll, (R,).
+        """
 
 
 def choose(name: str | None, device: torch.device, dtype: torch.dtype) -> str:
@@ -102,10 +220,22 @@ def refusal(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 @functools.cache
-def load(name: str) -> ModuleType:
-    return importlib.import_module(MODULES[name])
+def load(name: str) -> RowBackend:
+    if name == "torch":
+        from fused_ppl.backends import torch_rows
+
+        return torch_rows
+    from fused_ppl.backends import triton_rows
+
+    return triton_rows
 
 
 @functools.cache
-def load_compact(name: str) -> ModuleType:
-    return importlib.import_module(COMPACT_MODULES[name])
+def load_compact(name: str) -> CompactBackend:
+    if name == "torch":
+        from fused_ppl.backends import torch_compact
+
+        return torch_compact
+    from fused_ppl.backends import triton_compact
+
+    return triton_compact

@@ -12,7 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fused_ppl.spec import LossSpec, RowStats
+from fused_ppl.records import RowStats, TokenInputs
+from fused_ppl.spec import LossSpec
 
 LOWEST = -1e30  # the maximum of a shard that holds nothing but -inf; a difference of two is finite
 _INDEX_BITS = 29  # that float32 does not use of a float64
@@ -21,7 +22,7 @@ _INDEX_BITS = 29  # that float32 does not use of a float64
 CHECKS = 4  # rows behind the N
 
 
-def maxima(shards: Tensor, target: Tensor, spec: LossSpec, first: int, layout: int) -> Tensor:
+def maxima(shards: Tensor, target: Tensor, spec: LossSpec, *, first: int, layout: int) -> Tensor:
     """(N + 4, 1 or 2), to be maximised over ranks: m, and with it the class that holds it.
 
     The last rows hold `layout` and a sum of the targets, and the negatives of both: their maxima are of one size where
@@ -58,15 +59,14 @@ def sums(shards: Tensor, top: Tensor, spec: LossSpec) -> Tensor:
 def merge(
     top: Tensor,  # (N + 4, 1 or 2): `maxima` of all ranks
     added: Tensor,  # (N, 2 to 4): `sums` of all ranks
-    target: Tensor,  # (N,)
+    tokens: TokenInputs,
     spec: LossSpec,
-    weight: Tensor | None,  # (V,): all classes
-    token_weight: Tensor | None,  # (N,)
+    *,
     num_classes: int,
     dtype: torch.dtype,
 ) -> RowStats:
     """What one process with all of the classes says of its rows."""
-    others, z, *rest = added.unbind(1)
+    (target, weight, token_weight), (others, z, *rest) = tokens, added.unbind(1)
     m = top[:-CHECKS, 0]
     log_others = others.log() + m
     nll = torch.nn.functional.softplus(log_others - z, threshold=40.0)

@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the compact fused head asks of its rows, in chunked PyTorch. Interface: `fused_ppl.backends`.
 
-The gradient of a row is its softmax part, dz[v] = ((a * p[v]) - (a - rest) * [v = y]) * dz/dx, less pull * w[v] where
-labels are smoothed; the latter is a product already, and left to the engine.
+The gradient of a row is its softmax part, dz[v] = (a * p[v] - (a - rest) * [v = y]) * dz/dx, and
+-smoothing * w[v] where labels are smoothed. The second part is a product already, and left to the engine.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -15,76 +14,68 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fused_ppl.backends.torch_chunks import Chunks, Rows, transform
 from fused_ppl.backends.torch_rows import Coefficients, coefficients, exponentials, finish_gradient, probabilities
 from fused_ppl.backends.torch_stats import others_mass, stats_of_others, target_z, without_target
-from fused_ppl.backends.torch_walk import Rows, Walk, transform
-from fused_ppl.spec import Columns, Factors, LossSpec, RowStats
+from fused_ppl.records import ColumnSums, KeptColumns, Normalizers, RowFactors, RowStats, Shard, TokenInputs
+from fused_ppl.spec import LossSpec
 
 
 def nll_columns(
     logits: Tensor,  # (R, V): left as they are
-    target_logit: Tensor,  # (R,) fp32: takes the place of logits[i, y_i]
-    target: Tensor,  # (R,)
+    tokens: TokenInputs,
     spec: LossSpec,
-    weight: Tensor | None,
-    token_weight: Tensor | None,
+    *,
+    target_logit: Tensor,  # (R,) fp32
     signed: bool,
     memory_budget: int | None,
-) -> tuple[RowStats, Columns, Factors]:
-    """The statistics of `nll_forward_backward`, bit for bit, and sums over the columns of the softmax part.
-
-    `signed`: rows may differ in sign, and the sums with their signs are wanted as well.
-    """
-    walk = Walk(logits.unsqueeze(0), target, spec, memory_budget)
-    if weight is not None:
-        weight = weight.to(walk.dtype)
-    z_y = target_z(walk, target_logit)
+) -> tuple[RowStats, ColumnSums, RowFactors]:
+    chunks = Chunks(logits.unsqueeze(0), tokens, spec, memory_budget=memory_budget)
+    z_y = target_z(chunks, target_logit)
     found = []
 
     def parts() -> Iterator[_Part]:
-        slope = None if spec.softcap is None else torch.empty_like(walk.buffer)
-        for rows in walk:
+        slope = None if spec.softcap is None else torch.empty_like(chunks.buffer)
+        for rows in chunks:
             derivative = None if slope is None else slope[: rows.target.shape[0]]
-            of_rows, p, factor, others = without_target(walk, rows, target_logit, z_y, weight, derivative)
+            of_rows, p, factor, others = without_target(
+                chunks, rows, target_logit=target_logit, z_y=z_y, derivative=derivative
+            )
             found.append(of_rows)
-            lse = of_rows.lse(walk, rows.of(z_y)) if spec.z_loss else None
+            lse = of_rows.lse(chunks, rows.of(z_y)) if spec.z_loss else None
             yield _Part(rows, p, factor, others, lse, derivative)
 
-    columns, factors = _sums(walk, parts(), weight, token_weight, signed, logits.shape[1])
-    return stats_of_others(walk, found, z_y, weight, token_weight), columns, factors
+    columns, factors = _sums(chunks, parts(), signed)
+    return stats_of_others(chunks, found, z_y), columns, factors
 
 
 def nll_columns_shard(
     logits: Tensor,  # (R, V of this shard): left as they are
-    target_logit: Tensor,  # (R,), for other backends
-    target: Tensor,  # (R,)
-    lse: Tensor,  # (R,): of all classes
-    nll: Tensor,  # (R,)
+    tokens: TokenInputs,
     spec: LossSpec,
-    weight: Tensor | None,  # (num_classes,)
-    token_weight: Tensor | None,
+    *,
+    target_logit: Tensor,  # (R,), for other backends
+    normalizers: Normalizers,
     signed: bool,
     memory_budget: int | None,
-    shard: tuple[int, int],  # the first of the classes, and the number of all
-) -> tuple[Columns, Factors]:
-    """`nll_columns` where the statistics are known: of the columns of a shard of the vocabulary."""
-    walk = Walk(logits.unsqueeze(0), target, spec, memory_budget, None, shard)
-    if weight is not None:
-        weight = weight.to(walk.dtype)
+    shard: Shard,
+) -> tuple[ColumnSums, RowFactors]:
+    lse, nll = normalizers
+    chunks = Chunks(logits.unsqueeze(0), tokens, spec, memory_budget=memory_budget, shard=shard)
 
     def parts() -> Iterator[_Part]:
-        slope = None if spec.softcap is None else torch.empty_like(walk.buffer)
-        for rows in walk:
+        slope = None if spec.softcap is None else torch.empty_like(chunks.buffer)
+        for rows in chunks:
             i, y, owned = rows.span, rows.target, rows.owned
             assert owned is not None
             derivative = None if slope is None else slope[: y.shape[0]]
-            p = walk.copy(rows)
-            transform(p, walk.spec, derivative)
+            p = chunks.copy(rows)
+            transform(p, chunks.spec, derivative)
             factor = exponentials(p, lse[i], nll[i], p)
             p.scatter_(1, y, p.gather(1, y).masked_fill_(owned.unsqueeze(1), 0))
             yield _Part(rows, p, factor, others_mass(nll[i]), lse[i], derivative)
 
-    return _sums(walk, parts(), weight, token_weight, signed, shard[1])
+    return _sums(chunks, parts(), signed)
 
 
 class _Part(NamedTuple):
@@ -98,20 +89,13 @@ class _Part(NamedTuple):
     derivative: Tensor | None  # (n, V): under a cap
 
 
-def _sums(
-    walk: Walk,
-    parts: Iterator[_Part],
-    weight: Tensor | None,
-    token_weight: Tensor | None,
-    signed: bool,
-    num_classes: int,
-) -> tuple[Columns, Factors]:
-    spec, v = walk.spec, walk.logits.shape[-1]
-    adds = _ColumnSums(walk, v, signed)
+def _sums(chunks: Chunks, parts: Iterator[_Part], signed: bool) -> tuple[ColumnSums, RowFactors]:
+    spec = chunks.spec
+    adds = _Accumulated(chunks, signed)
     known = []
     for rows, p, factor, others, lse, derivative in parts:
-        of_norm = 2 * spec.z_loss * lse.to(walk.dtype) if spec.z_loss and lse is not None else None
-        c = coefficients(rows, spec, weight, token_weight, num_classes, torch.ones_like(others), of_norm, walk.dtype)
+        grad_lse = 2 * spec.z_loss * lse.to(chunks.dtype) if spec.z_loss and lse is not None else None
+        c = coefficients(chunks, rows, grad_s=torch.ones_like(others), grad_lse=grad_lse)
         if derivative is not None:
             p.mul_(derivative)
         if rows.counted is not None:
@@ -124,17 +108,17 @@ def _sums(
         slope_y = None if derivative is None else derivative.gather(1, rows.target).squeeze(1)
         # all of a row, and not a shard, sums to what is known
         others_sum = p.sum(1) * of_row if derivative is not None or rows.owned is not None else None
-        known.append((c.a, c.rest, c.c, others, slope_y, others_sum))
+        known.append(_Known(c.a, c.rest, c.c, others, slope_y, others_sum))
         adds.add(p, of_row)
     columns = adds.sums()
     if not known:
-        nothing = walk.buffer.new_zeros(0)
-        return columns, Factors(nothing, nothing, nothing, nothing, nothing)
+        nothing = chunks.buffer.new_zeros(0)
+        return columns, RowFactors(nothing, nothing, nothing, nothing, nothing)
     of_rows = (None if f[0] is None else torch.cat(f) for f in zip(*known, strict=True))
-    return columns, _factors(spec, walk.all_rows, *of_rows)  # type: ignore[arg-type]
+    return columns, _factors(spec, chunks.all_rows, _Known(*of_rows))  # type: ignore[arg-type]  # the first and `others` are there
 
 
-class _ColumnSums:
+class _Accumulated:
     """Sums over rows of factor * p, chunk after chunk, in units of about the largest factor, whose square may be no
     float32.
 
@@ -142,11 +126,12 @@ class _ColumnSums:
     product would give to threads, lie in the caches of all of them.
     """
 
-    def __init__(self, walk: Walk, num_classes: int, signed: bool) -> None:
-        self.wide, self.on_cpu = walk.wide, walk.on_cpu
-        self.unit = 0.0 if walk.on_cpu else 1.0
-        self.parts = math.gcd(walk.rows, torch.get_num_threads()) if walk.on_cpu else 1
-        self.size, self.square = (walk.buffer.new_zeros(self.parts, 1, num_classes) for _ in range(2))
+    def __init__(self, chunks: Chunks, signed: bool) -> None:
+        num_classes = chunks.logits.shape[-1]
+        self.wide, self.on_cpu = chunks.wide, chunks.on_cpu
+        self.unit = 0.0 if chunks.on_cpu else 1.0
+        self.parts = math.gcd(chunks.rows, torch.get_num_threads()) if chunks.on_cpu else 1
+        self.size, self.square = (chunks.buffer.new_zeros(self.parts, 1, num_classes) for _ in range(2))
         self.total = torch.zeros_like(self.size) if signed else None
 
     def add(self, p: Tensor, factor: Tensor) -> None:
@@ -172,75 +157,78 @@ class _ColumnSums:
                     sums.mul_((old / self.unit) ** power)
         return self.unit or 1.0
 
-    def sums(self) -> Columns:
+    def sums(self) -> ColumnSums:
         size, square, total = (
             None if sums is None else sums.sum(0).squeeze(0).to(self.wide) * self.unit**power
             for sums, power in ((self.size, 1), (self.square, 2), (self.total, 1))
         )
         assert size is not None and square is not None
-        return Columns(size, square, size[:0] if total is None else total)
+        return ColumnSums(size, square, size[:0] if total is None else total)
 
 
-def _factors(
-    spec: LossSpec,
-    rows: Rows,
-    a: Tensor,
-    rest: Tensor | None,
-    c: Tensor | None,
-    others: Tensor,  # (R,): 1 - p_y
-    slope_y: Tensor | None,  # (R,): of the cap, at the target
-    others_sum: Tensor | None,  # (R,): the row sum without the target, where it has been summed
-) -> Factors:
+class _Known(NamedTuple):
+    """What is known of each row, for its factors."""
+
+    a: Tensor
+    rest: Tensor | None
+    c: Tensor | None
+    others: Tensor  # (R,): 1 - p_y
+    slope_y: Tensor | None  # (R,): of the cap, at the target
+    others_sum: Tensor | None  # (R,): the row sum without the target, where it has been summed
+
+
+def _factors(spec: LossSpec, rows: Rows, known: _Known) -> RowFactors:
+    a, rest, c, others, slope_y, others_sum = known
     at_target = Coefficients(a, rest, c).at_target(-others)
     at_target = at_target * (spec.logit_scale if slope_y is None else slope_y)
     if rows.owned is not None:
         at_target = torch.where(rows.owned, at_target, 0)
     rest = torch.zeros_like(a) if rest is None else rest
     row_sum = rest * spec.logit_scale if others_sum is None else others_sum + at_target
-    pull = a[:0] if c is None else c * spec.logit_scale
-    factors = Factors(a, rest, pull, row_sum, at_target)
-    if rows.counted is None:
-        return factors
-    return Factors(*(torch.where(rows.counted, x, 0) if x.numel() else x for x in factors[:5]))  # type: ignore[arg-type]
+    smoothing = a[:0] if c is None else c * spec.logit_scale
+    if rows.counted is not None:
+        a, rest, row_sum, at_target = (torch.where(rows.counted, x, 0) for x in (a, rest, row_sum, at_target))
+        smoothing = torch.where(rows.counted, smoothing, 0) if smoothing.numel() else smoothing
+    return RowFactors(a, rest, smoothing, row_sum, at_target)
 
 
 def nll_kept(
     logits: Tensor,  # (R, V): left as they are
-    index: Tensor,  # (K,): the kept columns
-    place: Tensor,  # (R,): the target's column among them, K where it is in another shard of the vocabulary
-    stats: RowStats,
-    factors: Factors,
+    kept: KeptColumns,
     spec: LossSpec,
+    *,
+    stats: RowStats,
+    factors: RowFactors,
     out: Tensor,  # (R, K)
     memory_budget: int | None,
 ) -> Tensor:
-    """The softmax part of the gradient in the kept columns; returns what is left of the row sums, (R,)."""
     assert stats.lse is not None
-    walk = _kept_walk(out, place, spec, memory_budget)
-    slope = None if spec.softcap is None else torch.empty_like(walk.buffer)
+    chunks, index = _kept_chunks(out, kept, spec, memory_budget), kept.columns
+    slope = None if spec.softcap is None else torch.empty_like(chunks.buffer)
     left = []
-    for rows in walk:
+    for rows in chunks:
         i = rows.span
         derivative = None if slope is None else slope[: rows.target.shape[0]]
         _gather(logits[i], index, out[i])
-        p = walk.copy(rows)
-        transform(p, walk.spec, derivative)
-        probabilities(p, stats.lse[i], stats.nll[i], factors.a[i], p)
+        p = chunks.copy(rows)
+        transform(p, chunks.spec, derivative)
+        probabilities(p, stats.lse[i], stats.nll[i], factor=factors.a[i], out=p)
         c = Coefficients(factors.a[i], factors.rest[i], None)
-        finish_gradient(walk, rows, p, c, c.at_target(-others_mass(stats.nll[i])), None, derivative, 0)
+        at_target = c.at_target(-others_mass(stats.nll[i]))
+        finish_gradient(chunks, rows, p, c=c, at_target=at_target, derivative=derivative)
         left.append(factors.row_sum[i] - p.sum(1))
-        walk.store(rows, p)
+        chunks.store(rows, p)
     return torch.cat(left) if left else factors.a
 
 
 def nll_rescreen(
     logits: Tensor,  # (R, K): those of the kept columns, made into their gradient
-    screened: Tensor,  # (R, V): what the screen says of all
-    index: Tensor,  # (K,): the kept columns
-    place: Tensor,  # (R,): the target's column among them
-    stats: RowStats,  # of the screened logits
-    factors: Factors,  # of the screened logits
+    kept: KeptColumns,
     spec: LossSpec,
+    *,
+    screened: Tensor,  # (R, V): what the screen says of all
+    stats: RowStats,  # of the screened logits
+    factors: RowFactors,  # of the screened logits
     weight_sum: float | Tensor,  # over all classes
     memory_budget: int | None,
 ) -> tuple[RowStats, Tensor, Tensor]:
@@ -253,21 +241,21 @@ def nll_rescreen(
     times what the kept columns' mass was wrong by. Entropy and argmax stay the screen's.
     """
     assert stats.lse is not None
-    walk = _kept_walk(logits, place, spec, memory_budget)
-    slope, other = (torch.empty_like(walk.buffer) for _ in range(2))
-    coarse = screened.new_empty(walk.buffer.shape)
+    chunks, index = _kept_chunks(logits, kept, spec, memory_budget), kept.columns
+    slope, other = (torch.empty_like(chunks.buffer) for _ in range(2))
+    coarse = screened.new_empty(chunks.buffer.shape)
     parts = []
-    for rows in walk:
+    for rows in chunks:
         i, n, old = rows.span, rows.target.shape[0], stats.nll[rows.span]
         q, derivative = other[:n], None if spec.softcap is None else slope[:n]
         q.copy_(_gather(screened[i], index, coarse[:n]))
-        transform(q, walk.spec, derivative)
+        transform(q, chunks.spec, derivative)
         scale = exponentials(q, stats.lse[i], stats.nll[i], q)
         q.scatter_(1, rows.target, 0)
         mass_before = q.sum(1) * scale
         part_before = mass_before * spec.logit_scale if derivative is None else q.mul_(derivative).sum(1) * scale
-        p = walk.copy(rows)
-        transform(p, walk.spec, derivative)
+        p = chunks.copy(rows)
+        transform(p, chunks.spec, derivative)
         exponentials(p, stats.lse[i], stats.nll[i], p)
         p.scatter_(1, rows.target, 0)
         mass = p.sum(1) * scale
@@ -277,17 +265,17 @@ def nll_rescreen(
         shrink = 1 - others_mass(change)
         p.mul_((factors.a[i] * shrink * scale).unsqueeze(1))
         c = Coefficients(factors.a[i], factors.rest[i], None)
-        finish_gradient(walk, rows, p, c, c.at_target(-others_mass(nll)), None, derivative, 0)
+        finish_gradient(chunks, rows, p, c=c, at_target=c.at_target(-others_mass(nll)), derivative=derivative)
         left = (factors.row_sum[i] - factors.at_target[i] - factors.a[i] * part_before) * shrink
-        walk.store(rows, p)
+        chunks.store(rows, p)
         wrong = rest * shrink * (mass.log() - mass_before.log()).nan_to_num_(0, 0, 0).abs()
         parts.append((nll, change, left, wrong))
     if not parts:
         return stats, factors.a, factors.a
     nll, change, left, wrong = (torch.cat(x) for x in zip(*parts, strict=True))
     loss = stats.loss + (factors.a - factors.rest) * change
-    if factors.pull.numel():
-        loss = loss + factors.pull * (change * weight_sum / spec.logit_scale)
+    if factors.smoothing.numel():
+        loss = loss + factors.smoothing * (change * weight_sum / spec.logit_scale)
     return stats._replace(nll=nll, lse=stats.lse + change, loss=loss), left, wrong
 
 
@@ -298,7 +286,8 @@ def _gather(logits: Tensor, index: Tensor, out: Tensor) -> Tensor:
     return out
 
 
-def _kept_walk(logits: Tensor, place: Tensor, spec: LossSpec, memory_budget: int | None) -> Walk:
+def _kept_chunks(logits: Tensor, kept: KeptColumns, spec: LossSpec, memory_budget: int | None) -> Chunks:
     """In place, over rows that are all taken: those which are not counted have factors of 0."""
-    rows, shard = logits.unsqueeze(0), (0, logits.shape[1] + 1)  # in which K is a class that is elsewhere
-    return Walk(rows, place, dataclasses.replace(spec, ignore_index=None), memory_budget, rows, shard)
+    rows, shard = logits.unsqueeze(0), Shard(0, logits.shape[1] + 1)  # in which K is a class that is elsewhere
+    tokens = TokenInputs(kept.place, None, None)
+    return Chunks(rows, tokens, spec._replace(ignore_index=None), memory_budget=memory_budget, out=rows, shard=shard)

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fused_ppl.backends.torch_chunks import Chunks, Rows, transform
 from fused_ppl.backends.torch_stats import (
     Others,
     chunk_stats,
@@ -24,72 +25,61 @@ from fused_ppl.backends.torch_stats import (
     target_z,
     without_target,
 )
-from fused_ppl.backends.torch_walk import Rows, Walk, transform
-from fused_ppl.spec import LossSpec, RowStats, Totals
+from fused_ppl.records import Normalizers, RowStats, RowUpstream, Shard, TokenInputs, Totals
+from fused_ppl.spec import LossSpec
 
 
 def nll_forward(
     logits: Tensor,  # (B, R, V) or (N, V)
-    target: Tensor,  # (N,)
+    tokens: TokenInputs,
     spec: LossSpec,
-    weight: Tensor | None,  # (V,)
-    token_weight: Tensor | None,  # (N,)
+    *,
     num_items: Tensor | None,
     memory_budget: int | None,
     keep_lse: bool = True,
 ) -> tuple[RowStats, Totals | None]:
     """nll, lse and the rows' parts of S and M; entropy and argmax on request."""
-    walk = Walk(logits, target, spec, memory_budget, keep_lse=keep_lse)
-    if weight is not None:
-        weight = weight.to(walk.dtype)
-    parts = [walk.zeros(rows) if rows.skipped else chunk_stats(walk, rows, weight, token_weight) for rows in walk]
-    return collect(walk, parts), None
+    chunks = Chunks(logits, tokens, spec, memory_budget=memory_budget, keep_lse=keep_lse)
+    return collect(chunks, [chunks.zeros(rows) if rows.skipped else chunk_stats(chunks, rows) for rows in chunks]), None
 
 
 def nll_backward(
     logits: Tensor,  # (B, R, V) or (N, V)
-    target: Tensor,  # (N,)
-    lse: Tensor,  # (N,)
-    nll: Tensor,  # (N,)
-    of_s: Tensor,  # (N,) or (): upstream gradient of S
-    of_z: Tensor | None,  # (N,) or (): upstream gradient of Z
+    tokens: TokenInputs,
     spec: LossSpec,
-    weight: Tensor | None,
-    token_weight: Tensor | None,
+    *,
+    normalizers: Normalizers,
+    upstream: RowUpstream,
     out: Tensor,  # the shape of logits: a buffer, or the logits themselves
     memory_budget: int | None,
-    columns: tuple[int, int] | None = None,
+    shard: Shard | None = None,
 ) -> None:
-    """The gradient of every row into `out`.
-
-    `columns = (first, num_classes)` says that the logits are a slice of the vocabulary that begins at `first`: then
-    `lse` normalises them, and `weight` is that of all classes.
-    """
-    first, num_classes = columns or (0, logits.shape[-1])
-    walk = Walk(logits, target, spec, memory_budget, out, columns)
-    if weight is not None:
-        weight = weight.to(walk.dtype)
-    slope = None if spec.softcap is None else torch.empty_like(walk.buffer)
-    for rows in walk:
+    """The gradient of every row into `out`."""
+    lse, nll = normalizers
+    chunks = Chunks(logits, tokens, spec, memory_budget=memory_budget, out=out, shard=shard)
+    slope = None if spec.softcap is None else torch.empty_like(chunks.buffer)
+    for rows in chunks:
         assert rows.out is not None
         if rows.skipped:
             rows.out.zero_()
             continue
         derivative = None if slope is None else slope[: rows.target.shape[0]]
-        z, p = walk.load(rows, derivative), walk.work(rows)
-        of_norm = None if of_z is None else rows.of(of_z) * (2 * spec.z_loss) * rows.of(lse).to(walk.dtype)
-        c = coefficients(rows, spec, weight, token_weight, num_classes, rows.of(of_s), of_norm, walk.dtype)
+        z, p = chunks.load(rows, derivative), chunks.work(rows)
+        grad_lse = None
+        if upstream.grad_z is not None:
+            grad_lse = rows.of(upstream.grad_z) * (2 * spec.z_loss) * rows.of(lse).to(chunks.dtype)
+        c = coefficients(chunks, rows, grad_s=rows.of(upstream.grad_s), grad_lse=grad_lse)
         at_target = c.at_target(-others_mass(rows.of(nll)))
-        if columns is None:
+        if shard is None:
             torch.softmax(z, 1, out=p)
             p.mul_(_column(c.a))
         else:
-            probabilities(z, rows.of(lse), rows.of(nll), c.a, p)
-        finish_gradient(walk, rows, p, c, at_target, weight, derivative, first)
-        walk.store(rows, p)
+            probabilities(z, rows.of(lse), rows.of(nll), factor=c.a, out=p)
+        finish_gradient(chunks, rows, p, c=c, at_target=at_target, derivative=derivative)
+        chunks.store(rows, p)
 
 
-def probabilities(z: Tensor, lse: Tensor, nll: Tensor, factor: Tensor, out: Tensor) -> None:
+def probabilities(z: Tensor, lse: Tensor, nll: Tensor, *, factor: Tensor, out: Tensor) -> None:
     """factor * exp(z - lse) of the rows."""
     out.mul_((factor * exponentials(z, lse, nll, out)).unsqueeze(1))
 
@@ -108,11 +98,10 @@ def exponentials(z: Tensor, lse: Tensor, nll: Tensor, out: Tensor) -> Tensor:
 
 def nll_forward_backward(
     logits: Tensor,  # (R, V): a buffer of the caller's, used up
-    target_logit: Tensor,  # (R,) fp32: takes the place of logits[i, y_i]
-    target: Tensor,  # (R,)
+    tokens: TokenInputs,
     spec: LossSpec,
-    weight: Tensor | None,
-    token_weight: Tensor | None,
+    *,
+    target_logit: Tensor,  # (R,) fp32
     upstream: float | None,
     memory_budget: int | None,
 ) -> RowStats:
@@ -124,30 +113,30 @@ def nll_forward_backward(
 
     `upstream` None computes no gradient.
     """
-    walk = Walk(logits, target, spec, memory_budget, logits)
-    if weight is not None:
-        weight = weight.to(walk.dtype)
-    slope = torch.empty_like(walk.buffer) if spec.softcap is not None and upstream is not None else None
-    z_y = target_z(walk, target_logit)
+    chunks = Chunks(logits, tokens, spec, memory_budget=memory_budget, out=logits)
+    slope = torch.empty_like(chunks.buffer) if spec.softcap is not None and upstream is not None else None
+    z_y = target_z(chunks, target_logit)
     parts = []
-    for rows in walk:
+    for rows in chunks:
         if rows.skipped:
             logits[rows.span] = 0
-            parts.append(Others.none(walk, rows))
+            parts.append(Others.none(chunks, rows))
             continue
         derivative = None if slope is None else slope[: rows.target.shape[0]]
-        found, p, of_others, others = without_target(walk, rows, target_logit, z_y, weight, derivative)
+        found, p, of_others, others = without_target(
+            chunks, rows, target_logit=target_logit, z_y=z_y, derivative=derivative
+        )
         parts.append(found)
         if upstream is not None:
-            of_s = torch.full_like(found.nll, upstream)
-            of_norm = None
+            grad_s = torch.full_like(found.nll, upstream)
+            grad_lse = None
             if spec.z_loss:
-                of_norm = of_s * (2 * spec.z_loss) * found.lse(walk, rows.of(z_y)).to(walk.dtype)
-            c = coefficients(rows, spec, weight, token_weight, logits.shape[-1], of_s, of_norm, walk.dtype)
+                grad_lse = grad_s * (2 * spec.z_loss) * found.lse(chunks, rows.of(z_y)).to(chunks.dtype)
+            c = coefficients(chunks, rows, grad_s=grad_s, grad_lse=grad_lse)
             p.mul_((c.a * of_others).unsqueeze(1))
-            finish_gradient(walk, rows, p, c, c.at_target(-others), weight, derivative, 0)
-            walk.store(rows, p)
-    return stats_of_others(walk, parts, z_y, weight, token_weight)
+            finish_gradient(chunks, rows, p, c=c, at_target=c.at_target(-others), derivative=derivative)
+            chunks.store(rows, p)
+    return stats_of_others(chunks, parts, z_y)
 
 
 class Coefficients(NamedTuple):
@@ -164,49 +153,46 @@ class Coefficients(NamedTuple):
 
 
 def coefficients(
+    chunks: Chunks,
     rows: Rows,
-    spec: LossSpec,
-    weight: Tensor | None,
-    token_weight: Tensor | None,
-    num_classes: int,
-    of_s: Tensor,
-    of_norm: Tensor | None,  # upstream of Z times d(z_loss * lse^2) / d lse
-    dtype: torch.dtype,
+    *,
+    grad_s: Tensor,
+    grad_lse: Tensor | None,  # upstream of Z times d(z_loss * lse^2) / d lse
 ) -> Coefficients:
-    of_target = None if weight is None else weight[rows.label]
-    u = None if token_weight is None else rows.of(token_weight).to(dtype)
-    g, smoothing = product(of_s, u), spec.label_smoothing
+    weight, num_classes = chunks.weight, chunks.num_classes
+    of_target, u = chunks.target_weight(rows), chunks.token_weight(rows)
+    g, smoothing = product(grad_s, u), chunks.spec.label_smoothing
     c = g * (smoothing / num_classes) if smoothing else None
     b = product(g * (1 - smoothing) if smoothing else g, of_target)
     rest = None if c is None else c * (num_classes if weight is None else weight.sum())
-    if of_norm is not None:
-        of_norm = product(of_norm, u, of_target)
-        rest = of_norm if rest is None else rest + of_norm
+    if grad_lse is not None:
+        grad_lse = product(grad_lse, u, of_target)
+        rest = grad_lse if rest is None else rest + grad_lse
     return Coefficients(b if rest is None else b + rest, rest, c)
 
 
 def finish_gradient(
-    walk: Walk,
+    chunks: Chunks,
     rows: Rows,
     p: Tensor,  # (n, V): p * a, made into the gradient
+    *,
     c: Coefficients,
     at_target: Tensor,
-    weight: Tensor | None,
     derivative: Tensor | None,
-    first: int,
 ) -> None:
     if rows.owned is not None:
         at_target = torch.where(rows.owned, at_target, p.gather(1, rows.target).squeeze(1))
     p.scatter_(1, rows.target, at_target.unsqueeze(1))
     if c.c is not None:
+        weight = chunks.own_weight
         if weight is None:
             p.sub_(_column(c.c))
         else:
-            p.addcmul_(_column(c.c), weight[first : first + p.shape[1]], value=-1)
+            p.addcmul_(_column(c.c), weight, value=-1)
     if derivative is not None:
         p.mul_(derivative)
-    elif walk.spec.logit_scale != 1:
-        p.mul_(walk.spec.logit_scale)
+    elif chunks.spec.logit_scale != 1:
+        p.mul_(chunks.spec.logit_scale)
     if rows.counted is not None:
         p.masked_fill_(~rows.counted.unsqueeze(1), 0)
 
@@ -218,32 +204,30 @@ def _column(of_rows: Tensor) -> Tensor:
 
 def nll_forward_shard(
     logits: Tensor,  # (B, R, V of this shard) or (N, V of this shard)
-    target: Tensor,  # (N,)
-    target_logit: Tensor | None,  # (N,): takes the place of the target's logit, where that is in the shard
+    tokens: TokenInputs,
     spec: LossSpec,
-    weight: Tensor | None,  # (num_classes,)
+    *,
+    target_logit: Tensor | None,  # (N,): where the target is in the shard
     memory_budget: int | None,
-    columns: tuple[int, int],
+    shard: Shard,
 ) -> Tensor:
     """(N, 6) float64: of a shard, the largest z; sum e^(z - largest), the target left out; the target's z, or 0; sum
     w z and sum e^(z - largest) (z - largest), the target left out; the column of the largest. 0 where ignored."""
-    walk = Walk(logits, target, spec, memory_budget, None, columns)
-    first = columns[0]
-    w = None if weight is None else weight[first : first + logits.shape[-1]].to(walk.dtype)
-    parts = [torch.zeros(0, 6, dtype=walk.wide, device=logits.device)]
-    for rows in walk:
+    chunks = Chunks(logits, tokens, spec, memory_budget=memory_budget, shard=shard)
+    parts = [torch.zeros(0, 6, dtype=chunks.wide, device=logits.device)]
+    for rows in chunks:
         if rows.skipped:
             parts.append(parts[0].new_zeros(rows.target.shape[0], 6))
             continue
         y, owned = rows.target, rows.owned
         assert owned is not None
-        x = walk.buffer[: y.shape[0]]
+        x = chunks.buffer[: y.shape[0]]
         x.view(rows.source.shape).copy_(rows.source)
         if target_logit is not None:
-            given = rows.of(target_logit).to(walk.dtype).unsqueeze(1)
+            given = rows.of(target_logit).to(chunks.dtype).unsqueeze(1)
             x.scatter_(1, y, torch.where(owned.unsqueeze(1), given, x.gather(1, y)))
-        transform(x, walk.spec)
-        parts.append(shard_stats(walk, x, y, owned.unsqueeze(1), w))
+        transform(x, chunks.spec)
+        parts.append(shard_stats(chunks, x, y, owned=owned.unsqueeze(1)))
         if rows.counted is not None:
             parts[-1].masked_fill_(~rows.counted.unsqueeze(1), 0)
     return torch.cat(parts)

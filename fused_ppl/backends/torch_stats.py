@@ -9,51 +9,49 @@ import torch
 from torch import Tensor
 
 from fused_ppl.backends.shards import LOWEST
-from fused_ppl.backends.torch_walk import Rows, Walk, transform
-from fused_ppl.spec import RowStats
+from fused_ppl.backends.torch_chunks import Chunks, Rows, transform
+from fused_ppl.records import RowStats
 
 
-def chunk_stats(walk: Walk, rows: Rows, w: Tensor | None, token_weight: Tensor | None) -> RowStats:
-    spec, y = walk.spec, rows.target
-    z = walk.load(rows)
+def chunk_stats(chunks: Chunks, rows: Rows) -> RowStats:
+    spec, y, w = chunks.spec, rows.target, chunks.weight
+    z = chunks.load(rows)
     # lse = z - logp in any column; in the largest nothing cancels, and a target of probability zero does no harm
     top = z.argmax(1, keepdim=True) if spec.stats or spec.z_loss else y
-    top_logit = z.gather(1, top) if walk.keep_lse else None
+    top_logit = z.gather(1, top) if chunks.keep_lse else None
     # one chunk leaves its memory to the allocator; many share theirs
-    logp = torch.log_softmax(z, 1) if rows.whole else torch.log_softmax(z, 1, out=walk.work(rows))
-    lse = None if top_logit is None else (top_logit.to(walk.wide) - logp.gather(1, top)).squeeze(1)
+    logp = torch.log_softmax(z, 1) if rows.whole else torch.log_softmax(z, 1, out=chunks.work(rows))
+    lse = None if top_logit is None else (top_logit.to(chunks.wide) - logp.gather(1, top)).squeeze(1)
     nll = logp.gather(1, y).squeeze(1).neg_()
     smooth = None
     if spec.label_smoothing:
         smooth = -(logp.sum(1) if w is None else logp @ w)
     entropy = _entropy(logp) if spec.stats else None
     predicted = top.squeeze(1) if spec.stats else None
-    return row_stats(walk, rows, nll, lse, smooth, entropy, predicted, w, token_weight)
+    return row_stats(chunks, rows, nll, lse=lse, smooth=smooth, entropy=entropy, predicted=predicted)
 
 
-def collect(walk: Walk, parts: list[RowStats]) -> RowStats:
+def collect(chunks: Chunks, parts: list[RowStats]) -> RowStats:
     if not parts:
-        return walk.zeros(None)
+        return chunks.zeros(None)
     stats = parts[0] if len(parts) == 1 else RowStats.concatenate(parts)
-    return stats if walk.on_cpu else _mark_out_of_range(stats, walk)
+    return stats if chunks.on_cpu else _mark_out_of_range(stats, chunks)
 
 
 def row_stats(
-    walk: Walk,
+    chunks: Chunks,
     rows: Rows,
     nll: Tensor,
+    *,
     lse: Tensor | None,
     smooth: Tensor | None,  # sum_v w[v] * (lse - z[v])
     entropy: Tensor | None,
     predicted: Tensor | None,
-    w: Tensor | None,
-    token_weight: Tensor | None,
 ) -> RowStats:
     """l and u * w[y] of the rows beside what is known of them; 0 where ignored."""
-    a = walk.spec.label_smoothing
-    of_target = None if w is None else w[rows.label]
-    u = None if token_weight is None else rows.of(token_weight).to(walk.dtype)
-    loss = nll if not a and w is None else product(1 - a, of_target) * nll
+    a = chunks.spec.label_smoothing
+    of_target, u = chunks.target_weight(rows), chunks.token_weight(rows)
+    loss = nll if not a and of_target is None else product(1 - a, of_target) * nll
     if smooth is not None:
         loss = loss + (a / rows.source.shape[-1]) * smooth
     loss = product(loss, u)
@@ -65,10 +63,10 @@ def row_stats(
     return stats.map(lambda t, ignored: torch.where(counted, t, ignored))
 
 
-def target_z(walk: Walk, target_logit: Tensor) -> Tensor:
+def target_z(chunks: Chunks, target_logit: Tensor) -> Tensor:
     """(N,): z of each row's target, NaN in the place of +inf as in PyTorch."""
-    z_y = target_logit.to(walk.dtype, copy=True)
-    transform(z_y, walk.spec)
+    z_y = target_logit.to(chunks.dtype, copy=True)
+    transform(z_y, chunks.spec)
     return z_y.masked_fill_(z_y == torch.inf, torch.nan)
 
 
@@ -84,54 +82,47 @@ class Others(NamedTuple):
     predicted: Tensor | None
 
     @classmethod
-    def none(cls, walk: Walk, rows: Rows) -> Others:
+    def none(cls, chunks: Chunks, rows: Rows) -> Others:
         """Of rows that are all ignored."""
-        zeros = walk.buffer.new_zeros(rows.target.shape[0])
-        entropy, predicted = (zeros, rows.label) if walk.spec.stats else (None, None)
-        return cls(zeros, zeros, zeros, zeros if walk.spec.label_smoothing else None, entropy, predicted)
+        zeros = chunks.buffer.new_zeros(rows.target.shape[0])
+        entropy, predicted = (zeros, rows.label) if chunks.spec.stats else (None, None)
+        return cls(zeros, zeros, zeros, zeros if chunks.spec.label_smoothing else None, entropy, predicted)
 
-    def lse(self, walk: Walk, z_y: Tensor) -> Tensor:
+    def lse(self, chunks: Chunks, z_y: Tensor) -> Tensor:
         """(n,) of all classes. aten computes vectors and what is left over with different roundings: filled up, so that
         a row says the same wherever it stands."""
-        pairs = torch.stack([self.top.to(walk.wide) + self.excess, z_y.to(walk.wide)])
+        pairs = torch.stack([self.top.to(chunks.wide) + self.excess, z_y.to(chunks.wide)])
         filled = torch.nn.functional.pad(pairs, (0, -z_y.shape[0] % 64))
         return torch.logaddexp(*filled)[: z_y.shape[0]]
 
 
-def stats_of_others(
-    walk: Walk, parts: list[Others], z_y: Tensor, w: Tensor | None, token_weight: Tensor | None
-) -> RowStats:
+def stats_of_others(chunks: Chunks, parts: list[Others], z_y: Tensor) -> RowStats:
     """The statistics of all rows."""
     if not parts:
-        return walk.zeros(None)
+        return chunks.zeros(None)
     found = Others(*(None if c[0] is None else torch.cat(c) for c in zip(*parts, strict=True)))  # type: ignore[arg-type]
-    lse = found.lse(walk, z_y)
+    lse, w = found.lse(chunks, z_y), chunks.weight
     smooth = None
     if found.plain_sum is not None:
-        smooth = (walk.logits.shape[-1] if w is None else w.sum()) * lse.to(walk.dtype) - found.plain_sum
-    of_rows = (found.nll, lse, smooth, found.entropy, found.predicted)
-    stats = row_stats(walk, walk.all_rows, *of_rows, w, token_weight)
-    return stats if walk.on_cpu else _mark_out_of_range(stats, walk)
+        smooth = (chunks.logits.shape[-1] if w is None else w.sum()) * lse.to(chunks.dtype) - found.plain_sum
+    asked = {"entropy": found.entropy, "predicted": found.predicted}
+    stats = row_stats(chunks, chunks.all_rows, found.nll, lse=lse, smooth=smooth, **asked)
+    return stats if chunks.on_cpu else _mark_out_of_range(stats, chunks)
 
 
 def without_target(
-    walk: Walk,
-    rows: Rows,
-    target_logit: Tensor,
-    z_y: Tensor,
-    w: Tensor | None,
-    derivative: Tensor | None,
+    chunks: Chunks, rows: Rows, *, target_logit: Tensor, z_y: Tensor, derivative: Tensor | None
 ) -> tuple[Others, Tensor, Tensor, Tensor]:
     """What is known of the rows; p of the classes that are not the target, up to a factor of the row; that factor; and
     the mass of those classes, 1 - p_y."""
-    spec, y, z_y = walk.spec, rows.target, rows.of(z_y)
-    x = walk.copy(rows)
+    spec, y, z_y = chunks.spec, rows.target, rows.of(z_y)
+    x = chunks.copy(rows)
     if spec.softcap is not None or spec.label_smoothing or spec.stats:
         x.scatter_(1, y, rows.of(target_logit).unsqueeze(1))
-    transform(x, walk.spec, derivative)
+    transform(x, chunks.spec, derivative)
     plain_sum = None
     if spec.label_smoothing:
-        plain_sum = x.sum(1) if w is None else x @ w
+        plain_sum = x.sum(1) if chunks.weight is None else x @ chunks.weight
     predicted = x.argmax(1) if spec.stats else None
     # the largest of the others takes the target's place: its share then tells the others' sum, which is not less
     x.scatter_(1, y, -torch.inf)
@@ -159,9 +150,9 @@ def others_mass(nll: Tensor) -> Tensor:
     return -torch.expm1(-nll)
 
 
-def _mark_out_of_range(stats: RowStats, walk: Walk) -> RowStats:
+def _mark_out_of_range(stats: RowStats, chunks: Chunks) -> RowStats:
     """NaN where a target is out of range; a CPU has raised already."""
-    bad = walk.out_of_range()
+    bad = chunks.out_of_range()
     loss, nll = (t.masked_fill(bad, torch.nan) for t in (stats.loss, stats.nll))
     lse = None if stats.lse is None else stats.lse.masked_fill(bad, torch.nan)
     return stats._replace(loss=loss, nll=nll, lse=lse)
@@ -181,17 +172,19 @@ def product(first: Tensor | float, *factors: Tensor | None) -> Tensor:
     return first  # type: ignore[return-value]
 
 
-def shard_stats(walk: Walk, z: Tensor, y: Tensor, owned: Tensor, w: Tensor | None) -> Tensor:
+def shard_stats(chunks: Chunks, z: Tensor, y: Tensor, *, owned: Tensor) -> Tensor:
+    """The fields of `RowBackend.nll_forward_shard`."""
+    w = chunks.own_weight
     of_target = z.gather(1, y)
     top, column = z.max(1, keepdim=True)
     top = top.clamp(min=LOWEST)
     spread = torch.zeros_like(top)
-    if walk.spec.label_smoothing:
+    if chunks.spec.label_smoothing:
         z.scatter_(1, y, torch.where(owned, 0, of_target))
         spread = z.sum(1, keepdim=True) if w is None else (z @ w).unsqueeze(1)
     z.scatter_(1, y, torch.where(owned, -torch.inf, of_target))
     z.sub_(top)
-    e = z.exp() if walk.spec.stats else z.exp_()
-    tail = (z.clamp_(min=-1e3) * e).sum(1, keepdim=True) if walk.spec.stats else spread
+    e = z.exp() if chunks.spec.stats else z.exp_()
+    tail = (z.clamp_(min=-1e3) * e).sum(1, keepdim=True) if chunks.spec.stats else spread
     fields = (top, e.sum(1, keepdim=True), torch.where(owned, of_target, 0), spread, tail, column)
-    return torch.cat([f.to(walk.wide) for f in fields], 1)
+    return torch.cat([f.to(chunks.wide) for f in fields], 1)

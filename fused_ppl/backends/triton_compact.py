@@ -8,61 +8,54 @@ from torch import Tensor
 
 from fused_ppl.backends import triton_rows
 from fused_ppl.kernels import compact_columns, compact_kept, launch
+from fused_ppl.records import ColumnSums, KeptColumns, Normalizers, RowFactors, RowStats, Shard, TokenInputs
 from fused_ppl.reduction import sum_dtype
-from fused_ppl.spec import Columns, Factors, LossSpec, RowStats
+from fused_ppl.spec import LossSpec
 
 
 def nll_columns(
     logits: Tensor,  # (R, V): left as they are
-    target_logit: Tensor,  # (R,) fp32: takes the place of logits[i, y_i]
-    target: Tensor,  # (R,)
+    tokens: TokenInputs,
     spec: LossSpec,
-    weight: Tensor | None,
-    token_weight: Tensor | None,
+    *,
+    target_logit: Tensor,  # (R,) fp32
     signed: bool,
     memory_budget: int | None,
-) -> tuple[RowStats, Columns, Factors]:
-    """The statistics of `nll_forward_backward`, bit for bit, and sums over the columns of the softmax part.
-
-    `signed`: rows may differ in sign, and the sums with their signs are wanted as well.
-    """
-    rows = (target_logit, target, spec, weight, token_weight)
-    stats = triton_rows.nll_forward_backward(logits, *rows, None, memory_budget)
+) -> tuple[RowStats, ColumnSums, RowFactors]:
+    stats = triton_rows.nll_forward_backward(
+        logits, tokens, spec, target_logit=target_logit, upstream=None, memory_budget=memory_budget
+    )
     assert stats.lse is not None
-    return stats, *_sums(logits, *rows, stats.lse, stats.nll, signed, None)
+    known = Normalizers(stats.lse, stats.nll)
+    return stats, *_sums(logits, tokens, spec, target_logit=target_logit, normalizers=known, signed=signed, shard=None)
 
 
 def nll_columns_shard(
     logits: Tensor,  # (R, V of this shard): left as they are
-    target_logit: Tensor,  # (R,) fp32: of the targets that are in the shard
-    target: Tensor,  # (R,)
-    lse: Tensor,  # (R,) fp64: of all classes
-    nll: Tensor,  # (R,)
+    tokens: TokenInputs,
     spec: LossSpec,
-    weight: Tensor | None,  # (num_classes,)
-    token_weight: Tensor | None,
+    *,
+    target_logit: Tensor,  # (R,) fp32: of the targets that are in the shard
+    normalizers: Normalizers,
     signed: bool,
     memory_budget: int | None,
-    shard: tuple[int, int],  # the first of the classes, and the number of all
-) -> tuple[Columns, Factors]:
-    """`nll_columns` where the statistics are known: of the columns of a shard of the vocabulary."""
-    return _sums(logits, target_logit, target, spec, weight, token_weight, lse, nll, signed, shard)
+    shard: Shard,
+) -> tuple[ColumnSums, RowFactors]:
+    return _sums(logits, tokens, spec, target_logit=target_logit, normalizers=normalizers, signed=signed, shard=shard)
 
 
 def _sums(
     logits: Tensor,
-    target_logit: Tensor,
-    target: Tensor,
+    tokens: TokenInputs,
     spec: LossSpec,
-    weight: Tensor | None,
-    token_weight: Tensor | None,
-    lse: Tensor,
-    nll: Tensor,
+    *,
+    target_logit: Tensor,
+    normalizers: Normalizers,
     signed: bool,
-    shard: tuple[int, int] | None,
-) -> tuple[Columns, Factors]:
+    shard: Shard | None,
+) -> tuple[ColumnSums, RowFactors]:
     (n, v), numbers = logits.shape, triton_rows.numbers(spec)
-    target = target.contiguous()
+    target = tokens.target.contiguous()
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=logits.device)
@@ -72,16 +65,16 @@ def _sums(
     compact_columns.launch_row_factors(
         target_logit.contiguous(),
         target,
-        lse.contiguous(),
-        nll.contiguous(),
-        triton_rows.weights(weight, token_weight, spec),
+        normalizers.lse.contiguous(),
+        normalizers.nll.contiguous(),
+        triton_rows.weights(tokens, spec),
         made,
         numbers,
-        num_classes=v if shard is None else shard[1],
+        num_classes=v if shard is None else shard.num_classes,
         ignore_index=spec.ignore_index,
     )
     if shard is not None:
-        target = target - shard[0]  # outside of the shard it is no column
+        target = target - shard.first  # outside of the shard it is no column
         made.at_target.masked_fill_((target < 0) | (target >= v), 0)
     size = launch.device_size(logits.device)
     block, part, num_warps = compact_columns.tiling(n, v, logits.itemsize, *size)
@@ -109,34 +102,35 @@ def _sums(
         row_sum = (partials.row_sum.sum(0).to(wide) * back).to(at_target.dtype) + at_target
     pull = made.rest[:0] if pull is None else pull * scale
     sizes, square = partials.size.sum(0).to(wide) * back, partials.square.sum(0).to(wide) * back**2
-    columns = Columns(sizes, square, sizes[:0] if partials.total is None else partials.total.sum(0).to(wide) * back)
-    return columns, Factors(made.a, made.rest, pull, row_sum, at_target, (made.scaled, made.lse2, made.multiplier))
+    columns = ColumnSums(sizes, square, sizes[:0] if partials.total is None else partials.total.sum(0).to(wide) * back)
+    return columns, RowFactors(made.a, made.rest, pull, row_sum, at_target, (made.scaled, made.lse2, made.multiplier))
 
 
 def nll_kept(
     logits: Tensor,  # (R, V): left as they are
-    index: Tensor,  # (K,): the kept columns
-    place: Tensor,  # (R,): the target's column among them, K where it is in another shard of the vocabulary
-    stats: RowStats,
-    factors: Factors,
+    kept: KeptColumns,
     spec: LossSpec,
+    *,
+    stats: RowStats,
+    factors: RowFactors,
     out: Tensor,  # (R, K)
     memory_budget: int | None,
 ) -> Tensor:
-    """The softmax part of the gradient in the kept columns; returns what is left of the row sums, (R,)."""
     row_sum = torch.empty_like(factors.a)
-    compact_kept.launch_kept(logits, index, place, _row_factors(factors, spec), out, row_sum, triton_rows.numbers(spec))
+    compact_kept.launch_kept(
+        logits, kept.columns, kept.place, _row_factors(factors, spec), out, row_sum, triton_rows.numbers(spec)
+    )
     return factors.row_sum - row_sum
 
 
 def nll_rescreen(
     logits: Tensor,  # (R, K): those of the kept columns, made into their gradient
-    screened: Tensor,  # (R, V): what the screen says of all
-    index: Tensor,  # (K,): the kept columns
-    place: Tensor,  # (R,): the target's column among them
-    stats: RowStats,  # of the screened logits
-    factors: Factors,  # of the screened logits
+    kept: KeptColumns,
     spec: LossSpec,
+    *,
+    screened: Tensor,  # (R, V): what the screen says of all
+    stats: RowStats,  # of the screened logits
+    factors: RowFactors,  # of the screened logits
     weight_sum: float | Tensor,  # over all classes
     memory_budget: int | None,
 ) -> tuple[RowStats, Tensor, Tensor]:
@@ -148,8 +142,8 @@ def nll_rescreen(
     compact_kept.launch_rescreen(
         logits,
         screened,
-        index,
-        place,
+        kept.columns,
+        kept.place,
         stats.nll,
         stats.lse,
         _row_factors(factors, spec),
@@ -160,15 +154,15 @@ def nll_rescreen(
     same = ~counted | (found.nll == stats.nll)  # as inf is, where the target is masked
     change = torch.where(same, 0, found.nll - stats.nll)
     loss = stats.loss + (factors.a - factors.rest) * change
-    if factors.pull.numel():
-        loss = loss + factors.pull * (change * weight_sum / spec.logit_scale)
+    if factors.smoothing.numel():
+        loss = loss + factors.smoothing * (change * weight_sum / spec.logit_scale)
     left = factors.row_sum - factors.at_target - factors.a * (found.part * spec.logit_scale)
     left = torch.where(counted, left * found.shrink, 0)
     nll, lse = torch.where(counted, found.nll, stats.nll), torch.where(counted, found.lse, stats.lse)
     return stats._replace(nll=nll, lse=lse, loss=loss), left, torch.where(counted, found.wrong, 0)
 
 
-def _row_factors(factors: Factors, spec: LossSpec) -> compact_columns.RowFactors:
+def _row_factors(factors: RowFactors, spec: LossSpec) -> compact_columns.RowFactors:
     """As the kernels take them, without `scale`."""
     scaled, lse2, multiplier = factors.of_backend
     at_target = factors.at_target / spec.logit_scale

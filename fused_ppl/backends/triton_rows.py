@@ -10,28 +10,28 @@ import torch
 from torch import Tensor
 
 from fused_ppl import checks
-from fused_ppl.backends.torch_walk import transform
+from fused_ppl.backends.torch_chunks import transform
 from fused_ppl.kernels import launch
 from fused_ppl.kernels.nll_backward import launch_nll_backward
 from fused_ppl.kernels.nll_forward import launch_nll_forward
 from fused_ppl.kernels.nll_forward_backward import launch_nll_forward_backward
-from fused_ppl.spec import LossSpec, RowStats, Totals
+from fused_ppl.records import Normalizers, RowStats, RowUpstream, Shard, TokenInputs, Totals
+from fused_ppl.spec import LossSpec
 
 
 def nll_forward(
     logits: Tensor,  # (B, R, V) or (N, V)
-    target: Tensor,  # (N,)
+    tokens: TokenInputs,
     spec: LossSpec,
-    weight: Tensor | None,  # (V,)
-    token_weight: Tensor | None,  # (N,)
+    *,
     num_items: Tensor | None,
     memory_budget: int | None,
     keep_lse: bool = True,  # it always is: backward reads it
 ) -> tuple[RowStats, Totals | None]:
     """Statistics of every row, and, for "mean" and "sum", the finished loss out of the same launch."""
-    n, device = target.shape[0], logits.device
+    n, device = tokens.target.shape[0], logits.device
     logits = _three_dims(logits)
-    stats = _check_and_allocate(logits, target, spec)
+    stats = _check_and_allocate(logits, tokens.target, spec)
     if n == 0:
         return stats, None
     config = _config(logits, heavy=launch.heaviness(numbers(spec), spec.stats))
@@ -41,8 +41,8 @@ def nll_forward(
         totals = Totals(*(torch.empty((), dtype=dtype, device=device) for dtype in dtypes))
     launch_nll_forward(
         logits,
-        target.contiguous(),
-        weights(weight, token_weight, spec),
+        tokens.target.contiguous(),
+        weights(tokens, spec),
         launch.Rows(*stats),  # type: ignore[arg-type]
         None if totals is None else launch.Sums(*totals, num_items),
         _workspace(n, config, totals is not None, device),
@@ -56,35 +56,29 @@ def nll_forward(
 
 def nll_backward(
     logits: Tensor,  # (B, R, V) or (N, V)
-    target: Tensor,  # (N,)
-    lse: Tensor,  # (N,) float64
-    nll: Tensor,  # (N,)
-    of_s: Tensor,  # (N,) or (): upstream gradient of S
-    of_z: Tensor | None,  # (N,) or (): upstream gradient of Z
+    tokens: TokenInputs,
     spec: LossSpec,
-    weight: Tensor | None,
-    token_weight: Tensor | None,
+    *,
+    normalizers: Normalizers,
+    upstream: RowUpstream,
     out: Tensor,  # the shape of logits: a buffer, or the logits themselves
     memory_budget: int | None,
-    columns: tuple[int, int] | None = None,
+    shard: Shard | None = None,
 ) -> None:
-    """The gradient of every row into `out`.
-
-    `columns = (first, num_classes)` says that the logits are a slice of the vocabulary that begins at `first`: then
-    `lse` normalises them, and `weight` is that of all classes.
-    """
-    first, num_classes = columns or (0, logits.shape[-1])
+    """The gradient of every row into `out`."""
+    first, num_classes = shard or (0, logits.shape[-1])
+    target, weighted = tokens.target, spec.label_smoothing > 0 and tokens.weight is not None
     logits, out = _three_dims(logits), _three_dims(out)
     launch_nll_backward(
         logits,
         target.contiguous(),
-        lse.to(torch.float64).contiguous(),
-        nll.contiguous(),
-        launch.Upstream(*(None if g is None else g.to(torch.float32).expand(target.shape) for g in (of_s, of_z))),  # type: ignore[arg-type]
-        weights(weight, token_weight, spec),
+        normalizers.lse.to(torch.float64).contiguous(),
+        normalizers.nll.contiguous(),
+        launch.Upstream(*(None if g is None else g.to(torch.float32).expand(target.shape) for g in upstream)),  # type: ignore[arg-type]
+        weights(tokens, spec),
         out,
-        numbers(spec) if of_z is not None else numbers(spec)._replace(z_loss=None),
-        config=_config(logits, heavy=spec.softcap is not None or (spec.label_smoothing > 0 and weight is not None)),
+        numbers(spec) if upstream.grad_z is not None else numbers(spec)._replace(z_loss=None),
+        config=_config(logits, heavy=spec.softcap is not None or weighted),
         ignore_index=spec.ignore_index,
         v0=first,
         num_classes=num_classes,
@@ -93,11 +87,10 @@ def nll_backward(
 
 def nll_forward_backward(
     logits: Tensor,  # (R, V): a buffer of the caller's, used up
-    target_logit: Tensor,  # (R,) fp32: takes the place of logits[i, y_i]
-    target: Tensor,  # (R,)
+    tokens: TokenInputs,
     spec: LossSpec,
-    weight: Tensor | None,
-    token_weight: Tensor | None,
+    *,
+    target_logit: Tensor,  # (R,) fp32
     upstream: float | None,
     memory_budget: int | None,
 ) -> RowStats:
@@ -105,14 +98,14 @@ def nll_forward_backward(
 
     `upstream` None computes no gradient.
     """
-    stats = _check_and_allocate(logits, target, spec)
+    stats = _check_and_allocate(logits, tokens.target, spec)
     size, scalars = launch.device_size(logits.device), numbers(spec)
     heavy = launch.heaviness(scalars, spec.stats)
     launch_nll_forward_backward(
         logits,
         target_logit.contiguous(),
-        target.contiguous(),
-        weights(weight, token_weight, spec),
+        tokens.target.contiguous(),
+        weights(tokens, spec),
         launch.Rows(*stats),  # type: ignore[arg-type]
         scalars,
         upstream=upstream,
@@ -153,7 +146,8 @@ def numbers(spec: LossSpec) -> launch.Numbers:
     return launch.numbers(spec.logit_scale, spec.softcap, spec.label_smoothing, spec.z_loss, spec.max_nll)
 
 
-def weights(weight: Tensor | None, token_weight: Tensor | None, spec: LossSpec) -> launch.Weights:
+def weights(tokens: TokenInputs, spec: LossSpec) -> launch.Weights:
+    _, weight, token_weight = tokens
     total = weight.sum(dtype=torch.float32) if weight is not None and spec.label_smoothing else None
     weight, token_weight = (None if w is None else w.contiguous() for w in (weight, token_weight))
     return launch.Weights(weight, total, token_weight)
@@ -171,15 +165,15 @@ def _workspace(n: int, config: launch.LaunchConfig, sums: bool, device: torch.de
 
 def nll_forward_shard(
     logits: Tensor,  # (B, R, V of this shard) or (N, V of this shard)
-    target: Tensor,  # (N,)
-    target_logit: Tensor | None,  # (N,): takes the place of the target's logit, where that is in the shard
+    tokens: TokenInputs,
     spec: LossSpec,
-    weight: Tensor | None,  # (num_classes,)
+    *,
+    target_logit: Tensor | None,  # (N,): where the target is in the shard
     memory_budget: int | None,
-    columns: tuple[int, int],
+    shard: Shard,
 ) -> Tensor:
     """(N, SHARD_FIELDS) float64, see `kernels/launch.py`; 0 where ignored."""
-    logits, (first, num_classes) = _three_dims(logits), columns
+    logits, (first, num_classes), target = _three_dims(logits), shard, tokens.target
     n, device = target.shape[0], logits.device
     if device.type == "cpu" or checks.debug():
         checks.check_target_range(target, num_classes, spec.ignore_index)
@@ -189,7 +183,7 @@ def nll_forward_shard(
     launch_nll_forward(
         logits,
         target.contiguous(),
-        weights(weight, None, spec),
+        weights(tokens._replace(token_weight=None), spec),
         launch.Rows(*(None,) * 6),  # type: ignore[arg-type]
         None,
         _workspace(n, config, False, device),

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from fused_ppl.records import ColumnSums, KeptColumns, RowFactors
 from fused_ppl.reduction import sum_dtype
-from fused_ppl.spec import Columns, Factors
 
 COUNT_STEPS = 64  # sizes of the kept columns on a GPU: few, so that its allocator finds them again
 MARGIN = 0.9  # of the tolerance that the kept columns are chosen for: the rank-one term has a length of its own
@@ -26,8 +26,7 @@ UNITS = 2**40  # that what may be left out is counted in
 class Kept(NamedTuple):
     """The kept columns of a group."""
 
-    columns: Tensor  # (K,) int64, rising
-    place: Tensor  # (R,) int64: of each row's target among them, K where it is in another shard of the vocabulary
+    kept: KeptColumns
     tail: Tensor  # (V,): the column sums of |T|, 0 in the kept columns
     tail_square: Tensor  # (): |T|^2
 
@@ -50,7 +49,7 @@ class Choice:
             self.last = of_weight.setdefault((linear_weight.shape, tolerance), _LastSteps())
             self.expected = self.last.count(max(1, linear_weight.shape[0] // COUNT_STEPS))
 
-    def of_group(self, columns: Columns, factors: Factors, label: Tensor) -> int | None:
+    def of_group(self, columns: ColumnSums, factors: RowFactors, label: Tensor) -> int | None:
         """The count of a group, or None for all columns. Never less than there are targets."""
         least = min(label.shape[0], columns.square.shape[0])
         if self.tolerance is None:
@@ -132,7 +131,7 @@ def to_host(value: Tensor) -> tuple[Tensor, Callable[[], bool]]:
     return host, event.query
 
 
-def needed(columns: Columns, factors: Factors, label: Tensor, tolerance: float) -> Tensor:
+def needed(columns: ColumnSums, factors: RowFactors, label: Tensor, tolerance: float) -> Tensor:
     """(): the least number of columns whose rest is short enough, |T| <= tolerance * |G| with some margin."""
     square, allowed = _score(columns, label), (MARGIN * tolerance) ** 2 * norm_square(columns, factors)
     rising = torch.where(square.isinf(), 0, square).sort().values.to(allowed.dtype)
@@ -151,22 +150,22 @@ def add_repeated(out: Tensor, index: Tensor, values: Tensor) -> None:
         out.index_put_((index,), values, accumulate=True)
 
 
-def norm_square(columns: Columns, factors: Factors) -> Tensor:
+def norm_square(columns: ColumnSums, factors: RowFactors) -> Tensor:
     """(): |G|^2 of the group."""
     wide = sum_dtype(columns.square.device)
     return columns.square.sum(dtype=wide) + factors.at_target.to(wide).square().sum()
 
 
-def keep(columns: Columns, label: Tensor, count: int) -> Kept:
+def keep(columns: ColumnSums, label: Tensor, count: int) -> Kept:
     """The `count` columns with the largest sum of squares, the targets of the rows (at most `count`) among them."""
     chosen = _score(columns, label).topk(count, sorted=False).indices.sort().values
     place = torch.full((columns.square.shape[0] + 1,), count, dtype=torch.int64, device=label.device)
     place[chosen] = torch.arange(count, dtype=torch.int64, device=label.device)
     rest = columns.square.index_fill(0, chosen, 0).sum(dtype=sum_dtype(label.device))
-    return Kept(chosen, place[label], columns.size.index_fill(0, chosen, 0), rest)
+    return Kept(KeptColumns(chosen, place[label]), columns.size.index_fill(0, chosen, 0), rest)
 
 
-def _score(columns: Columns, label: Tensor) -> Tensor:
+def _score(columns: ColumnSums, label: Tensor) -> Tensor:
     """What is kept first: the targets; V stands for one in another shard of the vocabulary."""
     return torch.nn.functional.pad(columns.square, (0, 1)).index_fill_(0, label, torch.inf)[:-1]
 

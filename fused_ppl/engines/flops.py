@@ -12,11 +12,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fused_ppl import plan
-
-_OPS = torch.ops.fused_ppl
+from fused_ppl.engines.head import linear_case
+from fused_ppl.engines.linear_compact import linear_compact, linear_compact_shard
+from fused_ppl.engines.linear_rows import linear_forward, linear_sums
+from fused_ppl.engines.linear_vocab import linear_vocab_backward
+from fused_ppl.engines.ops import Op
+from fused_ppl.engines.vocab_shards import shard_hidden
+from fused_ppl.records import Compact, HeadExecution, HeadInputs
 
 
 def register() -> None:
@@ -24,56 +28,41 @@ def register() -> None:
     counter: Any = sys.modules.get("torch.utils.flop_counter")
     if counter is None:
         return
-    own = {getattr(_OPS, name): formula for name, formula in _FORMULAS.items()}
+    own = {op.overload.overloadpacket: _of_values(op, formula) for op, formula in _FORMULAS.items()}
     for modes in (counter, *torch.utils._python_dispatch._get_current_dispatch_mode_stack()):
         known = getattr(getattr(modes, "counter", modes), "flop_registry", None)
         if known is not None:
             known.update(own)
 
 
-def _forward(hidden: Tensor, linear_weight: Tensor, *rest: Any, out_val: Any = None) -> int:
-    return _product(hidden, linear_weight) * (1 + int(sum(rest[-2][:2])))
+def _of_values(op: Op[..., Any], formula: Callable[..., int]) -> Callable[..., int]:
+    def count(*values: Any, out_val: Any = None) -> int:
+        records = op.records(values)
+        execution, asked = (next((r for r in records if isinstance(r, k)), None) for k in (HeadExecution, Compact))
+        return formula(records[0], execution, asked)
+
+    return count
 
 
-def _shard_hidden(hidden: Tensor, linear_weight: Tensor, *rest: Any, out_val: Any = None) -> int:
-    return _product(hidden, linear_weight)
+def _product(inputs: HeadInputs, *_: object) -> int:
+    return 2 * inputs.hidden.numel() * inputs.linear_weight.shape[0]
 
 
-def _vocab_backward(hidden: Tensor, linear_weight: Tensor, *rest: Any, out_val: Any = None) -> int:
-    return _product(hidden, linear_weight) * (1 + int(sum(rest[-4][:2])))
+def _with_gradients(inputs: HeadInputs, execution: HeadExecution, _: None) -> int:
+    return _product(inputs) * (1 + execution.grads[0] + execution.grads[1])
 
 
-def _compact(hidden: Tensor, linear_weight: Tensor, *rest: Any, out_val: Any = None) -> int:
-    return _of_plan(hidden, linear_weight, *rest[-6:])
+def _compact(inputs: HeadInputs, execution: HeadExecution, asked: Compact) -> int:
+    case = linear_case(inputs.hidden, inputs.linear_weight, execution, asked)
+    compact = plan.linear_plan(case, "compact")
+    return compact.flops + compact.cheap_flops
 
 
-def _compact_shard(hidden: Tensor, linear_weight: Tensor, *rest: Any, out_val: Any = None) -> int:
-    return _of_plan(hidden, linear_weight, *rest[-7:-2], None)
-
-
-def _product(hidden: Tensor, linear_weight: Tensor) -> int:
-    return 2 * hidden.numel() * linear_weight.shape[0]
-
-
-def _of_plan(
-    hidden: Tensor,
-    linear_weight: Tensor,
-    dtype: torch.dtype,
-    grads: tuple[bool, bool, bool],
-    *asked: Any,  # memory_budget, gradient_tolerance, gradient_columns, screen
-) -> int:
-    (v, d), n = linear_weight.shape, hidden.numel() // hidden.shape[-1]
-    compact = plan.Compact(*asked[1:])
-    shape, converts = (n, v, d, dtype.itemsize, hidden.device.type), linear_weight.dtype != dtype
-    made = plan.linear_plan(plan.LinearCase(*shape, grads, asked[0], compact, converts), "compact")
-    return made.flops + made.cheap_flops
-
-
-_FORMULAS: dict[str, Callable[..., int]] = {
-    "linear_forward": _forward,
-    "linear_sums": _forward,
-    "linear_vocab_backward": _vocab_backward,
-    "linear_compact": _compact,
-    "linear_compact_shard": _compact_shard,
-    "shard_hidden": _shard_hidden,
+_FORMULAS: dict[Op[..., Any], Callable[..., int]] = {
+    linear_forward: _with_gradients,
+    linear_sums: _with_gradients,
+    linear_vocab_backward: _with_gradients,
+    linear_compact: _compact,
+    linear_compact_shard: _compact,
+    shard_hidden: _product,
 }

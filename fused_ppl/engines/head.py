@@ -9,15 +9,20 @@ have no product of bf16 that is summed in fp32. What a product adds to is fp32 (
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from fused_ppl import plan
+from fused_ppl import checks, plan, reduction
 from fused_ppl.backends import presence
 from fused_ppl.engines import memory
+from fused_ppl.records import Compact, HeadExecution, HeadInputs, Shard, TokenInputs, Unscaled
 from fused_ppl.spec import LossSpec
+
+T = TypeVar("T", Tensor, Tensor | None)
 
 SLICE = 4096  # columns of a product that is converted or added in cache
 SLICE_ELEMENTS = 2**19  # of a gradient that is scaled and rounded in cache
@@ -46,23 +51,51 @@ def _has_bf16(kind: str) -> bool:
 _has_bf16._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
+def linear_case(
+    hidden: Tensor, linear_weight: Tensor, execution: HeadExecution, compact: Compact | None = None
+) -> plan.LinearCase:
+    """What the plan depends on, with the dtype that the products really have."""
+    products, (v, d) = product_dtype(execution.dtype, hidden.device), linear_weight.shape
+    return plan.LinearCase(
+        num_tokens=math.prod(hidden.shape[:-1]),
+        num_classes=v,
+        hidden_size=d,
+        itemsize=products.itemsize,
+        device_type=hidden.device.type,
+        grads=execution.grads,
+        memory_budget=execution.memory_budget,
+        compact=compact,
+        converts=linear_weight.dtype != products,
+    )
 
 
-def empty_gradients(
-    hidden: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, grads: Sequence[bool], fake: bool = False
-) -> tuple[Tensor, ...]:
+def empty_gradients(inputs: HeadInputs, grads: Sequence[bool], fake: bool = False) -> Unscaled:
     """Contiguous, in the dtype of what each is the gradient of; 0 elements where none is needed.
 
     Fake ones take no memory, and ask nothing of a size that torch.compile does not know.
     """
-    likes = (hidden, linear_weight, linear_bias)
+    likes = (inputs.hidden, inputs.linear_weight, inputs.linear_bias)
     make = torch.empty if fake else memory.empty
-    return tuple(
-        make(like.shape, dtype=like.dtype, device=like.device) if needed and like is not None else hidden.new_empty(0)
-        for like, needed in zip(likes, grads, strict=True)
+    return Unscaled(
+        *(
+            make(like.shape, dtype=like.dtype, device=like.device)
+            if needed and like is not None
+            else inputs.hidden.new_empty(0)
+            for like, needed in zip(likes, grads, strict=True)
+        )
     )
+
+
+def accumulator_shapes(inputs: HeadInputs, grads: Sequence[bool]) -> list[Sequence[int]]:
+    """The shapes of the unscaled gradients; 0 elements where none is needed."""
+    shapes = (inputs.hidden.shape, inputs.linear_weight.shape, inputs.linear_weight.shape[:1])
+    return [shape if needed else (0,) for shape, needed in zip(shapes, grads, strict=True)]
+
+
+def empty_unscaled(inputs: HeadInputs, execution: HeadExecution) -> Unscaled:
+    """The fake of the unscaled gradients."""
+    wide, shapes = reduction.wide_dtype(execution.dtype), accumulator_shapes(inputs, execution.grads)
+    return Unscaled(*(inputs.hidden.new_empty(shape, dtype=wide) for shape in shapes))
 
 
 def scale_into(out: Tensor, gradient: Tensor, factor: Tensor) -> None:
@@ -94,52 +127,55 @@ def logits_into(out: Tensor, h: Tensor, weight: Tensor, bias: Tensor | None, ste
 
 
 class Head:
-    """logits = h W^T + bias for the counted rows, and the two products that lead back."""
+    """logits = h W^T + bias for the rows that take part, and the two products that lead back.
 
-    def __init__(
-        self,
-        hidden: Tensor,  # (N, D)
-        linear_weight: Tensor,  # (V, D)
-        linear_bias: Tensor | None,  # (V,)
-        target: Tensor,  # (N,)
-        spec: LossSpec,
-        dtype: torch.dtype,
-        memory_budget: int | None,
-    ) -> None:
-        self.dtype = product_dtype(dtype, hidden.device)
-        self.wide = wide_dtype(self.dtype)
+    On a CPU the counted rows take part. A GPU would have to wait for their number: there all rows do, and the hidden
+    states of the ignored ones are replaced by 0.
+    """
+
+    def __init__(self, inputs: HeadInputs, spec: LossSpec, execution: HeadExecution) -> None:
+        hidden, target = inputs.hidden.reshape(-1, inputs.linear_weight.shape[1]), inputs.target.reshape(-1)
+        self.dtype = product_dtype(execution.dtype, hidden.device)
+        self.wide = reduction.wide_dtype(self.dtype)
         self.on_cpu = hidden.device.type == "cpu"
-        self.weight, self.bias, self.target = linear_weight, linear_bias, target
-        self.converts = self.converted = linear_weight.dtype != self.dtype
-        v, d = linear_weight.shape
-        step = plan.converted_columns(v, d, self.dtype.itemsize, memory_budget)
+        self.weight, self.bias = inputs.linear_weight, inputs.linear_bias
+        self.converted = self.weight.dtype != self.dtype  # slice by slice, in each product
+        v, d = self.weight.shape
+        step = plan.converted_columns(v, d, self.dtype.itemsize, execution.memory_budget)
         self.step = min(SLICE, step)
         if self.converted and self.dtype != torch.float32 and step == v:
-            self.weight, self.converted = linear_weight.to(self.dtype), False
-        self.kept: Tensor | None = None  # on a CPU the counted rows, where some are not
+            self.weight, self.converted = self.weight.to(self.dtype), False
+        self.counted_rows: Tensor | None = None  # None where all rows take part
         counted = None if spec.ignore_index is None else target != spec.ignore_index
         if counted is not None and self.on_cpu:
             if not bool(counted.all()):
-                self.kept = counted.nonzero().squeeze(1)
-                hidden, self.target = hidden[self.kept], target[self.kept]
+                self.counted_rows = counted.nonzero().squeeze(1)
+                hidden, target = hidden[self.counted_rows], target[self.counted_rows]
         elif counted is not None:
             # what an ignored row holds must not reach the gradient of the weight, not even NaN times 0
             hidden = hidden.masked_fill(~counted.unsqueeze(1), 0)
         self.hidden = hidden
+        token_weight = None if inputs.token_weight is None else inputs.token_weight.reshape(-1)
+        self.tokens = TokenInputs(target, inputs.weight, self.of_rows(token_weight))
 
-    def rows(self, values: Tensor | None) -> Tensor | None:
+    @property
+    def num_rows(self) -> int:
+        """The number of rows that take part."""
+        return self.hidden.shape[0]
+
+    def of_rows(self, values: T) -> T:
         """A value of every token, or one for all, for the rows that take part."""
-        return values if values is None or self.kept is None or values.ndim == 0 else values[self.kept]
+        return values if values is None or self.counted_rows is None or values.ndim == 0 else values[self.counted_rows]
 
-    def spread(self, values: Tensor, num_tokens: int, ignored: float = 0) -> Tensor:
+    def for_all_tokens(self, values: Tensor, num_tokens: int, ignored: float = 0) -> Tensor:
         """A value of every row that takes part, for every token."""
-        if self.kept is None:
+        if self.counted_rows is None:
             return values
         out = values.new_full((num_tokens, *values.shape[1:]), ignored)
-        return out.index_copy_(0, self.kept, values)
+        return out.index_copy_(0, self.counted_rows, values)
 
     def zeros(self, n: int) -> Tensor:
-        return torch.zeros(n, dtype=self.wide, device=self.target.device)
+        return torch.zeros(n, dtype=self.wide, device=self.hidden.device)
 
     def logits(self, h: Tensor, out: Tensor, first: int = 0) -> None:
         """h W^T + bias over the columns from `first` on, into a buffer."""
@@ -172,3 +208,68 @@ class Head:
             return
         product = torch.mm(a, b) if self.on_cpu else torch.mm(a, b, out_dtype=out.dtype)
         out.copy_(product) if fresh else out.add_(product)
+
+
+class Chunk(NamedTuple):
+    """Some of the rows that take part."""
+
+    rows: slice
+    hidden: Tensor  # (R, D), in the dtype of the products
+    tokens: TokenInputs
+    target_logit: Tensor  # (R,)
+    logits: Tensor  # (R, V): the buffer, with nothing in it yet
+
+
+class HeadLoop:
+    """One pass over the hidden states by chunks of rows: the plan, the range check, the buffer and the gradients.
+
+    What is done with the logits of a chunk is the caller's step.
+    """
+
+    def __init__(
+        self,
+        inputs: HeadInputs,
+        spec: LossSpec,
+        execution: HeadExecution,
+        *,
+        kind: str,
+        compact: Compact | None = None,
+        shard: Shard | None = None,
+    ) -> None:
+        self.head, self.inputs, self.grads = Head(inputs, spec, execution), inputs, execution.grads
+        self.case = linear_case(inputs.hidden, inputs.linear_weight, execution, compact)
+        self.plan = plan.linear_plan(self.case, kind)
+        self.first = 0 if shard is None else shard.first
+        if self.head.on_cpu:  # here, where positions are still the caller's
+            num_classes = self.case.num_classes if shard is None else shard.num_classes
+            checks.check_target_range(inputs.target.reshape(-1), num_classes, spec.ignore_index)
+        wide, device = reduction.wide_dtype(execution.dtype), inputs.hidden.device
+        self.unscaled = Unscaled(*(memory.empty(s, wide, device) for s in accumulator_shapes(inputs, self.grads)))
+        self.grad_hidden = self.unscaled.hidden.view(-1, self.case.hidden_size)  # of the rows that take part
+        if self.head.counted_rows is not None:
+            rows = self.head.num_rows if self.grads[0] else 0
+            self.grad_hidden = self.unscaled.hidden.new_zeros((rows, self.case.hidden_size))
+
+    def chunks(self, dtype: torch.dtype | None = None) -> Iterator[Chunk]:
+        """The rows that take part, with a buffer of `dtype` for their logits, or of that of the products."""
+        head, n = self.head, self.head.num_rows
+        shape = (min(self.plan.rows, max(n, 1)), self.case.num_classes)
+        buffer = memory.empty(shape, dtype or head.dtype, head.hidden.device)
+        for start in range(0, n, self.plan.rows):
+            rows = slice(start, min(start + self.plan.rows, n))
+            h, tokens = head.hidden[rows].to(head.dtype), tokens_of(head.tokens, rows)
+            label = tokens.target - self.first if self.first else tokens.target
+            target_logit = head.target_logits(h, label)
+            yield Chunk(rows, h, tokens, target_logit, buffer[: h.shape[0]])
+
+    def finished(self) -> Unscaled:
+        """The gradients, those of the hidden states for all tokens."""
+        if self.head.counted_rows is not None and self.grads[0]:
+            grad_hidden = self.unscaled.hidden.view(-1, self.case.hidden_size)
+            grad_hidden.index_copy_(0, self.head.counted_rows, self.grad_hidden)
+        return self.unscaled
+
+
+def tokens_of(tokens: TokenInputs, rows: slice) -> TokenInputs:
+    weight = tokens.token_weight
+    return TokenInputs(tokens.target[rows], tokens.weight, None if weight is None else weight[rows])

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The fused LM head by slices of the vocabulary: backward recomputes the logits of a slice and writes its dW once.
 
-For per-token upstream gradients, which forward cannot know, and for memory too tight for an fp32 gradient of the
-weight. Forward is that of `linear_rows` without gradients.
+For upstream gradients of each token, which forward cannot know, and for memory too tight for a float32 gradient of the
+weight. Forward is that of `linear_rows` without gradients. Backward computes the logits a second time: 8NVD FLOPs.
+
+The largest buffer is a slice of logits, N x columns. The gradient of the weight is written in its own dtype.
 """
 
 from __future__ import annotations
@@ -10,68 +12,62 @@ from __future__ import annotations
 import torch
 
 from fused_ppl import backends, plan, reduction
-from fused_ppl.engines import LIBRARY, memory, without_autocast
-from fused_ppl.engines.head import Head, empty_gradients
-from fused_ppl.spec import SPEC_SCHEMA, LossSpec
-
-LIBRARY.define(
-    "linear_vocab_backward(Tensor hidden, Tensor linear_weight, Tensor? linear_bias, Tensor target, Tensor? weight, "
-    "Tensor? token_weight, Tensor lse, Tensor nll, Tensor loss_factor, Tensor perplexity_factor, Tensor? grad_loss, "
-    f"Tensor? grad_perplexity, {SPEC_SCHEMA}, str backend, ScalarType dtype, bool[3] grads, int? memory_budget, "
-    "int first, int num_classes) "
-    "-> (Tensor, Tensor, Tensor)"
-)
+from fused_ppl.engines import memory
+from fused_ppl.engines.head import Head, empty_gradients, linear_case
+from fused_ppl.engines.ops import op
+from fused_ppl.records import HeadExecution, HeadInputs, Normalizers, RowUpstream, Shard, Unscaled, Upstream
+from fused_ppl.spec import LossSpec
 
 
-@without_autocast
-def _backward(hidden, linear_weight, linear_bias, target, weight, token_weight, lse, nll, *rest):  # type: ignore[no-untyped-def]
-    loss_factor, perplexity_factor, grad_loss, grad_perplexity, *spec_args, backend_name, dtype, grads, budget = rest[
-        :-2
-    ]
-    v0, num_classes = rest[-2:]  # the weight may be that of a shard of the vocabulary
-    spec, backend = LossSpec.of(*spec_args), backends.load(backend_name)
-    v, d = linear_weight.shape
-    flat, labels = hidden.reshape(-1, d), target.reshape(-1)
-    head = Head(flat, linear_weight, linear_bias, labels, spec, dtype, budget)
-    of_s, of_z = reduction.row_upstream(
-        grad_loss, grad_perplexity, loss_factor, perplexity_factor, spec, target.shape, nll.dtype
-    )
-    u = None if token_weight is None else token_weight.reshape(-1)
-    of_s, of_z, lse, nll, u = (head.rows(t) for t in (of_s, of_z, lse.reshape(-1), nll.reshape(-1), u))  # type: ignore[assignment]
-    n = head.target.shape[0]
-    case = plan.LinearCase(
-        n, v, d, head.dtype.itemsize, hidden.device.type, tuple(grads), budget, converts=head.converts
-    )
-    columns = plan.linear_plan(case, "vocab").columns
+def _fake(
+    inputs: HeadInputs, normalizers: Normalizers, upstream: Upstream, spec: LossSpec, execution: HeadExecution, *_: int
+) -> Unscaled:
+    return empty_gradients(inputs, execution.grads, fake=True)
 
-    dhidden, dweight, dbias = empty_gradients(hidden, linear_weight, linear_bias, grads)
-    h = head.hidden.to(head.dtype)
-    dh = torch.zeros((n, d) if grads[0] else (0,), dtype=head.wide, device=hidden.device)
-    buffer = memory.empty((n * columns,), head.dtype, hidden.device, brief=True)  # that of forward, if it is as large
+
+@op(_fake)
+def linear_vocab_backward(
+    inputs: HeadInputs,
+    normalizers: Normalizers,
+    upstream: Upstream,
+    spec: LossSpec,
+    execution: HeadExecution,
+    shard: Shard,
+) -> Unscaled:
+    """The gradients, scaled. The weight is that of the shard; where no other rank has classes, of all of them."""
+    backend, grads = backends.load(execution.backend), execution.grads
+    head, (v, d) = Head(inputs, spec, execution), inputs.linear_weight.shape
+    of_rows = reduction.row_upstream(upstream, spec, inputs.target.shape, normalizers.nll.dtype)
+    of_rows = RowUpstream(head.of_rows(of_rows.grad_s), head.of_rows(of_rows.grad_z))
+    known = Normalizers(*(head.of_rows(t.reshape(-1)) for t in normalizers))
+    h, n = head.hidden.to(head.dtype), head.num_rows
+    columns = plan.linear_plan(linear_case(h, inputs.linear_weight, execution), "vocab").columns
+
+    grad_hidden, grad_weight, grad_bias = gradients = empty_gradients(inputs, grads)
+    dh = torch.zeros((n, d) if grads[0] else (0,), dtype=head.wide, device=h.device)
+    buffer = memory.empty((n * columns,), head.dtype, h.device, brief=True)  # that of forward, if it is as large
     for first in range(0, v, columns):
         last = min(first + columns, v)
         g = buffer[: n * (last - first)].view(n, last - first)
         head.logits(h, g, first)
-        here = (v0 + first, num_classes)
-        backend.nll_backward(g, head.target, lse, nll, of_s, of_z, spec, weight, u, g, budget, here)
+        backend.nll_backward(
+            g,
+            head.tokens,
+            spec,
+            normalizers=known,
+            upstream=of_rows,
+            out=g,
+            memory_budget=execution.memory_budget,
+            shard=shard._replace(first=shard.first + first),
+        )
         if grads[0]:
             head.add_hidden_gradient(g, dh, first)
-        if grads[1] and dweight.dtype == g.dtype:
-            torch.mm(g.t(), h, out=dweight[first:last])
+        if grads[1] and grad_weight.dtype == g.dtype:
+            torch.mm(g.t(), h, out=grad_weight[first:last])
         elif grads[1]:
-            dweight[first:last] = torch.mm(g.t(), h)
+            grad_weight[first:last] = torch.mm(g.t(), h)
         if grads[2]:
-            dbias[first:last] = g.sum(0, dtype=head.wide)
+            grad_bias[first:last] = g.sum(0, dtype=head.wide)
     if grads[0]:
-        dhidden.copy_(head.spread(dh, labels.shape[0]).view(hidden.shape))
-    return dhidden, dweight, dbias
-
-
-LIBRARY.impl("linear_vocab_backward", _backward, "CompositeExplicitAutograd")
-torch.library.register_fake(
-    "fused_ppl::linear_vocab_backward",
-    lambda hidden, linear_weight, linear_bias, *rest: empty_gradients(
-        hidden, linear_weight, linear_bias, rest[-4], fake=True
-    ),
-    lib=LIBRARY,
-)
+        grad_hidden.copy_(head.for_all_tokens(dh, inputs.target.numel()).view(inputs.hidden.shape))
+    return gradients

@@ -1,144 +1,165 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The loss from logits: local op -> row statistics and (S, M, Z) -> finish, and the gradient of it.
+"""The loss from logits of shape (..., V), classes last, of any strides: one op forward, one op backward.
 
-Opaque ops over logits of shape (..., V) with the classes last, of any strides.
+    forward    row statistics of the backend -> S, M, Z -> loss, perplexity, and their derivatives by S
+    backward   the upstream gradients of S and Z -> the backend's gradient of every row
+
+The largest buffer is the gradient, N x V in the dtype of the logits, or nothing where it is written over the logits.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from fused_ppl import backends, reduction
-from fused_ppl.engines import LIBRARY, memory, without_autocast
-from fused_ppl.spec import SPEC_SCHEMA, LossSpec
-
-LIBRARY.define(
-    "logits_forward(Tensor logits, Tensor target, Tensor? weight, Tensor? token_weight, Tensor? num_items, "
-    f"{SPEC_SCHEMA}, str backend, int? memory_budget) "
-    "-> (Tensor loss, Tensor perplexity, Tensor total_weight, Tensor loss_factor, Tensor perplexity_factor, "
-    "Tensor nll, Tensor lse, Tensor entropy, Tensor predicted)"
+from fused_ppl.engines import memory
+from fused_ppl.engines.ops import op
+from fused_ppl.records import (
+    Execution,
+    HeadInputs,
+    LogitsInputs,
+    LossResults,
+    Normalizers,
+    Shard,
+    TokenInputs,
+    TokenSums,
+    Upstream,
 )
-LIBRARY.define(
-    "logits_sums(Tensor logits, Tensor target, Tensor? weight, Tensor? token_weight, "
-    f"{SPEC_SCHEMA}, str backend, int? memory_budget) "
-    "-> (Tensor sums, Tensor nll, Tensor lse, Tensor entropy, Tensor predicted)"
-)
-LIBRARY.define(
-    "logits_backward(Tensor logits, Tensor target, Tensor? weight, Tensor? token_weight, Tensor lse, Tensor nll, "
-    "Tensor loss_factor, Tensor perplexity_factor, Tensor? grad_loss, Tensor? grad_perplexity, "
-    f"{SPEC_SCHEMA}, str backend, int? memory_budget) -> Tensor"
-)
-LIBRARY.define(
-    "logits_backward_(Tensor(a!) logits, Tensor target, Tensor? weight, Tensor? token_weight, Tensor lse, Tensor nll, "
-    "Tensor loss_factor, Tensor perplexity_factor, Tensor? grad_loss, Tensor? grad_perplexity, "
-    f"{SPEC_SCHEMA}, str backend, int? memory_budget) -> ()"
-)
+from fused_ppl.spec import LossSpec
 
 
-@without_autocast
-def forward(logits, target, weight, token_weight, num_items, *rest, keep_lse=False):  # type: ignore[no-untyped-def]
-    """What the op of that name does, without the dispatcher and without what only its schema asks for."""
-    spec, backend, budget = LossSpec.of(*rest[:-2]), backends.load(rest[-2]), rest[-1]
-    shape = target.shape
-    rows, totals = backend.nll_forward(
-        as_rows(logits), _flat(target), spec, weight, _flat(token_weight), num_items, budget, keep_lse
+def forward(inputs: LogitsInputs, spec: LossSpec, execution: Execution, *, keep_lse: bool = True) -> LossResults:
+    """The op `logits_forward`; without `keep_lse`, lse is None where neither result nor gradient needs it."""
+    shape, num_items = inputs.target.shape, inputs.num_items
+    rows, totals = backends.load(execution.backend).nll_forward(
+        as_rows(inputs.logits),
+        token_inputs(inputs),
+        spec,
+        num_items=num_items,
+        memory_budget=execution.memory_budget,
+        keep_lse=keep_lse,
     )
     if totals is None:
-        totals = reduction.finish(*reduction.sum_rows(rows, spec, shape), spec, num_items, rows.nll.dtype)
-    return *totals, *(t if t is None or len(shape) == 1 else t.view(shape) for t in rows[2:])
+        sums = reduction.sum_rows(rows, spec, shape)
+        totals = reduction.finish(sums, spec, num_items=num_items, dtype=rows.nll.dtype)
+    if len(shape) != 1:
+        rows = rows.map(lambda t, _: t.view(shape))
+    return LossResults(*totals, rows.nll, rows.lse, rows.entropy, rows.predicted)
 
 
-@without_autocast
-def _forward(*args):  # type: ignore[no-untyped-def]
-    *results, entropy, predicted = forward(*args, keep_lse=True)
-    return *results, *reduction.or_empty(entropy, predicted, results[0])
-
-
-@without_autocast
-def _sums(logits, target, weight, token_weight, *rest):  # type: ignore[no-untyped-def]
-    """The part of `_forward` that comes before the sums of other ranks are added."""
-    spec, backend, budget = LossSpec.of(*rest[:-2]), backends.load(rest[-2]), rest[-1]
-    shape = target.shape
-    rows, _ = backend.nll_forward(
-        as_rows(logits),
-        _flat(target),
-        dataclasses.replace(spec, reduction="none"),  # rows only: their sums are not the loss yet
-        weight,
-        _flat(token_weight),
-        None,
-        budget,
+def _forward_fake(inputs: LogitsInputs, spec: LossSpec, execution: Execution) -> LossResults:
+    dtype, groups = (
+        reduction.wide_dtype(inputs.logits.dtype),
+        reduction.group_shape(spec.reduction, inputs.target.shape),
     )
-    nll, lse, entropy, predicted = (t if t is None else t.view(shape) for t in rows[2:])
-    return reduction.stack_sums(rows, spec, shape), nll, lse, *reduction.or_empty(entropy, predicted, rows.nll)
+    tokens = reduction.empty_token_sums(inputs.logits, inputs.target, spec, dtype)
+    stats = (tokens.nll, tokens.lse, tokens.entropy, tokens.predicted)
+    return LossResults(*reduction.empty_totals(inputs.logits, groups, dtype), *stats)
 
 
-def backward_into(  # type: ignore[no-untyped-def]
-    out: Tensor, logits, target, weight, token_weight, lse, nll, *rest, columns: tuple[int, int] | None = None
+@op(_forward_fake)
+def logits_forward(inputs: LogitsInputs, spec: LossSpec, execution: Execution) -> LossResults:
+    results = forward(inputs, spec, execution)
+    entropy, predicted = reduction.or_empty(results.entropy, results.predicted, results.nll)
+    return results._replace(entropy=entropy, predicted=predicted)
+
+
+def _sums_fake(inputs: LogitsInputs, spec: LossSpec, execution: Execution) -> TokenSums:
+    return reduction.empty_token_sums(inputs.logits, inputs.target, spec, reduction.wide_dtype(inputs.logits.dtype))
+
+
+@op(_sums_fake)
+def logits_sums(inputs: LogitsInputs, spec: LossSpec, execution: Execution) -> TokenSums:
+    """The part of `logits_forward` that comes before the sums of other ranks are added."""
+    rows, _ = backends.load(execution.backend).nll_forward(
+        as_rows(inputs.logits),
+        token_inputs(inputs),
+        spec._replace(reduction="none"),  # rows only: their sums are not the loss yet
+        num_items=None,
+        memory_budget=execution.memory_budget,
+        keep_lse=True,
+    )
+    return reduction.token_sums(rows, spec, inputs.target.shape)
+
+
+class Saved(NamedTuple):
+    """What backward needs of forward."""
+
+    logits: Tensor
+    target: Tensor
+    weight: Tensor | None
+    token_weight: Tensor | None
+    lse: Tensor | None
+    nll: Tensor
+
+
+def backward_into(
+    out: Tensor, saved: Saved, upstream: Upstream, spec: LossSpec, *, execution: Execution, shard: Shard | None = None
 ) -> None:
-    loss_factor, perplexity_factor, grad_loss, grad_perplexity = rest[:4]
-    spec, backend, budget = LossSpec.of(*rest[4:-2]), backends.load(rest[-2]), rest[-1]
-    of_s, of_z = reduction.row_upstream(
-        grad_loss, grad_perplexity, loss_factor, perplexity_factor, spec, target.shape, nll.dtype
-    )
+    """The gradient of the logits, or of a shard's, into `out`, which may be the logits themselves."""
+    logits, target, weight, token_weight, lse, nll = saved
     rows = as_rows(logits)
-    backend.nll_backward(
+    backends.load(execution.backend).nll_backward(
         rows,
-        _flat(target),
-        _flat(lse),
-        _flat(nll),
-        of_s,
-        of_z,
+        TokenInputs(flat(target), weight, flat(token_weight)),
         spec,
-        weight,
-        _flat(token_weight),
-        out if out.ndim == 2 else out.view(rows.shape),  # row by row as the logits: contiguous, or of their strides
-        budget,
-        columns,
+        normalizers=Normalizers(flat(lse), flat(nll)),  # type: ignore[arg-type]  # None where unused
+        upstream=reduction.row_upstream(upstream, spec, target.shape, nll.dtype),
+        out=out if out.ndim == 2 else out.view(rows.shape),  # row by row as the logits: contiguous, or of their strides
+        memory_budget=execution.memory_budget,
+        shard=shard,
     )
 
 
-@without_autocast
-def backward(logits, *args):  # type: ignore[no-untyped-def]
+def backward(saved: Saved, upstream: Upstream, spec: LossSpec, execution: Execution) -> Tensor:
+    """The op `logits_backward`."""
+    logits = saved.logits
     contiguous = logits.is_contiguous()
     out = memory.empty(logits.shape, logits.dtype, logits.device) if contiguous else empty_gradient(logits)
-    backward_into(out, logits, *args)
+    backward_into(out, saved, upstream, spec, execution=execution)
     return out
 
 
-@without_autocast
-def _backward_(logits, *args):  # type: ignore[no-untyped-def]
+@op(lambda saved, *_: empty_gradient(saved.logits))
+def logits_backward(saved: Saved, upstream: Upstream, spec: LossSpec, execution: Execution) -> Tensor:
+    return backward(saved, upstream, spec, execution)
+
+
+@op(lambda *_: None, mutates=True)
+def logits_backward_(saved: Saved, upstream: Upstream, spec: LossSpec, execution: Execution) -> None:
+    """`logits_backward` over the logits."""
+    write_over_logits(saved, upstream, spec, execution=execution, shard=None)
+
+
+def write_over_logits(
+    saved: Saved, upstream: Upstream, spec: LossSpec, *, execution: Execution, shard: Shard | None
+) -> None:
+    logits = saved.logits
     if row_view(logits) is None:
-        logits.copy_(backward(logits, *args))
+        out = empty_gradient(logits)
+        backward_into(out, saved, upstream, spec, execution=execution, shard=shard)
+        logits.copy_(out)
     else:
-        backward_into(logits, logits, *args)
+        backward_into(logits, saved, upstream, spec, execution=execution, shard=shard)
     # a kernel writes past autograd, which has to know: another backward of the logits must raise
     torch.autograd.graph.increment_version(logits)
 
 
-def _forward_fake(logits, target, weight, token_weight, num_items, reduction_, *rest):  # type: ignore[no-untyped-def]
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    return tuple(reduction.empty_results(logits, target, dtype, reduction_, rest[6]))
+def token_inputs(inputs: LogitsInputs | HeadInputs) -> TokenInputs:
+    return TokenInputs(flat(inputs.target), inputs.weight, flat(inputs.token_weight))
 
 
-def _sums_fake(logits, target, weight, token_weight, reduction_, *rest):  # type: ignore[no-untyped-def]
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    tokens = reduction.empty_results(logits, target, dtype, reduction_, rest[6])[5:]
-    return reduction.empty_sums(logits, target, reduction_, rest[4]), *tokens
+T = TypeVar("T", Tensor, Tensor | None)
 
 
-LIBRARY.impl("logits_forward", _forward, "CompositeExplicitAutograd")
-LIBRARY.impl("logits_sums", _sums, "CompositeExplicitAutograd")
-LIBRARY.impl("logits_backward", backward, "CompositeExplicitAutograd")
-LIBRARY.impl("logits_backward_", _backward_, "CompositeExplicitAutograd")
-torch.library.register_fake("fused_ppl::logits_forward", _forward_fake, lib=LIBRARY)
-torch.library.register_fake("fused_ppl::logits_sums", _sums_fake, lib=LIBRARY)
-torch.library.register_fake("fused_ppl::logits_backward", lambda logits, *args: empty_gradient(logits), lib=LIBRARY)
-torch.library.register_fake("fused_ppl::logits_backward_", lambda logits, *args: None, lib=LIBRARY)
+def flat(values: T) -> T:
+    """(N,) from the shape of the target."""
+    return values if values is None or values.ndim == 1 else values.reshape(-1)
 
 
 def row_view(logits: Tensor) -> Tensor | None:
@@ -187,7 +208,3 @@ def empty_gradient(logits: Tensor) -> Tensor:
     if 0 < extent <= logits.numel() * 5 // 4 and row_view(logits) is not None:
         return torch.empty_strided(logits.shape, logits.stride(), dtype=logits.dtype, device=logits.device)
     return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-
-
-def _flat(values: Tensor | None) -> Tensor | None:
-    return values if values is None or values.ndim == 1 else values.reshape(-1)

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from fused_ppl.backends import triton_rows
+from fused_ppl.records import Normalizers, RowUpstream, TokenInputs
 from fused_ppl.reference import logits_loss
 from fused_ppl.spec import LossSpec
 
@@ -43,7 +44,8 @@ def check(n, v, dtype, spec, offset=0, pad=0, weight=None, token_weight=None):
     x = logits[0].double().requires_grad_()
     truth = logits_loss(x, target, spec, weight, token_weight)
     (gradient,) = torch.autograd.grad(truth.loss.sum(), x)
-    stats, totals = triton_rows.nll_forward(logits, target, spec, weight, token_weight, None, None)
+    tokens = TokenInputs(target, weight, token_weight)
+    stats, totals = triton_rows.nll_forward(logits, tokens, spec, num_items=None, memory_budget=None)
     assert totals is None
     close = {"rtol": 1e-4, "atol": 1e-5, "check_dtype": False}
     torch.testing.assert_close(stats.nll, truth.nll, **close)
@@ -54,11 +56,12 @@ def check(n, v, dtype, spec, offset=0, pad=0, weight=None, token_weight=None):
     out = torch.full_like(logits, float("nan"))
     ones = torch.ones(n, device="cuda")
     of_z = ones if spec.z_loss else None
-    args = (target, stats.lse, stats.nll, ones, of_z, spec, weight, token_weight)
-    triton_rows.nll_backward(logits, *args, out, None)
+    known, upstream = Normalizers(stats.lse, stats.nll), RowUpstream(ones, of_z)
+    how = {"normalizers": known, "upstream": upstream, "memory_budget": None}
+    triton_rows.nll_backward(logits, tokens, spec, out=out, **how)
     tolerance = TOLERANCE[dtype]
     torch.testing.assert_close(out[0].double(), gradient, rtol=tolerance, atol=tolerance)
-    triton_rows.nll_backward(logits, *args, logits, None)  # in place
+    triton_rows.nll_backward(logits, tokens, spec, out=logits, **how)  # in place
     torch.testing.assert_close(logits[0].double(), gradient, rtol=tolerance, atol=tolerance)
 
 
@@ -83,15 +86,15 @@ def test_every_option_at_once(v, dtype):
 
 @pytest.mark.parametrize("v", [3, 129, 517])
 def test_the_chunk_primitive(v):
-    if not hasattr(triton_rows, "nll_forward_backward"):
-        pytest.skip("there is no such kernel yet")
     logits, target = inputs(4, v, torch.bfloat16, 0, 0)
     spec, rows = LossSpec(reduction="none"), logits[0]
     x = rows.double().requires_grad_()
     truth = logits_loss(x, target, spec)
     (gradient,) = torch.autograd.grad(truth.loss.sum(), x)
     at_target = rows.gather(1, target.clamp(min=0).unsqueeze(1)).squeeze(1).float()
-    stats = triton_rows.nll_forward_backward(rows, at_target, target, spec, None, None, 1.0, None)
+    stats = triton_rows.nll_forward_backward(
+        rows, TokenInputs(target, None, None), spec, target_logit=at_target, upstream=1.0, memory_budget=None
+    )
     torch.testing.assert_close(stats.nll, truth.nll, rtol=1e-4, atol=1e-5, check_dtype=False)
     torch.testing.assert_close(rows.double(), gradient, rtol=1.6e-2, atol=1.6e-2)
 

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Groups of ranks: which one is meant, what is summed over it, and what is said where none was given.
+"""Groups of ranks: which one is meant, and what is said where none was given.
 
-Collectives are functional ones between opaque ops, so that torch.compile sees them; what travels beside tensors is
-names and numbers.
+A group travels as its name, because torch.compile and torch.library carry strings.
 """
 
 from __future__ import annotations
@@ -13,12 +12,13 @@ import os
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from fused_ppl import checks, rank_checks
+from fused_ppl.records import Groups
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -27,21 +27,8 @@ if TYPE_CHECKING:
     Group: TypeAlias = ProcessGroup | DeviceMesh
     VocabGroup: TypeAlias = Group | tuple[Group, Sequence[int]]
 
-_OPS = torch.ops.fused_ppl
 _warned = False
 _calls: dict[str, int] = {}  # that compared ranks, by group
-
-
-class Groups(NamedTuple):
-    """Ranks that hold parts of a batch (`tokens`), and ranks that hold shards of the vocabulary; "" for none."""
-
-    tokens: str = ""
-    ranks: int = 1  # of the token group: what the gradient is multiplied by
-    vocab: str = ""
-    first: int = 0  # class of this rank's shard
-    num_classes: int = 0  # of all shards
-    layout: int = 0  # a number that differs where ranks mean different shards
-    sum_hidden: bool = False  # whether backward adds up the gradient of the hidden states
 
 
 def token_group(group: Group | None, reduction: str) -> Groups | None:
@@ -60,8 +47,9 @@ def add_shards(groups: Groups | None, name: str, rank: int, sizes: Sequence[int]
     layout = 0
     for size in sizes:  # a polynomial hash: torch.compile traces it, and float64 holds it
         layout = (layout * 1_000_003 + size + 1) % (2**32 - 5)
-    tokens, ranks = ("", 1) if groups is None else groups[:2]
-    return Groups(tokens, ranks, name, sum(sizes[:rank]), sum(sizes), layout, sum_hidden)
+    groups = Groups() if groups is None else groups
+    # no _replace: torch 2.6 does not trace it
+    return Groups(groups.tokens, groups.ranks, name, sum(sizes[:rank]), sum(sizes), layout, sum_hidden)
 
 
 def plain_shards(groups: Groups | None, vocab_group: VocabGroup, local: int, sum_hidden: bool) -> Groups | None:
@@ -115,90 +103,10 @@ def compare_ranks(name: str, facts: Mapping[str, object]) -> None:
         store.delete_key(f"fused_ppl/{name}/{call - 2}/{rank}")  # all have read it, or they had not come to the last
 
 
-def reduce(values: Tensor, operation: str, name: str) -> Tensor:
-    """The sum ("sum") or maximum ("max") over the group of this name."""
+def all_reduce(values: Tensor, operation: str, name: str) -> Tensor:
+    """The sum ("sum") or maximum ("max") over the group of this name, by a functional collective."""
     reduced = torch.ops._c10d_functional.all_reduce(values, operation, name)
-    return torch.ops._c10d_functional.wait_tensor(reduced)  # type: ignore[no-any-return]
-
-
-def logits_forward(
-    tensors: Sequence[Any],  # logits, target, weight, token_weight, num_items
-    spec: tuple[Any, ...],
-    backend: str,
-    memory_budget: int | None,
-    groups: Groups,
-) -> tuple[Tensor, ...]:
-    """The nine results of `logits_forward`, of the batch and the vocabulary of all ranks."""
-    logits, target, weight, token_weight, num_items = tensors
-    if groups.vocab:
-        shard = (groups.first, groups.num_classes, groups.layout)
-        parts = _OPS.shard_logits(logits, target, weight, *spec, backend, memory_budget, *shard)
-        dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-        results = _merge(parts, (target, weight, token_weight), spec, dtype, groups)
-    else:
-        results = _OPS.logits_sums(*tensors[:4], *spec, backend, memory_budget)
-    return _finish(results, num_items, spec, groups)
-
-
-def hidden_forward(
-    tensors: Sequence[Any],  # hidden, linear_weight, linear_bias, target, weight, token_weight, num_items
-    spec: tuple[Any, ...],
-    backend: str,
-    dtype: torch.dtype,
-    made: Sequence[bool],
-    memory_budget: int | None,
-    groups: Groups,
-) -> tuple[Tensor, ...]:
-    """The twelve results of `linear_forward`, of the batch and the vocabulary of all ranks."""
-    *local, token_weight, num_items = tensors
-    if groups.vocab:
-        shard = (groups.first, groups.num_classes, groups.layout)
-        parts = _OPS.shard_hidden(*local, *spec, backend, dtype, memory_budget, *shard)
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
-        results = _merge(parts, (*local[3:], token_weight), spec, wide, groups)
-        results = (*results, *(local[0].new_empty(0, dtype=wide) for _ in range(3)))
-    else:
-        results = _OPS.linear_sums(*tensors[:6], *spec, backend, dtype, made, memory_budget)
-    return _finish(results, num_items, spec, groups)
-
-
-def compact_forward(
-    tensors: Sequence[Any],  # hidden, linear_weight, linear_bias, target, weight, token_weight, num_items
-    spec: tuple[Any, ...],
-    how: tuple[Any, ...],  # backend, dtype, grads, memory_budget, gradient_tolerance, gradient_columns, screen
-    groups: Groups | None,
-) -> tuple[Tensor, ...]:
-    """The twelve results of `linear_forward`, of the batch and the vocabulary of all ranks; then `residual` and
-    `loss_error`, each rank's own."""
-    *local, num_items = tensors
-    if groups is None or not groups.vocab:
-        return _finish(_OPS.linear_compact(*local, *spec, *how), num_items, spec, groups)
-    backend, dtype, _, memory_budget, *asked, _ = how
-    shard, wide = (groups.first, groups.num_classes), torch.float64 if dtype == torch.float64 else torch.float32
-    parts = _OPS.shard_hidden(*local[:5], *spec, backend, dtype, memory_budget, *shard, groups.layout)
-    sums, nll, lse, *others = _merge(parts, local[3:], spec, wide, groups)
-    *made, residual = _OPS.linear_compact_shard(*local, lse, nll, *spec, *how[:4], *asked, *shard)
-    return _finish((sums, nll, lse, *others, *made, residual, torch.zeros_like(residual)), num_items, spec, groups)
-
-
-def _merge(
-    parts: Sequence[Tensor], tokens: Sequence[Any], spec: tuple[Any, ...], dtype: torch.dtype, groups: Groups
-) -> Sequence[Tensor]:
-    """The rows of all shards of the vocabulary: a maximum, then sums relative to it."""
-    shards, maxima = parts
-    maxima = reduce(maxima, "max", groups.vocab)
-    added = reduce(_OPS.shard_sums(shards, maxima, *spec), "sum", groups.vocab)
-    return _OPS.shard_merge(maxima, added, *tokens, *spec, groups.num_classes, dtype)  # type: ignore[no-any-return]
-
-
-def _finish(
-    results: Sequence[Tensor], num_items: Tensor | None, spec: tuple[Any, ...], groups: Groups | None
-) -> tuple[Tensor, ...]:
-    sums, nll, *others = results
-    if groups is not None and groups.tokens:
-        sums = reduce(sums, "sum", groups.tokens)
-    ranks = 1 if groups is None else groups.ranks
-    return (*_OPS.finish(sums, num_items, *spec, nll.dtype, ranks), nll, *others)
+    return torch.ops._c10d_functional.wait_tensor(reduced)  # type: ignore[no-any-return]  # torch.ops is untyped
 
 
 def warn_without_group(

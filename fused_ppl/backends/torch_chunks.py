@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the PyTorch backend goes over rows: in chunks that stay in cache, on the caller's own memory where it can."""
+"""How the PyTorch backend goes over rows: in chunks that stay in cache, on the caller's own memory where it can.
+
+A chunk is computed in place where the memory is of the right dtype and contiguous, else in one buffer for all chunks.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,9 @@ import torch
 from torch import Tensor
 
 from fused_ppl import checks, plan
+from fused_ppl.records import RowStats, Shard, TokenInputs
 from fused_ppl.reduction import sum_dtype
-from fused_ppl.spec import LossSpec, RowStats
+from fused_ppl.spec import LossSpec
 
 
 class Rows(NamedTuple):
@@ -34,25 +38,28 @@ class Rows(NamedTuple):
         return values if self.whole or values.ndim == 0 else values[self.span]
 
 
-class Walk:
+class Chunks:
     """Goes over the rows of (B, R, V) or (N, V) in chunks, and holds the buffer that a chunk is computed in."""
 
     def __init__(
         self,
         logits: Tensor,
-        target: Tensor,
+        tokens: TokenInputs,
         spec: LossSpec,
+        *,
         memory_budget: int | None,
         out: Tensor | None = None,
-        columns: tuple[int, int] | None = None,
+        shard: Shard | None = None,
         keep_lse: bool = True,
     ) -> None:
-        self.logits, self.target, self.spec, self.out, self.columns = logits, target, spec, out, columns
+        self.logits, self.tokens, self.spec, self.out, self.shard = logits, tokens, spec, out, shard
         self.keep_lse = keep_lse or spec.stats or spec.z_loss > 0
         self.dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
         self.wide = sum_dtype(logits.device)
         self.on_cpu = logits.device.type == "cpu"
         v = logits.shape[-1]
+        self.num_classes = v if shard is None else shard.num_classes
+        self.weight = None if tokens.weight is None else tokens.weight.to(self.dtype)  # of all classes
         # entropy and the derivative of a cap take a second buffer
         row = self.dtype.itemsize * (1 + (spec.stats or spec.softcap is not None))
         rows = plan.rows_per_chunk(v, row, logits.device.type, torch.get_num_threads(), memory_budget)
@@ -67,11 +74,26 @@ class Walk:
             self._buffer = torch.empty(self.rows, self.logits.shape[-1], dtype=self.dtype, device=self.logits.device)
         return self._buffer
 
+    @property
+    def own_weight(self) -> Tensor | None:
+        """(V,): the weights of the classes of the logits."""
+        if self.weight is None or self.shard is None:
+            return self.weight
+        return self.weight[self.shard.first : self.shard.first + self.logits.shape[-1]]
+
+    def target_weight(self, rows: Rows) -> Tensor | None:
+        """(n,): the class weight of each target."""
+        return None if self.weight is None else self.weight[rows.label]
+
+    def token_weight(self, rows: Rows) -> Tensor | None:
+        """(n,)"""
+        weight = self.tokens.token_weight
+        return None if weight is None else rows.of(weight).to(self.dtype)
+
     @functools.cached_property
     def all_rows(self) -> Rows:
         """All rows as one chunk."""
-        target, ignore_index, v = self.target, self.spec.ignore_index, self.logits.shape[-1]
-        first, num_classes = self.columns or (0, v)
+        target, ignore_index, num_classes = self.tokens.target, self.spec.ignore_index, self.num_classes
         counted, owned = None, None
         label = target.long()
         if self.on_cpu or checks.debug():
@@ -82,8 +104,9 @@ class Walk:
         if not self.on_cpu:
             label = label.clamp(0, num_classes - 1)
         column = label
-        if self.columns is not None:
-            owned = (label >= first) & (label < first + v)
+        if self.shard is not None:
+            first = self.shard.first
+            owned = (label >= first) & (label < first + self.logits.shape[-1])
             column = (label - first) * owned
         bad = None if self.on_cpu else self.out_of_range()
         return Rows(slice(None), self.logits, self.out, counted, label, column.unsqueeze(1), owned, bad, False, True)
@@ -107,9 +130,9 @@ class Walk:
 
     def out_of_range(self) -> Tensor:
         """(N,) bool: targets that are neither a class nor ignored."""
-        num_classes = self.columns[1] if self.columns else self.logits.shape[-1]
-        bad = (self.target < 0) | (self.target >= num_classes)
-        return bad if self.spec.ignore_index is None else bad & (self.target != self.spec.ignore_index)
+        target = self.tokens.target
+        bad = (target < 0) | (target >= self.num_classes)
+        return bad if self.spec.ignore_index is None else bad & (target != self.spec.ignore_index)
 
     def load(self, rows: Rows, derivative: Tensor | None = None) -> Tensor:
         """z of the rows, (n, V): the caller's own memory, which stays as it is, where nothing has to be done to it."""
@@ -150,7 +173,7 @@ class Walk:
         lse = self.buffer.new_zeros(n, dtype=self.wide) if self.keep_lse else None
         if not self.spec.stats:
             return RowStats(loss, weight, nll, lse, None, None)
-        return RowStats(loss, weight, nll, lse, nll.clone(), self.target.new_full((n,), -1, dtype=torch.int64))
+        return RowStats(loss, weight, nll, lse, nll.clone(), self.tokens.target.new_full((n,), -1, dtype=torch.int64))
 
 
 def transform(x: Tensor, spec: LossSpec, derivative: Tensor | None = None) -> Tensor:

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A loss as ops and the collectives between them: local op -> S, M, Z -> [sum over the token group] -> finish.
+
+Collectives are functional ones between opaque ops, so that torch.compile sees them. One process is the case without
+collectives; there forward is one op, or a plain call of its function where nothing watches what is dispatched.
+
+No record is changed by `_replace` here: torch 2.6 cannot trace it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fused_ppl import reduction
+from fused_ppl.engines import linear_rows, logits
+from fused_ppl.engines.finish import finish
+from fused_ppl.engines.linear_compact import linear_compact, linear_compact_shard
+from fused_ppl.engines.linear_rows import linear_forward, linear_scale, linear_sums
+from fused_ppl.engines.linear_vocab import linear_vocab_backward
+from fused_ppl.engines.logits import Saved, logits_backward, logits_backward_, logits_forward, logits_sums
+from fused_ppl.engines.ops import may_skip_dispatch, may_skip_name
+from fused_ppl.engines.vocab_shards import (
+    shard_hidden,
+    shard_logits,
+    shard_logits_backward,
+    shard_logits_backward_,
+    shard_merge,
+    shard_sums,
+)
+from fused_ppl.groups import all_reduce
+from fused_ppl.records import (
+    Groups,
+    HeadExecution,
+    HeadInputs,
+    HeadRequest,
+    HeadResults,
+    LogitsInputs,
+    LogitsRequest,
+    LossResults,
+    Normalizers,
+    Shard,
+    ShardStats,
+    TokenInputs,
+    TokenSums,
+    Unscaled,
+    Upstream,
+)
+from fused_ppl.spec import LossSpec
+
+_NO_GRADS = (False, False, False)
+
+
+def logits_loss(inputs: LogitsInputs, request: LogitsRequest) -> LossResults:
+    """The results over the batch and the vocabulary of all ranks."""
+    spec, execution, groups = request.spec, request.execution, request.groups
+    if groups is None:
+        if may_skip_name(inputs.logits):
+            return logits.forward(inputs, spec, execution, keep_lse=False)
+        return logits_forward(inputs, spec, execution)
+    shard = groups.shard
+    if shard is None:
+        return _finish(logits_sums(inputs, spec, execution), inputs.num_items, spec, groups=groups)
+    stats = shard_logits(inputs, spec, execution, shard, groups.layout)
+    tokens = TokenInputs(inputs.target, inputs.weight, inputs.token_weight)
+    dtype = reduction.wide_dtype(inputs.logits.dtype)
+    return _finish(_merge(stats, tokens, spec, groups=groups, dtype=dtype), inputs.num_items, spec, groups=groups)
+
+
+def logits_gradient(saved: Saved, upstream: Upstream, request: LogitsRequest, *, batched: bool) -> Tensor:
+    """The gradient of the logits; with `inplace_backward` it is written over them."""
+    spec, execution = request.spec, request.execution
+    shard = None if request.groups is None else request.groups.shard
+    if request.inplace_backward:
+        if shard is None:
+            logits_backward_(saved, upstream, spec, execution)
+        else:
+            shard_logits_backward_(saved, upstream, spec, execution, shard)
+        return saved.logits.detach()  # the logits themselves would bring their graph along
+    if shard is not None:
+        return shard_logits_backward(saved, upstream, spec, execution, shard)
+    function = logits.backward if not batched and may_skip_name(saved.logits) else logits_backward
+    return function(saved, upstream, spec, execution)
+
+
+def head_loss(inputs: HeadInputs, request: HeadRequest) -> HeadResults:
+    """The results over the batch and the vocabulary of all ranks, with the unscaled gradients that forward makes."""
+    spec, execution, groups = request.spec, request.execution, request.groups
+    shard = None if groups is None else groups.shard
+    if request.plan == "compact" and shard is None:
+        found = linear_compact(inputs, spec, execution, request.compact)
+        losses = _finish(found.tokens, inputs.num_items, spec, groups=groups)
+        return HeadResults(losses, found.unscaled, found.residual, found.loss_error)
+    if request.plan == "vocab":
+        execution = HeadExecution(execution.backend, execution.memory_budget, execution.dtype, _NO_GRADS)
+    if groups is None:
+        function = linear_rows.forward if may_skip_name(inputs.hidden) else linear_forward
+        return function(inputs, spec, execution)
+    if shard is None:
+        sums = linear_sums(inputs, spec, execution)
+        return HeadResults(_finish(sums.tokens, inputs.num_items, spec, groups=groups), sums.unscaled, None, None)
+    stats = shard_hidden(inputs, spec, execution, shard, groups.layout)
+    tokens = TokenInputs(inputs.target, inputs.weight, inputs.token_weight)
+    wide = reduction.wide_dtype(execution.dtype)
+    merged = _merge(stats, tokens, spec, groups=groups, dtype=wide)
+    if request.plan == "compact":
+        normalizers = Normalizers(merged.lse, merged.nll)
+        unscaled, residual = linear_compact_shard(inputs, normalizers, spec, execution, request.compact, shard)
+        losses = _finish(merged, inputs.num_items, spec, groups=groups)
+        return HeadResults(losses, unscaled, residual, residual.new_zeros(residual.shape))
+    unscaled = Unscaled(*(inputs.hidden.new_empty(0, dtype=wide) for _ in range(3)))
+    return HeadResults(_finish(merged, inputs.num_items, spec, groups=groups), unscaled, None, None)
+
+
+def head_gradients(
+    inputs: HeadInputs, known: tuple[Normalizers, Unscaled], upstream: Upstream, request: HeadRequest, *, last: bool
+) -> Unscaled:
+    """The gradients of hidden states, weight and bias. At the `last` use of the unscaled ones their memory is taken."""
+    (normalizers, unscaled), spec, execution, groups = known, request.spec, request.execution, request.groups
+    grads = execution.grads
+    shard = None if groups is None else groups.shard
+    if request.plan == "vocab":
+        every = Shard(0, inputs.linear_weight.shape[0])
+        gradients = linear_vocab_backward(inputs, normalizers, upstream, spec, execution, shard or every)
+    elif last and may_skip_dispatch(inputs.hidden):
+        gradients = linear_rows.scale(inputs, unscaled, upstream, spec, grads=grads, last=True)
+    else:
+        gradients = linear_scale(inputs, unscaled, upstream, spec, grads)
+    if groups is not None and groups.sum_hidden and grads[0]:
+        # each shard of the vocabulary has made its part, by whatever plan
+        hidden, linear_weight, linear_bias = gradients
+        gradients = Unscaled(all_reduce(hidden, "sum", groups.vocab), linear_weight, linear_bias)
+    return gradients
+
+
+def _merge(stats: ShardStats, tokens: TokenInputs, spec: LossSpec, *, groups: Groups, dtype: torch.dtype) -> TokenSums:
+    """The rows of all shards of the vocabulary: a maximum, then sums relative to it."""
+    maxima = all_reduce(stats.maxima, "max", groups.vocab)
+    added = all_reduce(shard_sums(ShardStats(stats.fields, maxima), spec), "sum", groups.vocab)
+    return shard_merge(maxima, added, tokens, spec, groups.num_classes, dtype)
+
+
+def _finish(tokens: TokenSums, num_items: Tensor | None, spec: LossSpec, *, groups: Groups | None) -> LossResults:
+    sums = tokens.sums
+    if groups is not None and groups.tokens:
+        sums = all_reduce(sums, "sum", groups.tokens)
+    ranks = 1 if groups is None else groups.ranks
+    totals = finish(sums, num_items, spec, tokens.nll.dtype, ranks)
+    return LossResults(*totals, tokens.nll, tokens.lse, tokens.entropy, tokens.predicted)

@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From the arguments of a public function to its request: checks, groups, backend and plan, each decided once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_ppl import (  # noqa: F401  (op_autograd registers)
+    autograd,
+    backends,
+    checks,
+    dtensors,
+    groups,
+    op_autograd,
+    plan,
+    rank_checks,
+    reference,
+)
+from fused_ppl.engines.head import linear_case
+from fused_ppl.records import (
+    Compact,
+    Execution,
+    Groups,
+    HeadExecution,
+    HeadInputs,
+    HeadRequest,
+    LogitsInputs,
+    LogitsRequest,
+    LossResults,
+)
+from fused_ppl.reduction import sum_dtype
+from fused_ppl.spec import LossOutput, LossSpec, Options
+
+_DEFAULT = Options()
+
+
+class Extras(NamedTuple):
+    """The arguments that all public functions share, beside what defines the loss."""
+
+    weight: Tensor | None
+    token_weight: Tensor | None
+    num_items: float | Tensor | None
+    options: Options | None
+    group: groups.Group | None
+    vocab_group: groups.VocabGroup | None
+
+
+def from_logits(input: Tensor, target: Tensor, spec: LossSpec, *, class_dim: int, extras: Extras) -> LossOutput:
+    options = _DEFAULT if extras.options is None else extras.options
+    checks.check_options(options, Options)
+    checks.check_logits(input, class_dim)
+    if options.inplace_backward:
+        checks.check_inplace_backward(input)
+    ranks, vocab_group = groups.token_group(extras.group, spec.reduction), extras.vocab_group
+    if vocab_group is not None or not dtensors.all_plain(input, target):
+        input, ranks = dtensors.local_logits(input, class_dim, vocab_group, ranks)
+        target, extras = _whole(target, extras)
+    logits = input if input.ndim == 1 or class_dim in (-1, input.ndim - 1) else input.movedim(class_dim, -1)
+    checks.check_classes(logits.shape[-1])
+    checks.check_target(target, logits.shape[:-1], input)
+    num_classes = ranks.num_classes if ranks is not None and ranks.vocab else logits.shape[-1]
+    num_items = _check_extras(input, target, spec, extras=extras, num_classes=num_classes)
+    backend = backends.choose(options.backend, input.device, input.dtype)
+    inputs = LogitsInputs(logits, target, extras.weight, extras.token_weight, num_items)
+    if backend == "reference":
+        return _reference(inputs, spec, ranks)
+    if ranks is not None and checks.debug():
+        given = {"class weights": extras.weight, "num_items": num_items}
+        _compare(ranks, spec, target, facts={"number of classes": num_classes, "dtype": input.dtype}, given=given)
+    execution = Execution(backend, options.memory_budget)
+    return _output(autograd.logits_loss(inputs, LogitsRequest(spec, execution, options.inplace_backward, ranks)), spec)
+
+
+def from_hidden(
+    input: Tensor, linear_weight: Tensor, target: Tensor, spec: LossSpec, *, linear_bias: Tensor | None, extras: Extras
+) -> LossOutput:
+    options = _DEFAULT if extras.options is None else extras.options
+    checks.check_options(options, Options)
+    ranks, vocab_group = groups.token_group(extras.group, spec.reduction), extras.vocab_group
+    optional = [t for t in (linear_bias, extras.token_weight) if t is not None]
+    if vocab_group is not None or not dtensors.all_plain(input, linear_weight, target, *optional):
+        input, linear_weight, linear_bias, ranks = dtensors.local_head(
+            input, linear_weight, linear_bias, vocab_group, ranks
+        )
+        target, extras = _whole(target, extras)
+    checks.check_head(input, linear_weight, linear_bias)
+    checks.check_target(target, input.shape[:-1], input)
+    num_classes = linear_weight.shape[0] if ranks is None or not ranks.vocab else ranks.num_classes
+    num_items = _check_extras(input, target, spec, extras=extras, num_classes=num_classes)
+    checks.check_no_inplace(options.inplace_backward)
+    dtype = _product_dtype(input)
+    backend = backends.choose(options.backend, input.device, dtype)
+    weights = (extras.weight, extras.token_weight)
+    if backend == "reference":
+        logits = torch.nn.functional.linear(input, linear_weight, linear_bias)
+        return _reference(LogitsInputs(logits, target, *weights, num_items), spec, ranks)
+    inputs = HeadInputs(input, linear_weight, linear_bias, target, *weights, num_items)
+    request = _head_request(inputs, spec, options, backend=backend, dtype=dtype, ranks=ranks)
+    if ranks is not None and checks.debug():
+        given = {"class weights": extras.weight, "num_items": num_items, "bias": linear_bias}
+        _compare(ranks, spec, target, facts={"number of classes": num_classes, "dtype": dtype}, given=given)
+    results = autograd.head_loss(inputs, request)
+    output = _output(results.losses, spec)
+    if request.plan != "compact":
+        return output
+    loss, perplexity, nll, lse, entropy, predicted, total_weight, _, _ = output
+    errors = (results.residual, results.loss_error)
+    return LossOutput(loss, perplexity, nll, lse, entropy, predicted, total_weight, *errors)
+
+
+def _whole(target: Tensor, extras: Extras) -> tuple[Tensor, Extras]:
+    """Targets, weights and num_items that are not DTensors."""
+    num_items = dtensors.whole(extras.num_items) if isinstance(extras.num_items, Tensor) else extras.num_items
+    weight, token_weight = dtensors.whole(extras.weight), dtensors.whole(extras.token_weight)
+    return dtensors.whole(target), Extras(
+        weight, token_weight, num_items, extras.options, extras.group, extras.vocab_group
+    )
+
+
+def _check_extras(input: Tensor, target: Tensor, spec: LossSpec, *, extras: Extras, num_classes: int) -> Tensor | None:
+    """Raises where an argument breaks its rule; num_items on the device of the input, without waiting for it."""
+    checks.check_sequence(spec.reduction, target)
+    checks.check_constant("weight", extras.weight, (num_classes,), "one number for each class", input)
+    checks.check_constant("token_weight", extras.token_weight, target.shape, "the shape of target", input)
+    num_items = extras.num_items
+    checks.check_num_items(num_items, spec.reduction)
+    if num_items is None:
+        return None
+    if isinstance(num_items, Tensor):
+        return num_items.detach().reshape(()).to(input.device, non_blocking=True)
+    return torch.full((), float(num_items), dtype=sum_dtype(input.device), device=input.device)
+
+
+def _product_dtype(input: Tensor) -> torch.dtype:
+    """The dtype that the products are asked for: that of autocast, which leaves float64 alone."""
+    device = input.device.type
+    if checks.autocast(device) and input.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return input.dtype
+
+
+def _head_request(
+    inputs: HeadInputs, spec: LossSpec, options: Options, *, backend: str, dtype: torch.dtype, ranks: Groups | None
+) -> HeadRequest:
+    tensors = (inputs.hidden, inputs.linear_weight, inputs.linear_bias)
+    hidden, weight, bias = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in tensors]
+    execution = HeadExecution(backend, options.memory_budget, dtype, (hidden, weight, bias))
+    sharded = ranks is not None and ranks.vocab != ""
+    asked = Compact(options.gradient_tolerance, options.gradient_columns, options.screen)
+    compact = None
+    if any(asked):
+        shards = ranks.num_classes if ranks is not None else 0
+        checks.check_screen(options.screen, dtype, inputs.hidden.device.type, inputs.linear_weight.shape, shards)
+        # under a cap the smoothing's part of the gradient is no product: there nothing is left out
+        if not (spec.softcap and spec.label_smoothing):
+            compact = asked
+    case = linear_case(inputs.hidden, inputs.linear_weight, execution, compact)
+    per_token = spec.reduction in ("none", "sequence") or (spec.stats and spec.z_loss > 0)
+    # a shard of the vocabulary knows its gradients only when the others have been heard
+    kind = plan.linear_kind(case, per_token or (sharded and compact is None))
+    return HeadRequest(spec, execution, kind, asked, ranks)
+
+
+def _reference(inputs: LogitsInputs, spec: LossSpec, ranks: Groups | None) -> LossOutput:
+    rank_checks.check_no_group(ranks)
+    if checks.readable(inputs.target):
+        checks.check_target_range(inputs.target, inputs.logits.shape[-1], spec.ignore_index)
+    return reference.logits_loss(
+        inputs.logits, inputs.target, spec, inputs.weight, inputs.token_weight, inputs.num_items
+    )
+
+
+def _output(losses: LossResults, spec: LossSpec) -> LossOutput:
+    loss, perplexity, total_weight, _, _, nll, lse, entropy, predicted = losses
+    if spec.stats and lse is not None:
+        lse = lse.to(nll.dtype)
+    return LossOutput(loss, perplexity, nll, lse, entropy, predicted, total_weight)  # type: ignore[arg-type]  # None where nobody asked
+
+
+def _compare(
+    ranks: Groups,
+    spec: LossSpec,
+    target: Tensor,
+    *,
+    facts: Mapping[str, object],
+    given: Mapping[str, Tensor | float | None],
+) -> None:
+    """Under FUSED_PPL_DEBUG=1: all ranks mean the same loss."""
+    facts = {**facts, "options": spec}
+    facts |= {f"choice of {name}": "given" if value is not None else "left out" for name, value in given.items()}
+    if ranks.vocab:
+        groups.compare_ranks(ranks.vocab, {**facts, "shape of target": tuple(target.shape)})
+    if ranks.tokens:
+        groups.compare_ranks(ranks.tokens, facts)
