@@ -61,7 +61,7 @@ class PerplexityAccumulator:
         checks.check_parameters(self.parameters)
         checks.check_number("expected_items", expected_items, "> 0 and finite", lambda n: 0 < n < float("inf"))
         self.expected_items = expected_items
-        self._spec = LossSpec(max_nll=max_nll)
+        self._spec = LossSpec.of(max_nll=max_nll)
         self._alone = group is None
         self._group = groups.token_group(group, "mean")
         self._reset()

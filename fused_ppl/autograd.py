@@ -18,6 +18,7 @@ from fused_ppl.engines import flops
 from fused_ppl.engines.logits import Saved
 from fused_ppl.engines.ops import flatten, reader
 from fused_ppl.records import (
+    DIFFERENTIABLE,
     HeadInputs,
     HeadRequest,
     HeadResults,
@@ -174,7 +175,7 @@ class HeadLoss(torch.autograd.Function):
         if torch.is_grad_enabled():
             parents = (grad_loss, grad_perplexity, inputs.hidden, inputs.linear_weight, inputs.linear_bias)
             gradients = [None if g is None else _first_order(g, *parents) for g in gradients]
-        return _gradients(HeadInputs, **dict(zip(Unscaled._fields, gradients, strict=True)))
+        return _gradients(HeadInputs, **dict(zip(DIFFERENTIABLE, gradients, strict=True)))
 
 
 def _kept() -> bool:

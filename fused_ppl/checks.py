@@ -209,14 +209,17 @@ def check_sum_output(output: Any) -> None:
         raise TypeError(f"add takes a LossOutput, which knows S and M; got {type(output).__name__}. {way}")
     if output.loss.ndim:
         raise ValueError(f"add takes one sum; got a loss of shape {tuple(output.loss.shape)}. {way}")
-    spec = getattr(output.loss.grad_fn, "spec", None)  # that of our own op; another has none
-    if spec is None:
+    request = getattr(output.loss.grad_fn, "request", None)  # that of our own op; another has none
+    if request is None:
         return
-    if spec[0] != "sum":
-        raise ValueError(f"add takes the sum of a micro-batch, and a mean loses M; got reduction={spec[0]!r}. {way}")
-    if spec[5]:
+    spec = request.spec
+    if spec.reduction != "sum":
         raise ValueError(
-            f"add takes S alone: finish() would scale the gradient of z_loss={spec[5]!r} by PPL / M as well. "
+            f"add takes the sum of a micro-batch, and a mean loses M; got reduction={spec.reduction!r}. {way}"
+        )
+    if spec.z_loss:
+        raise ValueError(
+            f"add takes S alone: finish() would scale the gradient of z_loss={spec.z_loss!r} by PPL / M as well. "
             "Leave z_loss out, or train on cross_entropy."
         )
 

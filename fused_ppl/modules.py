@@ -25,7 +25,7 @@ class _Loss(nn.Module):
 
     def __init__(self, weight: Tensor | None, **keywords: object) -> None:
         super().__init__()
-        LossSpec(**{k: v for k, v in keywords.items() if k not in ("class_dim", "group", "vocab_group", "options")})  # type: ignore[arg-type]
+        LossSpec.of(**{k: v for k, v in keywords.items() if k not in ("class_dim", "group", "vocab_group", "options")})
         self.register_buffer("weight", weight)
         self._names = tuple(keywords)
         for name, value in keywords.items():

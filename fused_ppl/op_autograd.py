@@ -21,7 +21,7 @@ from fused_ppl.engines import flops
 from fused_ppl.engines.linear_rows import linear_forward
 from fused_ppl.engines.logits import logits_forward
 from fused_ppl.engines.ops import LIBRARY, OPS, Op
-from fused_ppl.records import Compact, HeadInputs, HeadRequest, LogitsInputs, LogitsRequest, Unscaled
+from fused_ppl.records import DIFFERENTIABLE, Compact, HeadInputs, HeadRequest, LogitsInputs, LogitsRequest
 
 
 def _logits_request(records: Sequence[Any], needed: Sequence[bool]) -> LogitsRequest:
@@ -34,7 +34,7 @@ def _head_request(records: Sequence[Any], needed: Sequence[bool]) -> HeadRequest
     """Gradients that forward has not made are computed in backward."""
     _, spec, execution = records
     asked = dict(zip(HeadInputs._fields, needed, strict=True))
-    wanted = tuple(asked[name] for name in Unscaled._fields)
+    wanted = tuple(asked[name] for name in DIFFERENTIABLE)
     made = all(m or not w for m, w in zip(execution.grads, wanted, strict=True))
     if not made:
         execution = execution._replace(grads=wanted)

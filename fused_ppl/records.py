@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fused_ppl.spec import LossSpec
 
+DIFFERENTIABLE = ("hidden", "linear_weight", "linear_bias")  # of the fields of HeadInputs
 Needed: TypeAlias = tuple[bool, bool, bool]  # whether hidden states, weight and bias need a gradient
 
 
@@ -179,9 +180,9 @@ class TokenSums(NamedTuple):
 class Unscaled(NamedTuple):
     """The gradients of S + z_loss * Z, in float32 or wider; 0 elements where none is needed."""
 
-    hidden: Tensor
-    linear_weight: Tensor
-    linear_bias: Tensor
+    grad_hidden: Tensor
+    grad_weight: Tensor
+    grad_bias: Tensor
 
 
 class HeadSums(NamedTuple):

@@ -332,7 +332,7 @@ def test_it_waits_for_no_device(fake_gpu, monkeypatch):
             execution = HeadExecution("torch", None, torch.float32, (True,) * 3)
             asked = Compact(keywords.get("gradient_tolerance"), keywords.get("gradient_columns"), None)
             out = linear_compact.linear_compact.function(inputs, LossSpec(), execution, asked)
-            assert out.unscaled.hidden.shape == hidden.shape and out.residual.shape == ()
+            assert out.unscaled.grad_hidden.shape == hidden.shape and out.residual.shape == ()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

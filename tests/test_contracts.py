@@ -308,7 +308,7 @@ def run_head_on(device: str, spec: LossSpec, dtype: torch.dtype, backend: str) -
         linear_rows.linear_scale.function(inputs, unscaled, upstream, spec, grads)
     known, execution = Normalizers(losses.lse, losses.nll), HeadExecution(backend, None, dtype, (True, True, True))
     vocab = linear_vocab.linear_vocab_backward.function
-    return vocab(inputs, known, upstream, spec, execution, Shard(0, 11)).hidden
+    return vocab(inputs, known, upstream, spec, execution, Shard(0, 11)).grad_hidden
 
 
 ENGINES = {run_logits_on: (2, 3, 11), run_head_on: (2, 3, 5)}

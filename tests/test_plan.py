@@ -216,9 +216,9 @@ def test_the_kind_is_chosen_with_the_element_size_of_the_products():
     hidden.requires_grad_()
     target = torch.randint(1000, (600,))
     loss = linear_cross_entropy(hidden, weight, target, options=Options(memory_budget=800_000))
-    assert loss.grad_fn.kind == "rows"
+    assert loss.grad_fn.request.plan == "rows"
     loss = linear_cross_entropy(hidden, weight, target, options=Options(memory_budget=400_000))
-    assert loss.grad_fn.kind == "vocab"
+    assert loss.grad_fn.request.plan == "vocab"
     case = plan.LinearCase(600, 1000, 8, 4, "cpu", (True, False, False), 800_000, converts=True)
     assert plan.linear_kind(case, False) == "rows"
     assert case.converted_bytes == 1000 * 8 * 4

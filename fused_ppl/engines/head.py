@@ -245,10 +245,10 @@ class HeadLoop:
             checks.check_target_range(inputs.target.reshape(-1), num_classes, spec.ignore_index)
         wide, device = reduction.wide_dtype(execution.dtype), inputs.hidden.device
         self.unscaled = Unscaled(*(memory.empty(s, wide, device) for s in accumulator_shapes(inputs, self.grads)))
-        self.grad_hidden = self.unscaled.hidden.view(-1, self.case.hidden_size)  # of the rows that take part
+        self.grad_hidden = self.unscaled.grad_hidden.view(-1, self.case.hidden_size)  # of the rows that take part
         if self.head.counted_rows is not None:
             rows = self.head.num_rows if self.grads[0] else 0
-            self.grad_hidden = self.unscaled.hidden.new_zeros((rows, self.case.hidden_size))
+            self.grad_hidden = self.unscaled.grad_hidden.new_zeros((rows, self.case.hidden_size))
 
     def chunks(self, dtype: torch.dtype | None = None) -> Iterator[Chunk]:
         """The rows that take part, with a buffer of `dtype` for their logits, or of that of the products."""
@@ -265,7 +265,7 @@ class HeadLoop:
     def finished(self) -> Unscaled:
         """The gradients, those of the hidden states for all tokens."""
         if self.head.counted_rows is not None and self.grads[0]:
-            grad_hidden = self.unscaled.hidden.view(-1, self.case.hidden_size)
+            grad_hidden = self.unscaled.grad_hidden.view(-1, self.case.hidden_size)
             grad_hidden.index_copy_(0, self.head.counted_rows, self.grad_hidden)
         return self.unscaled
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fused_ppl import backends, reduction
 from fused_ppl.engines.head import Head, HeadLoop, empty_gradients, empty_unscaled, scale_into
-from fused_ppl.engines.ops import op
+from fused_ppl.engines.ops import op, without_autocast
 from fused_ppl.records import (
     HeadExecution,
     HeadInputs,
@@ -32,6 +32,7 @@ from fused_ppl.records import (
 from fused_ppl.spec import LossSpec
 
 
+@without_autocast
 def forward(inputs: HeadInputs, spec: LossSpec, execution: HeadExecution) -> HeadResults:
     """The op `linear_forward`."""
     stats, unscaled = stats_and_gradients(inputs, spec, execution)
@@ -46,7 +47,7 @@ def _forward_fake(inputs: HeadInputs, spec: LossSpec, execution: HeadExecution) 
     tokens = reduction.empty_token_sums(inputs.hidden, inputs.target, spec, dtype)
     stats = (tokens.nll, tokens.lse, tokens.entropy, tokens.predicted)
     losses = LossResults(*reduction.empty_totals(inputs.hidden, groups, dtype), *stats)
-    return HeadResults(losses, empty_unscaled(inputs, execution), nothing, nothing)
+    return HeadResults(losses, empty_unscaled(inputs, execution), nothing, nothing.clone())
 
 
 @op(_forward_fake)
@@ -73,7 +74,7 @@ def stats_and_gradients(inputs: HeadInputs, spec: LossSpec, execution: HeadExecu
     loop = HeadLoop(inputs, spec, execution, kind="rows" if any(grads) else "forward")
     head, unscaled = loop.head, loop.unscaled
     # what the first chunk overwrites is not cleared: for the weight that would take as long as the row formula
-    cleared = (unscaled.hidden, unscaled.linear_bias) if head.num_rows else unscaled
+    cleared = (unscaled.grad_hidden, unscaled.grad_bias) if head.num_rows else unscaled
     for gradient in cleared:
         gradient.zero_()
     parts = []
@@ -93,9 +94,9 @@ def stats_and_gradients(inputs: HeadInputs, spec: LossSpec, execution: HeadExecu
         if grads[0]:
             head.add_hidden_gradient(g, loop.grad_hidden[chunk.rows])
         if grads[1]:
-            head.add_weight_gradient(g, chunk.hidden, unscaled.linear_weight, fresh=chunk.rows.start == 0)
+            head.add_weight_gradient(g, chunk.hidden, unscaled.grad_weight, fresh=chunk.rows.start == 0)
         if grads[2]:
-            unscaled.linear_bias.add_(g.sum(0, dtype=unscaled.linear_bias.dtype))
+            unscaled.grad_bias.add_(g.sum(0, dtype=unscaled.grad_bias.dtype))
     return stats_of_all(head, parts, spec, inputs.target.numel()), loop.finished()
 
 
@@ -112,6 +113,7 @@ def stats_of_all(head: Head, parts: list[RowStats], spec: LossSpec, num_tokens: 
     return stats.map(lambda t, ignored: head.for_all_tokens(t, num_tokens, ignored))
 
 
+@without_autocast
 def scale(
     inputs: HeadInputs, unscaled: Unscaled, upstream: Upstream, spec: LossSpec, *, grads: Needed, last: bool = False
 ) -> Unscaled:

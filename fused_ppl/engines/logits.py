@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fused_ppl import backends, reduction
 from fused_ppl.engines import memory
-from fused_ppl.engines.ops import op
+from fused_ppl.engines.ops import op, without_autocast
 from fused_ppl.records import (
     Execution,
     HeadInputs,
@@ -33,6 +33,7 @@ from fused_ppl.records import (
 from fused_ppl.spec import LossSpec
 
 
+@without_autocast
 def forward(inputs: LogitsInputs, spec: LossSpec, execution: Execution, *, keep_lse: bool = True) -> LossResults:
     """The op `logits_forward`; without `keep_lse`, lse is None where neither result nor gradient needs it."""
     shape, num_items = inputs.target.shape, inputs.num_items
@@ -116,6 +117,7 @@ def backward_into(
     )
 
 
+@without_autocast
 def backward(saved: Saved, upstream: Upstream, spec: LossSpec, execution: Execution) -> Tensor:
     """The op `logits_backward`."""
     logits = saved.logits

@@ -48,7 +48,7 @@ class Op(Generic[P, R]):
     def __init__(self, function: Callable[P, R], fake: Callable[..., Any], mutates: bool) -> None:
         hints = typing.get_type_hints(function)
         returned = hints.pop("return")
-        self.function = _without_autocast(function)
+        self.function = without_autocast(function)
         self.name, self.returns_record = function.__name__, _is_record(returned)
         self._read_result = reader(returned)
         self._readers = [reader(kind) for kind in hints.values()]
@@ -137,7 +137,7 @@ def reader(kind: Any) -> Callable[[Iterator[Any]], Any]:
     return lambda values: kind(*[read(values) for read in readers])
 
 
-def _without_autocast(function: Callable[P, R]) -> Callable[P, R]:
+def without_autocast(function: Callable[P, R]) -> Callable[P, R]:
     """The dtype of the products is an argument: inside, autocast would round what is to be added up in float32."""
 
     @functools.wraps(function)
