@@ -31,8 +31,8 @@ from kernel_cases import (  # noqa: E402
 )
 
 from fused_ppl.backends import triton_rows  # noqa: E402
-from fused_ppl.kernels import launch, walk  # noqa: E402
-from fused_ppl.kernels.launch import Rows, Workspace, choose_config  # noqa: E402
+from fused_ppl.kernels import launch, row_tiles  # noqa: E402
+from fused_ppl.kernels.launch import Device, Rows, Workspace, choose_config  # noqa: E402
 from fused_ppl.kernels.nll_forward import launch_nll_forward  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("integer_overflow_is_an_error")
@@ -68,7 +68,7 @@ LARGE += [
 @pytest.mark.parametrize(("v", "dtype", "slices"), LARGE)
 def test_large_vocabularies_with_the_configuration_of_a_gpu(v, dtype, slices):
     case = make(2, v, dtype, offset=1, pad=2, ignored=0)
-    config = choose_config(10**6, v, dtype.itemsize, 132)
+    config = choose_config(10**6, v, dtype.itemsize, Device(132))
     per_slice = math.ceil(config.tiles_per_slice / slices)
     check(
         case,
@@ -192,9 +192,9 @@ def test_nothing_is_ignored_without_an_index():
 def test_a_target_out_of_range_makes_a_row_of_nan(target):
     case = make(3, 40, torch.float32, ignored=0, weight=torch.ones(40))
     case.target[1] = target
-    rows, sums = forward(case, config_of(case))
+    rows, totals = forward(case, config_of(case))
     assert torch.stack([rows.loss, rows.nll, rows.lse.float()]).isnan().any(0).tolist() == [False, True, False]
-    assert sums.loss.isnan()
+    assert totals.loss.isnan()
     out = backward(case, rows, torch.ones(3), torch.ones(3), config_of(case), torch.zeros_like(case.logits))
     assert out[0].isnan().all(1).tolist() == [False, True, False]
 
@@ -273,10 +273,10 @@ def test_slices_of_a_row_are_deterministic_and_agree():
     for slices in (2, 5, 12):
         config = config_of(case, slices)
         assert config.slices > 1
-        rows, sums = forward(case, config)
-        again, sums_again = forward(case, config)
+        rows, totals = forward(case, config)
+        again, totals_again = forward(case, config)
         assert all(
-            torch.equal(a, b) for a, b in zip((*rows[:4], *sums[:5]), (*again[:4], *sums_again[:5]), strict=True)
+            torch.equal(a, b) for a, b in zip((*rows[:4], *totals[:5]), (*again[:4], *totals_again[:5]), strict=True)
         )
         assert_close(rows.nll, whole.nll)
 
@@ -291,8 +291,8 @@ def test_without_counted_tokens_values_are_nan_and_factors_zero():
     case = make(3, 40, torch.float32)
     case.target.fill_(IGNORED)
     result = check(case)
-    assert result.sums.loss.isnan() and result.sums.perplexity.isnan()
-    assert result.sums.loss_factor == result.sums.perplexity_factor == 0
+    assert result.totals.loss.isnan() and result.totals.perplexity.isnan()
+    assert result.totals.loss_factor == result.totals.perplexity_factor == 0
     check(case._replace(spec=LossSpec(reduction="sum")))
     check(make(3, 40, torch.float32, ignored=0, weight=torch.zeros(40), spec=LossSpec(label_smoothing=0.1)))
 
@@ -300,7 +300,7 @@ def test_without_counted_tokens_values_are_nan_and_factors_zero():
 @pytest.mark.parametrize("slices", [1, 2])
 def test_shards_of_the_vocabulary_hold_what_the_whole_is_made_of(slices):
     """max z, sum e^(z - max), z of the target, sum w z, sum e^(z - max) (z - max) and argmax of unequal shards; the
-    sums are without the target."""
+    totals are without the target."""
     spec = LossSpec(label_smoothing=0.1, logit_scale=0.7, softcap=9.0)
     x, y = make_logits((4, 1500)), torch.tensor([0, 700, IGNORED, 1499])
     w = torch.linspace(0.5, 2, 1500)
@@ -310,11 +310,11 @@ def test_shards_of_the_vocabulary_hold_what_the_whole_is_made_of(slices):
         config = config_of(case, slices)
         split = config.slices > 1
         shards = torch.full((4, launch.SHARD_FIELDS), NAN, dtype=torch.float64)
-        partials = torch.full((launch.PARTIALS, 4, config.slices), NAN) if split else None
+        partials = torch.full((launch.SLICE_FIELDS, 4, config.slices), NAN) if split else None
         launch_nll_forward(
-            case.logits, y, triton_rows.weights(w, None, spec), Rows(*(None,) * 6), None,
-            Workspace(torch.zeros(5, dtype=torch.int32), partials), triton_rows.numbers(spec),
-            config=config, ignore_index=IGNORED, v0=first, num_classes=1500, shards=shards,
+            case.logits, y, triton_rows.weights(w, None, spec), triton_rows.numbers(spec),
+            rows=Rows(*(None,) * 6), totals=None, workspace=Workspace(torch.zeros(5, dtype=torch.int32), partials),
+            config=config, ignore_index=IGNORED, first_class=first, num_classes=1500, shards=shards,
         )  # fmt: skip
         part, label = z[:, first:last], y[y != IGNORED]
         top = part.amax(1)
@@ -342,7 +342,7 @@ def test_the_gradient_of_slices_of_the_vocabulary_is_that_of_the_whole():
     for first, last in ((0, 300), (300, 301), (301, 900)):
         piece = case._replace(logits=case.logits[:, :, first:last].contiguous())
         out = torch.full_like(piece.logits, NAN)
-        backward(piece, rows, of, of, config_of(piece), out, v0=first, num_classes=900)
+        backward(piece, rows, of, of, config_of(piece), out, first_class=first, num_classes=900)
         assert_close(out, want[:, :, first:last], rtol=1e-6, atol=0)
 
 
@@ -353,17 +353,17 @@ def test_three_passes_over_the_logits(monkeypatch):
     out, _ = embed(torch.zeros(n, v, dtype=torch.bfloat16), 3, 1)
     counts = count_bytes(monkeypatch, case.logits, out)
     config = config_of(case)
-    rows, sums = forward(case, config)
+    rows, totals = forward(case, config)
     logits, again = n * v * 2, n * 2  # the target's logit may be read twice
     assert logits <= counts["load"] <= logits + again and counts["store"] == 0
-    backward(case, rows, sums.perplexity_factor.float().expand(n), torch.zeros(1).expand(n), config, out)
+    backward(case, rows, totals.perplexity_factor.float().expand(n), torch.zeros(1).expand(n), config, out)
     assert 2 * logits <= counts["load"] <= 2 * logits + again and counts["store"] == logits
 
 
 def test_offsets_beyond_int32():
     @triton.jit
     def offset_kernel(out_ptr, ptr, row, R, stride_b, stride_r):
-        row_ptr = walk.row_pointer(ptr, tl.program_id(0) + row, R, stride_b, stride_r)
+        row_ptr = row_tiles.row_pointer(ptr, tl.program_id(0) + row, R, stride_b, stride_r)
         tl.store(out_ptr, row_ptr.to(tl.int64) - ptr.to(tl.int64))
 
     out, ptr = torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.bfloat16)

@@ -59,11 +59,11 @@ def run(
     rows = unwritten_rows(len(case.target), stats)
     launch_nll_forward_backward(
         case.logits[0],
-        target_logit,
         case.target,
         triton_rows.weights(case.weight, case.token_weight, case.spec),
-        rows,
         triton_rows.numbers(case.spec),
+        target_logit=target_logit,
+        rows=rows,
         upstream=upstream,
         config=config or config_of(case),
         ignore_index=case.spec.ignore_index,
@@ -80,7 +80,7 @@ def check(case: Case, target_logit: Tensor, config: LaunchConfig | None = None, 
 
 
 def config_of_a_gpu(case: Case) -> LaunchConfig:
-    return launch.choose_two_pass_config(case.logits.shape[2], case.logits.itemsize, 132)
+    return launch.choose_two_pass_config(case.logits.shape[2], case.logits.itemsize, launch.Device(132))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
