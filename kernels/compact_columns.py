@@ -6,15 +6,15 @@
 
 The compact head chooses the columns that it keeps by these sums. Order of the passes:
 
-1. `row_factors_kernel` computes the numbers of each row once. It reads about 40 bytes per row and writes 28.
-2. `column_sums_kernel` reads the logits once. Its grid is (blocks of columns, parts of the rows). A program goes down its
-   rows and keeps the sums of its columns in registers. It writes them once: 8 or 12 bytes per column and part.
+1. `row_factors_kernel` computes the numbers of each row once. It reads at most 32 bytes per row and writes at most 28.
+2. `column_sums_kernel` reads the logits once, N * V * b bytes. Its grid is (blocks of columns, parts of the rows). A
+   program loops over its rows and keeps the sums of its columns in registers. It writes 8 or 12 bytes per column.
 
 The caller adds the parts in a fixed order, so that the sums have the same bits in every run. The obvious way, atomic
 additions into one sum per column, needs no parts but gives other bits in every run.
 
-`signed_sum` is needed if rows may differ in sign. `row_sum` is needed under a softcap and in a shard, because otherwise
-it is known: a row of p sums to 1.
+`signed_sum` is needed if rows may differ in sign. `row_sum` is needed only under a softcap and in a shard. In all other
+cases the caller knows it, because p sums to 1 over a row.
 """
 
 from __future__ import annotations

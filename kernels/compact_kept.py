@@ -10,7 +10,8 @@ written.
 With a screen, nll and lse come from approximate logits of all columns. `rescreen_kernel` also gets exact logits of the
 kept columns, (N, K), and corrects the row. Its passes over a row:
 
-1. It gathers the screened logits of the kept columns and reads their exact logits. It adds up p of both, the target apart.
+1. It gathers the screened logits of the kept columns and reads their exact logits. It adds up p of both, without the
+   target.
 2. It replaces the screened sum by the exact one:  sum = (1 - p[y]) - screened_sum + exact_sum,  and so nll and lse.
 3. It reads the exact logits again, from cache, and overwrites them with their gradient.
 

@@ -40,7 +40,7 @@ class Weights(NamedTuple):
 
 
 class Upstream(NamedTuple):
-    """The upstream gradients of each row, (N,) fp32 on the device with stride 0 or 1, so that nothing waits for them."""
+    """The upstream gradients of each row, (N,) fp32 on the device with stride 0 or 1. No call waits for them."""
 
     dloss: Tensor  # with respect to the row's loss, its part of S
     dz_loss: Tensor | None = None  # with respect to weight * lse^2, its part of Z; needed by z_loss only
@@ -152,7 +152,7 @@ def device_size(device: torch.device) -> Device:
 
 
 def register_pressure(scalars: LossScalars, stats: bool) -> int:
-    """How many more registers per logit the options of a sum hold: 2 for a softcap, 1 each for statistics, smoothing."""
+    """How much the options of a sum add to the registers per logit: a softcap 2, statistics 1, label smoothing 1."""
     return stats + 2 * (scalars.tanh_scale is not None) + (scalars.smoothing is not None)
 
 

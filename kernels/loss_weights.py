@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Loads class weights w[v], (V,), and token weights, (N,).
 
-A weight that is not given is 1 at compile time, so that it costs no instruction. Class weights of all classes are needed
-only by label smoothing. Without it the kernels load one class weight per row, that of the target.
+A weight that is not given is 1 at compile time, so that it costs no instruction. Only label smoothing needs the weights
+of all classes. Without it the kernels load one class weight per row, the weight of the target.
 """
 
 import triton

@@ -3,18 +3,19 @@
 
     p[v]  = lse_factor * 2^(capped[v] * scale_log2 - lse2)
     dx[v] = (A * p[v] - C * w[v] - B * [v = y]) * logit_scale * (1 - (z[v] / softcap)^2)
-    dx[y] = (A * expm1(-nll) + (A - B) - C * w[y]) * ...         p - 1 without the subtraction
+    dx[y] = (A * expm1(-nll) + (A - B) - C * w[y]) * logit_scale * (1 - (z[y] / softcap)^2)
 
-A, B and C are numbers of the row (`row_formula.gradient_coefficients`). The upstream gradients are read from the
-device, so that the host waits for nothing.
+A, B and C are numbers of the row (`row_formula.gradient_coefficients`). expm1(-nll) is p[y] - 1 without a subtraction
+that loses digits. Without a softcap the last factor is 1. The kernel reads the upstream gradients from the device, so
+that the host waits for nothing.
 
-Grid: (N rows, slices of a row). Each program reads and writes its slice once: N * V * b bytes read, N * V * b bytes
-written, and 24 bytes or so per row read. Programs take the rows in reverse order, because the rows that forward has
-read last are still in L2.
+Grid: (N rows, slices of a row). Each program reads and writes its slice once. Traffic, for logits of b bytes: N * V * b
+read and N * V * b written, and about 24 bytes per row read. The programs take the rows in reverse order, because L2
+still holds the rows that forward has read last.
 
-Forward and backward together make three passes over the logits. That is the least for a perplexity: its factor PPL / M
-is known only after the last row. The obvious alternative stores the gradient in forward and multiplies it by that factor
-in backward, which makes four passes. `tests/test_kernels.py::test_three_passes_over_the_logits` counts the bytes.
+Forward and backward together make three passes over the logits. Fewer are not possible for a perplexity, because its
+factor PPL / M is known only after the last row. The obvious alternative stores the gradient in forward and multiplies
+it in backward, which makes four passes. `tests/test_kernels.py::test_three_passes_over_the_logits` counts the bytes.
 """
 
 from __future__ import annotations
@@ -56,12 +57,13 @@ def row_factors(dloss, dz_loss, class_weight, token_weight, weights, nll, lse, s
 
 
 @triton.jit
-def gradient_row(row_ptr, out_ptr, weight_ptr, target_column, target_logit, at_target, A, C, lse2, scale_log2, scalars, V, stride_v,
-                 stride_out_v, first_tile, stop_tile, CONTIGUOUS: tl.constexpr, K: tl.constexpr, T: tl.constexpr):  # fmt: skip
+def gradient_row(row_ptr, out_ptr, weight_ptr, target_column, target_logit, at_target, A, C, lse2, scale_log2, scalars,
+                 V, stride_v, stride_out_v, first_tile, stop_tile, CONTIGUOUS: tl.constexpr, K: tl.constexpr,
+                 T: tl.constexpr):  # fmt: skip
     """Writes tiles [first_tile, stop_tile) of a row's gradient, and the edges with tile 0.
 
-    It writes each element once, after it has read it, so that `out_ptr` may be `row_ptr`. `target_logit` takes the place
-    of the target's logit in the row; None means that the row holds it.
+    It writes each element once, after it has read it, so that `out_ptr` may be `row_ptr`. `target_logit` replaces the
+    target's logit in the row; None means that the row holds the right one.
     """
     L: tl.constexpr = row_tiles.VECTOR_BYTES * 8 // row_ptr.dtype.element_ty.primitive_bitwidth if CONTIGUOUS else 1
     TILE: tl.constexpr = K * T * L
@@ -101,16 +103,8 @@ def gradient_row(row_ptr, out_ptr, weight_ptr, target_column, target_logit, at_t
 
 
 _INTEGERS = ["ignore_index", "R", "V", "first_class", "num_classes", "tiles_per_slice"]
-_INTEGERS += [
-    "stride_b",
-    "stride_r",
-    "stride_v",
-    "stride_out_b",
-    "stride_out_r",
-    "stride_out_v",
-    "stride_dloss",
-    "stride_dz_loss",
-]
+_INTEGERS += ["stride_b", "stride_r", "stride_v", "stride_out_b", "stride_out_r", "stride_out_v"]
+_INTEGERS += ["stride_dloss", "stride_dz_loss"]
 
 
 @triton.jit(do_not_specialize=_INTEGERS, do_not_specialize_on_alignment=["logits_ptr", "out_ptr"])
@@ -141,14 +135,14 @@ def nll_backward_kernel(
         if scalars.z_loss is not None:
             dz_loss = tl.load(upstream.dz_loss + row.to(tl.int64) * stride_dz_loss)
         at_target, A, C, lse2, scale_log2 = row_factors(
-            dloss, dz_loss, class_weight, token_weight, weights, tl.load(nll_ptr + row), tl.load(lse_ptr + row), scalars,
-            num_classes,
+            dloss, dz_loss, class_weight, token_weight, weights, tl.load(nll_ptr + row), tl.load(lse_ptr + row),
+            scalars, num_classes,
         )  # fmt: skip
-        # nearly all rows have the scale_log2 of the launch; reading it from there saves them a register
+        # nearly all rows use the scale_log2 of the launch; it is a kernel argument and saves their loop a register
         if scale_log2 == scalars.scale_log2:
             gradient_row(
-                row_ptr, out_ptr, weight_ptr, target_column, None, at_target, A, C, lse2, scalars.scale_log2, scalars, V,
-                stride_v, stride_out_v, first_tile, stop_tile, CONTIGUOUS, K, T,
+                row_ptr, out_ptr, weight_ptr, target_column, None, at_target, A, C, lse2, scalars.scale_log2, scalars,
+                V, stride_v, stride_out_v, first_tile, stop_tile, CONTIGUOUS, K, T,
             )  # fmt: skip
         else:
             gradient_row(

@@ -66,7 +66,7 @@ def store_row(row, rows, sum_exp, sum_exp_t, sum_w_t, argmax, shift2, w_shift2, 
 
 @triton.jit
 def store_shard(shards_ptr, row, shift2, sum_exp, sum_exp_t, sum_w_t, target_z2, owned, argmax):
-    """Stores the SHARD_FIELDS of a row, in nats. The sums leave the target out, so that a small sum keeps its digits."""
+    """Stores the SHARD_FIELDS of a row, in nats. The sums leave the target out, so that a small sum stays exact."""
     ptr = shards_ptr + row.to(tl.int64) * _SHARD_FIELDS
     tl.store(ptr, shift2 * row_formula.LN2)
     tl.store(ptr + 1, sum_exp)

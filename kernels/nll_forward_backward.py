@@ -10,9 +10,9 @@ Grid: (N rows,). Order of the passes of a program, which has a row for itself:
 2. It reads the row again, from L2, and overwrites it with the gradient. Without an upstream gradient it does not.
 
 Traffic, for logits of b bytes: N * V * b read and N * V * b written, 20 bytes per row written. The obvious way launches
-the two kernels one after the other, and reads N * V * b once more, because all rows together do not fit into L2. For
-the same reason a row is not split: slices would wait for each other between the passes. Few rows are processed at a
-time, so that L2 holds them (`launch.choose_two_pass_config`).
+the two kernels one after the other. It reads N * V * b once more, because all rows together do not fit into L2. A row
+is not split, because its slices would have to wait for each other between the passes. So few rows are processed at a
+time that L2 holds them (`launch.choose_two_pass_config`).
 
 The target's logit is an argument, an fp32 dot product. The chunk holds it rounded to the dtype of the products, and the
 kernel never uses that number: not in the sum, not for the argmax, not for the slope of a softcap.
@@ -103,7 +103,7 @@ def launch_nll_forward_backward(
     config: LaunchConfig,
     ignore_index: int | None,
 ) -> None:
-    """Writes `rows`. Unless `upstream` is None, it overwrites the logits with upstream * d(S + z_loss * Z) / d logits."""
+    """Writes `rows` and overwrites the logits with upstream * d(S + z_loss * Z)/dx, if `upstream` is not None."""
     N, V = logits.shape
     if N == 0:
         return

@@ -7,15 +7,15 @@ For a row of logits x with target y, class weights w and V classes:
     z[v]  = softcap * tanh(logit_scale * x[v] / softcap)   with one
     lse   = ln sum_v e^z[v]          p[v] = e^(z[v] - lse)          nll = lse - z[y]
     dz[v] = A * p[v] - C * w[v] - B * [v = y]              (`gradient_coefficients`)
-    dx[v] = dz[v] * dz[v]/dx[v]
+    dx[v] = dz[v] * logit_scale * slope[v]                 slope = 1, or 1 - (z / softcap)^2 under a softcap
 
 All exponentials have base 2, because the hardware has an instruction for them. A logit enters as
 z * log2(e) = scale_log2 * capped. `capped` is x, or tanh(tanh_scale * x) under a softcap. A name that ends in 2 is a
 logarithm in base 2: lse2 = lse * log2(e).
 
-Functions of this file touch no memory and know nothing about launches. The obvious code, softmax and then minus one-hot,
-loses digits where the target holds nearly all of the mass: 1 - p[y] is 0 in float32 below 6e-8. These functions keep the
-target out of the sum and use log(1 + s) and expm1, so that nll and the gradient stay accurate relative to themselves.
+These functions touch no memory. The obvious code, softmax minus one-hot, loses digits where the target holds nearly all
+of the mass: 1 - p[y] is 0 in float32 below 6e-8. The functions here leave the target out of the sum and use log(1 + s)
+and expm1. The nll and the gradient are then accurate relative to themselves.
 """
 
 import triton
@@ -245,6 +245,6 @@ def one_minus_p(nll):
 
 @triton.jit
 def gradient_at_target(nll, class_weight, A, A_minus_B, C):
-    """A * p[y] - B - C * w[y] = A * expm1(-nll) + (A - B) - C * w[y]; it is accurate also where p[y] is nearly 1."""
+    """A * p[y] - B - C * w[y] = A * expm1(-nll) + (A - B) - C * w[y]; it is accurate also if p[y] is nearly 1."""
     g = tl.fma(A, expm1(-nll), A_minus_B)
     return g if C is None else g - C * class_weight

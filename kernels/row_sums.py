@@ -4,8 +4,8 @@
     t[v] = z[v] * log2(e) - shift        sum_exp = sum 2**t        sum_exp_t = sum 2**t * t        sum_w_t = sum w * t
 
 Without an argmax or an entropy, the shift is the target's logit (`row_formula.target_shift`). Nothing then depends on
-an earlier logit except additions: one multiply-add, one exponential and one addition per logit. The target is left out
-of the sums, and its share 2**target_t is added at the end, so that a small sum is not rounded away beside it.
+an earlier logit except additions: one multiply-add, one exponential and one addition per logit. The sums leave the
+target out, and its share 2**target_t is added at the end. A small sum is then not rounded away beside it.
 
 The sum overflows if a logit is more than about 85 nats above the target. `finish_row_sums` sees that and reads the row
 a second time with a running maximum. An argmax, an entropy and shards need the running maximum from the start.
@@ -39,8 +39,8 @@ def find_argmax(
 
 @triton.jit
 def sum_row(row_ptr, weight_ptr, target_column, capped_target, scale_log2, tanh_scale, V, stride_v, first_tile,
-            stop_tile, RUNNING_MAX: tl.constexpr, ENTROPY: tl.constexpr, PREDICTED: tl.constexpr, SMOOTHING: tl.constexpr,
-            CONTIGUOUS: tl.constexpr, K: tl.constexpr, T: tl.constexpr):  # fmt: skip
+            stop_tile, RUNNING_MAX: tl.constexpr, ENTROPY: tl.constexpr, PREDICTED: tl.constexpr,
+            SMOOTHING: tl.constexpr, CONTIGUOUS: tl.constexpr, K: tl.constexpr, T: tl.constexpr):  # fmt: skip
     """(shift, sum_exp, sum_exp_t, sum_w_t, argmax) of tiles [first_tile, stop_tile), without the target's column.
 
     The tile that holds 0 brings both edges along. With RUNNING_MAX `shift` is the maximum of `capped`, otherwise
