@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A chunk of the fused head's logits to the results of its rows and, over the logits, to their gradient.
 
-The formulas and the code are those of nll_forward.py and nll_backward.py. The upstream gradient is one number, because
-what the head needs is the gradient of S: it multiplies by the factor of the loss after all chunks.
+The formulas and the code are those of nll_forward.py and nll_backward.py. The upstream gradient is one
+number, because the head needs the gradient of S. It multiplies by the factor of the loss after all chunks.
 
 Grid: (N rows,). Order of the passes of a program, which has a row for itself:
 

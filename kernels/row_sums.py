@@ -43,7 +43,7 @@ def sum_row(row_ptr, weight_ptr, target_column, capped_target, scale_log2, tanh_
             SMOOTHING: tl.constexpr, CONTIGUOUS: tl.constexpr, K: tl.constexpr, T: tl.constexpr):  # fmt: skip
     """(shift, sum_exp, sum_exp_t, sum_w_t, argmax) of tiles [first_tile, stop_tile), without the target's column.
 
-    The tile that holds 0 brings both edges along. With RUNNING_MAX `shift` is the maximum of `capped`, otherwise
+    If first_tile is 0, the sums include both edges. With RUNNING_MAX `shift` is the maximum of `capped`, otherwise
     `row_formula.target_shift`. `argmax` is V unless PREDICTED is set.
     """
     L: tl.constexpr = row_tiles.VECTOR_BYTES * 8 // row_ptr.dtype.element_ty.primitive_bitwidth if CONTIGUOUS else 1

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What tests/test_kernels*.py run the kernels on, and the plain float64 PyTorch that they compare with."""
+"""The inputs of tests/test_kernels*.py, and the float64 PyTorch code that they compare the kernels with."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ IGNORED = -100
 
 
 class Case(NamedTuple):
-    """What a launch computes from: `logits` is a (1, N, V) view into a buffer that is NaN everywhere else."""
+    """The inputs of a launch. `logits` is a (1, N, V) view into a buffer that is NaN everywhere else."""
 
     logits: Tensor
     target: Tensor
@@ -66,12 +66,12 @@ def make(n, v, dtype, *, offset=0, pad=0, kind="random", ignored=0.2, **options)
 
 
 def bytes_of(tensor: Tensor) -> Tensor:
-    """All of the tensor's storage, bit for bit: NaN is equal to itself."""
+    """All bytes of the tensor's storage, so that NaN compares equal to itself."""
     return torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage()).clone()
 
 
 def config_of(case: Case, slices: int = 1) -> LaunchConfig:
-    """One warp, so that small rows have several tiles as well."""
+    """A configuration of one warp, so that small rows have several tiles as well."""
     _, _, v = case.logits.shape
     tiles = v // (32 * 16 // case.logits.itemsize) + 1
     per_slice = math.ceil(tiles / slices)
@@ -133,7 +133,7 @@ def backward(
 
 
 def plain(case: Case, dtype: torch.dtype, dloss: Tensor, dz_loss: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-    """Every result from full logits in eager PyTorch of one dtype, and the gradient that autograd finds."""
+    """Every result, computed from full logits by eager PyTorch in one dtype, and the gradient by autograd."""
     spec, x = case.spec, case.logits[0].detach().to(dtype).requires_grad_()
     z = x * spec.logit_scale
     z = z if spec.softcap is None else spec.softcap * torch.tanh(z / spec.softcap)
@@ -165,7 +165,7 @@ def plain(case: Case, dtype: torch.dtype, dloss: Tensor, dz_loss: Tensor) -> tup
 
 
 def check(case: Case, config: LaunchConfig | None = None, stats: bool = False) -> Result:
-    """Forward and backward within the policy of fused_ppl.testing; inputs, surroundings and paddings untouched."""
+    """Runs forward and backward and judges them. It also checks that nothing outside of the gradient has changed."""
     config = config or config_of(case)
     n, v = case.target.shape[0], case.logits.shape[2]
     dloss, dz_loss = torch.linspace(-2, 3, n), torch.linspace(1, 2, n)
@@ -193,7 +193,7 @@ def check(case: Case, config: LaunchConfig | None = None, stats: bool = False) -
 
 
 def judge(case: Case, rows: Rows, gradient: Tensor, dloss: Tensor, dz_loss: Tensor) -> None:
-    """The results for these logits, within the policy of fused_ppl.testing."""
+    """Checks the results for these logits by the tolerances of fused_ppl.testing."""
     eager, eager_gradient = plain(case, torch.float32, dloss, dz_loss)
     truth, true_gradient = plain(case, torch.float64, dloss, dz_loss)
     stats = rows.predicted is not None
@@ -209,7 +209,7 @@ def judge(case: Case, rows: Rows, gradient: Tensor, dloss: Tensor, dz_loss: Tens
 
 
 def count_bytes(monkeypatch: pytest.MonkeyPatch, *tensors: Tensor) -> dict[str, int]:
-    """What the kernels load from and store to the memory of these tensors from now on."""
+    """Counts the bytes that kernels load from and store to the memory of these tensors from now on."""
     on_device.only_on_the_cpu("Triton's interpreter counts the bytes")
     counts = {"load": 0, "store": 0}
     low_level = pytest.importorskip("triton.runtime.interpreter")._interpreter

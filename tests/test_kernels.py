@@ -230,21 +230,21 @@ def test_classes_of_any_stride():
     same, _ = forward(flat, config_of(flat))
     for a, b in zip(rows[:4], same[:4], strict=True):
         assert_close(a, b)
-    of = torch.ones(10)
-    want = backward(flat, rows, of, of, config_of(case), torch.full_like(flat.logits, NAN)).view(2, 5, 37)
-    assert_close(backward(case, rows, of, of, config_of(case), torch.full_like(case.logits, NAN)), want)
-    assert_close(backward(case, rows, of, of, config_of(case), torch.full((2, 5, 37), NAN)), want)
+    dloss = torch.ones(10)
+    want = backward(flat, rows, dloss, dloss, config_of(case), torch.full_like(flat.logits, NAN)).view(2, 5, 37)
+    assert_close(backward(case, rows, dloss, dloss, config_of(case), torch.full_like(case.logits, NAN)), want)
+    assert_close(backward(case, rows, dloss, dloss, config_of(case), torch.full((2, 5, 37), NAN)), want)
 
 
 def test_a_gradient_of_other_alignment_than_the_logits():
     case = make(3, 301, torch.bfloat16, offset=3, pad=1)
     rows, _ = forward(case, config_of(case))
-    of = torch.ones(3)
-    want = backward(case, rows, of, of, config_of(case), embed(case.logits[0], 3, 1)[0])
+    dloss = torch.ones(3)
+    want = backward(case, rows, dloss, dloss, config_of(case), embed(case.logits[0], 3, 1)[0])
     for offset, pad in ((4, 1), (3, 2)):
         out, _ = embed(torch.full((3, 301), NAN, dtype=torch.bfloat16), offset, pad)
         assert not launch.same_alignment(case.logits, out)
-        assert torch.equal(backward(case, rows, of, of, config_of(case), out), want)
+        assert torch.equal(backward(case, rows, dloss, dloss, config_of(case), out), want)
 
 
 @pytest.mark.parametrize("slices", [1, 3])
@@ -252,9 +252,9 @@ def test_in_place_gives_the_same_bits(slices):
     case = make(3, 700, torch.bfloat16, offset=3, pad=1, **{**ALL, "weight": torch.ones(700), "token_weight": None})
     config = config_of(case, slices)
     rows, _ = forward(case, config)
-    of = torch.linspace(1, 2, 3)
-    want = backward(case, rows, of, of, config, embed(torch.zeros(3, 700).bfloat16(), 3, 1)[0])
-    assert torch.equal(backward(case, rows, of, of, config, case.logits), want)
+    dloss = torch.linspace(1, 2, 3)
+    want = backward(case, rows, dloss, dloss, config, embed(torch.zeros(3, 700).bfloat16(), 3, 1)[0])
+    assert torch.equal(backward(case, rows, dloss, dloss, config, case.logits), want)
 
 
 def test_one_upstream_for_all_rows_has_stride_zero():
@@ -262,7 +262,8 @@ def test_one_upstream_for_all_rows_has_stride_zero():
     rows, _ = forward(case, config_of(case))
     one = torch.tensor(1.7).expand(3)
     wants = [
-        backward(case, rows, of, of, config_of(case), torch.empty_like(case.logits)) for of in (one, one.contiguous())
+        backward(case, rows, dloss, dloss, config_of(case), torch.empty_like(case.logits))
+        for dloss in (one, one.contiguous())
     ]
     assert torch.equal(*wants)
 
@@ -337,12 +338,12 @@ def test_shards_of_the_vocabulary_hold_what_the_whole_is_made_of(slices):
 def test_the_gradient_of_slices_of_the_vocabulary_is_that_of_the_whole():
     case = make(4, 900, torch.float32, **{**ALL, "weight": torch.linspace(0.5, 2, 900)})
     rows, _ = forward(case, config_of(case))
-    of = torch.linspace(1, 2, 4)
-    want = backward(case, rows, of, of, config_of(case), torch.empty_like(case.logits))
+    dloss = torch.linspace(1, 2, 4)
+    want = backward(case, rows, dloss, dloss, config_of(case), torch.empty_like(case.logits))
     for first, last in ((0, 300), (300, 301), (301, 900)):
         piece = case._replace(logits=case.logits[:, :, first:last].contiguous())
         out = torch.full_like(piece.logits, NAN)
-        backward(piece, rows, of, of, config_of(piece), out, first_class=first, num_classes=900)
+        backward(piece, rows, dloss, dloss, config_of(piece), out, first_class=first, num_classes=900)
         assert_close(out, want[:, :, first:last], rtol=1e-6, atol=0)
 
 

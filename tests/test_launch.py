@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Launch configurations are pure functions: tested without Triton."""
+"""Launch configurations, which are pure functions, and the signatures of the launch functions; without Triton."""
 
 from __future__ import annotations
+
+import ast
+from pathlib import Path
 
 import pytest
 
@@ -45,3 +48,12 @@ def test_rows_at_work_stay_in_l2_until_their_second_pass(num_sms, itemsize, pres
             max_threads = 512 if pressure else 1024  # many options at 1024 threads spill
             assert at_work * v * itemsize <= launch.L2_BYTES or config.threads == max_threads
     assert [choose_two_pass_config(v, 2, Device(132)).num_warps for v in (1000, 8192, 50257, 128256)] == [2, 4, 16, 32]
+
+
+@pytest.mark.parametrize(
+    "file", sorted((Path(__file__).parents[1] / "kernels").glob("*.py")), ids=lambda file: file.name
+)
+def test_functions_of_the_host_take_at_most_four_positional_arguments(file):
+    functions = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.FunctionDef)]
+    on_the_host = [f for f in functions if not any("jit" in ast.unparse(d) for d in f.decorator_list)]
+    assert {f.name: len(f.args.args) for f in on_the_host if len(f.args.args) > 4} == {}
