@@ -85,45 +85,51 @@ def _logits(dtype: torch.dtype, v: int, contiguous: bool) -> Tensor:
     return _meta(1, NUM_ROWS, v, dtype=dtype) if contiguous else _meta(1, v, NUM_ROWS, dtype=dtype).transpose(1, 2)
 
 
-def _common(options: dict[str, Any], v: int) -> tuple[launch.Weights, launch.Numbers]:
+def _common(options: dict[str, Any], v: int) -> tuple[launch.Weights, launch.LossScalars]:
     weight = _meta(v) if options.pop("weight", False) else None
     token_weight = _meta(NUM_ROWS) if options.pop("token_weight", False) else None
     names = ("logit_scale", "softcap", "label_smoothing", "z_loss", "max_nll")
-    values = [options.pop(name, default) for name, default in zip(names, (1.0, None, 0.0, 0.0, None), strict=True)]
-    total = None if weight is None or not values[2] else _meta()
-    return launch.Weights(weight, total, token_weight), launch.numbers(*values)
+    scalars = launch.loss_scalars(**{name: options.pop(name) for name in names if name in options})
+    total = None if weight is None or scalars.smoothing is None else _meta()
+    return launch.Weights(weight, total, token_weight), scalars
 
 
-def _config(dtype: torch.dtype, v: int, target: str, heavy: int) -> launch.LaunchConfig:
-    return launch.choose_config(NUM_ROWS, v, dtype.itemsize, NUM_SMS, aot.TARGETS[target].warp_size, heavy=heavy)
+def _config(dtype: torch.dtype, v: int, target: str, register_pressure: int) -> launch.LaunchConfig:
+    return launch.choose_config(NUM_ROWS, v, dtype.itemsize, _device(target), register_pressure=register_pressure)
+
+
+def _device(target: str) -> launch.Device:
+    return launch.Device(NUM_SMS, aot.TARGETS[target].warp_size)
 
 
 def forward(
     dtype: torch.dtype = BF16, v: int = ODD, target: str = "sm_90", **options: Any
 ) -> tuple[Any, dict[str, Any]]:
     """The forward kernel and the arguments that its launcher gives it."""
-    weights, numbers = _common(options, v)
-    stats, sums, shard, slices = (
+    weights, scalars = _common(options, v)
+    stats, totals, shard, slices = (
         options.pop(k, d) for k, d in (("stats", 0), ("sums", 1), ("shard", 0), ("slices", 0))
     )
-    config = _config(dtype, v, target, launch.heaviness(numbers, bool(stats or shard)))
+    config = _config(dtype, v, target, launch.register_pressure(scalars, bool(stats or shard)))
     fp64, n = torch.float64, NUM_ROWS
     extra = (_meta(n), _meta(n, dtype=torch.int64)) if stats else ()
     rows = (
         launch.Rows(*(None,) * 6) if shard else launch.Rows(*(_meta(n) for _ in range(3)), _meta(n, dtype=fp64), *extra)
     )
     num_items = _meta(dtype=torch.int64) if options.pop("num_items", False) else None
-    workspace = launch.Workspace(_meta(1 + n, dtype=torch.int32), _meta(launch.PARTIALS, n, 2) if slices else None)
+    workspace = launch.Workspace(_meta(1 + n, dtype=torch.int32), _meta(launch.SLICE_FIELDS, n, 2) if slices else None)
     kwargs = aot.capture(
         nll_forward.nll_forward_kernel,
         lambda: nll_forward.launch_nll_forward(
             _logits(dtype, v, options.pop("contiguous", True)),
             _meta(n, dtype=torch.int64),
             weights,
-            rows,
-            launch.Sums(_meta(), _meta(), *(_meta(dtype=fp64) for _ in range(3)), num_items) if sums else None,
-            workspace,
-            numbers,
+            scalars,
+            rows=rows,
+            totals=launch.Totals(_meta(), _meta(), *(_meta(dtype=fp64) for _ in range(3)), num_items)
+            if totals
+            else None,
+            workspace=workspace,
             config=config,
             ignore_index=-100,
             shards=_meta(n, launch.SHARD_FIELDS, dtype=fp64) if shard else None,
@@ -136,21 +142,21 @@ def backward(
     dtype: torch.dtype = BF16, v: int = ODD, target: str = "sm_90", **options: Any
 ) -> tuple[Any, dict[str, Any]]:
     """The backward kernel and the arguments that its launcher gives it."""
-    weights, numbers = _common(options, v)
+    weights, scalars = _common(options, v)
     n, logits = NUM_ROWS, _logits(dtype, v, options.pop("contiguous", True))
     kwargs = aot.capture(
         nll_backward.nll_backward_kernel,
         lambda: nll_backward.launch_nll_backward(
             logits,
             _meta(n, dtype=torch.int64),
-            _meta(n, dtype=torch.float64),
-            _meta(n),
-            launch.Upstream(_meta().expand(n), _meta().expand(n)),
             weights,
-            torch.empty_like(logits),
-            numbers,
+            scalars,
+            lse=_meta(n, dtype=torch.float64),
+            nll=_meta(n),
+            upstream=launch.Upstream(_meta().expand(n), _meta().expand(n)),
+            out=torch.empty_like(logits),
             config=_config(
-                dtype, v, target, bool(numbers.squash or (numbers.smoothing and weights.per_class is not None))
+                dtype, v, target, bool(scalars.tanh_scale or (scalars.smoothing and weights.per_class is not None))
             ),
             ignore_index=-100,
         ),
@@ -162,23 +168,21 @@ def forward_backward(
     dtype: torch.dtype = BF16, v: int = ODD, target: str = "sm_90", **options: Any
 ) -> tuple[Any, dict[str, Any]]:
     """The kernel of the fused head and the arguments that its launcher gives it."""
-    weights, numbers = _common(options, v)
+    weights, scalars = _common(options, v)
     n, stats = NUM_ROWS, options.pop("stats", False)
-    heavy = launch.heaviness(numbers, stats)
+    pressure = launch.register_pressure(scalars, stats)
     extra = (_meta(n), _meta(n, dtype=torch.int64)) if stats else ()
     kwargs = aot.capture(
         nll_forward_backward.nll_forward_backward_kernel,
         lambda: nll_forward_backward.launch_nll_forward_backward(
             _meta(n, v, dtype=dtype),
-            _meta(n),
             _meta(n, dtype=torch.int64),
             weights,
-            launch.Rows(*(_meta(n) for _ in range(3)), _meta(n, dtype=torch.float64), *extra),
-            numbers,
+            scalars,
+            target_logit=_meta(n),
+            rows=launch.Rows(*(_meta(n) for _ in range(3)), _meta(n, dtype=torch.float64), *extra),
             upstream=options.pop("upstream", 1.0),
-            config=launch.choose_two_pass_config(
-                v, dtype.itemsize, NUM_SMS, aot.TARGETS[target].warp_size, heavy=heavy
-            ),
+            config=launch.choose_two_pass_config(v, dtype.itemsize, _device(target), register_pressure=pressure),
             ignore_index=-100,
         ),
     )

@@ -23,8 +23,8 @@ from fused_ppl.kernels import compact_columns, compact_kept, launch
 
 NUM_ROWS, NUM_SMS, V, K = 1024, 132, 128256, 16032
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-PLAIN = launch.numbers(1.0, None, 0.0, 0.0, None)
-EVERYTHING = launch.numbers(0.5, 30.0, 0.0, 1e-4, None)
+PLAIN = launch.loss_scalars()
+EVERYTHING = launch.loss_scalars(logit_scale=0.5, softcap=30.0, z_loss=1e-4)
 
 # (instructions a logit in the hot loop, registers), measured with triton 3.9 plus a few per cent; see budgets.py
 BUDGETS: dict[str, dict[str, tuple[float, int]]] = {
@@ -42,74 +42,74 @@ def _factors() -> compact_columns.RowFactors:
     return compact_columns.RowFactors(*(_meta(NUM_ROWS) for _ in range(6)))  # type: ignore[call-arg]
 
 
-def columns(dtype: torch.dtype, numbers: launch.Numbers = PLAIN, warp_size: int = 32) -> tuple[Any, dict[str, Any]]:
+def columns(dtype: torch.dtype, scalars: launch.LossScalars = PLAIN, warp_size: int = 32) -> tuple[Any, dict[str, Any]]:
     """The sums over rows, and the arguments that their launcher gives them."""
-    block, part, warps = compact_columns.tiling(NUM_ROWS, V, dtype.itemsize, NUM_SMS, warp_size)
-    shape = (-(-NUM_ROWS // part), V)
-    row_sum = _meta(-(-V // block), NUM_ROWS) if numbers.squash is not None else None
+    tiling = compact_columns.choose_tiling(NUM_ROWS, V, dtype.itemsize, launch.Device(NUM_SMS, warp_size))
+    shape = (-(-NUM_ROWS // tiling.rows_per_part), V)
+    row_sum = _meta(-(-V // tiling.block), NUM_ROWS) if scalars.tanh_scale is not None else None
     kwargs = aot.capture(
         compact_columns.column_sums_kernel,
         lambda: compact_columns.launch_column_sums(
             _meta(NUM_ROWS, V, dtype=dtype),
             _meta(NUM_ROWS, dtype=torch.int64),
             _factors(),
-            compact_columns.Partials(_meta(*shape), _meta(*shape), None, row_sum),
-            numbers,
-            rows_per_part=part,
-            block=block,
-            num_warps=warps,
+            scalars,
+            sums=compact_columns.ColumnSums(_meta(*shape), _meta(*shape), None, row_sum),
+            tiling=tiling,
         ),
     )
     return compact_columns.column_sums_kernel, kwargs
 
 
-def kept(dtype: torch.dtype, numbers: launch.Numbers = PLAIN, warp_size: int = 32) -> tuple[Any, dict[str, Any]]:
+def kept(dtype: torch.dtype, scalars: launch.LossScalars = PLAIN, warp_size: int = 32) -> tuple[Any, dict[str, Any]]:
     kwargs = aot.capture(
-        compact_kept.kept_kernel,
-        lambda: compact_kept.launch_kept(
+        compact_kept.kept_gradient_kernel,
+        lambda: compact_kept.launch_kept_gradient(
             _meta(NUM_ROWS, V, dtype=dtype),
             _meta(K, dtype=torch.int64),
-            _meta(NUM_ROWS, dtype=torch.int64),
             _factors(),
-            _meta(NUM_ROWS, K, dtype=dtype),
-            _meta(NUM_ROWS),
-            numbers,
+            scalars,
+            target_position=_meta(NUM_ROWS, dtype=torch.int64),
+            out=_meta(NUM_ROWS, K, dtype=dtype),
+            row_sum=_meta(NUM_ROWS),
         ),
     )
-    return compact_kept.kept_kernel, kwargs
+    return compact_kept.kept_gradient_kernel, kwargs
 
 
-def rescreen(dtype: torch.dtype, numbers: launch.Numbers = PLAIN, warp_size: int = 32) -> tuple[Any, dict[str, Any]]:
+def rescreen(
+    dtype: torch.dtype, scalars: launch.LossScalars = PLAIN, warp_size: int = 32
+) -> tuple[Any, dict[str, Any]]:
     rows = [_meta(NUM_ROWS) for _ in range(4)]
     wide = _meta(NUM_ROWS, dtype=torch.float64)
     kwargs = aot.capture(
         compact_kept.rescreen_kernel,
         lambda: compact_kept.launch_rescreen(
-            _meta(NUM_ROWS, K, dtype=dtype),
             _meta(NUM_ROWS, V, dtype=torch.bfloat16),
             _meta(K, dtype=torch.int64),
-            _meta(NUM_ROWS, dtype=torch.int64),
-            rows[0],
-            wide,
             _factors(),
-            compact_kept.Rescreened(rows[0], wide, *rows[1:]),
-            numbers,
+            scalars,
+            target_position=_meta(NUM_ROWS, dtype=torch.int64),
+            nll=rows[0],
+            lse=wide,
+            out=_meta(NUM_ROWS, K, dtype=dtype),
+            corrected=compact_kept.CorrectedRows(rows[0], wide, *rows[1:]),
         ),
     )
     return compact_kept.rescreen_kernel, kwargs
 
 
-def factors(dtype: torch.dtype, numbers: launch.Numbers = PLAIN, warp_size: int = 32) -> tuple[Any, dict[str, Any]]:
+def factors(dtype: torch.dtype, scalars: launch.LossScalars = PLAIN, warp_size: int = 32) -> tuple[Any, dict[str, Any]]:
     kwargs = aot.capture(
         compact_columns.row_factors_kernel,
         lambda: compact_columns.launch_row_factors(
-            _meta(NUM_ROWS),
             _meta(NUM_ROWS, dtype=torch.int64),
-            _meta(NUM_ROWS, dtype=torch.float64),
-            _meta(NUM_ROWS),
             launch.Weights(_meta(V), _meta(), _meta(NUM_ROWS)),
-            _factors(),
-            numbers,
+            scalars,
+            target_logit=_meta(NUM_ROWS),
+            lse=_meta(NUM_ROWS, dtype=torch.float64),
+            nll=_meta(NUM_ROWS),
+            factors=_factors(),
             num_classes=V,
             ignore_index=-100,
         ),

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -78,7 +79,7 @@ def candidates(dry: bool) -> Iterator[Tried]:
 
     shapes = ((4, 131),) if dry else ((8192, 128256), (8192, 50257), (64, 151643))
     for dtype, (n, v) in itertools.product((torch.bfloat16, torch.float32), shapes):
-        ours = launch.choose_config(n, v, dtype.itemsize, *device_size(dry))
+        ours = launch.choose_config(n, v, dtype.itemsize, device_size(dry))
         for vectors, warps, slices in itertools.product((1, 2, 4, 8), (4, 8, 16), (1, 2, 4, 8, 16)):
             chosen = (vectors, warps, slices) == (ours.vectors, ours.num_warps, ours.slices)
             if slices in (1, ours.slices, 2 * ours.slices) and (n * slices < 70000 or chosen):
@@ -86,10 +87,10 @@ def candidates(dry: bool) -> Iterator[Tried]:
         yield Tried("nll_forward", dtype, n, v, ours.vectors, ours.num_warps, ours.slices, True)
 
 
-def device_size(dry: bool) -> tuple[int, int]:
+def device_size(dry: bool) -> Any:
     from fused_ppl.kernels import launch
 
-    return (1, 32) if dry else launch.device_size(torch.device("cuda"))
+    return launch.Device(1) if dry else launch.device_size(torch.device("cuda"))
 
 
 def call(tried: Tried, device: str) -> functools.partial[object]:

@@ -77,9 +77,9 @@ def _jitted(kernel: Any) -> Any:
 
 # (what, file of the package, a line of it that moves N x V, "read" or "write"); a line that stands twice counts twice
 _OURS = (
-    ("forward", "kernels/walk.py", "a, _ = primitives.cap(load_tile(body_ptr, tile, None,", "read"),
-    ("backward", "kernels/nll_backward.py", "walk.load_tile(body_ptr, tile, None,", "read"),
-    ("backward", "kernels/nll_backward.py", "walk.store_tile(out_body_ptr, g, tile, None,", "write"),
+    ("forward", "kernels/row_sums.py", "logits = row_tiles.load_tile(body_ptr, tile, None,", "read"),
+    ("backward", "kernels/nll_backward.py", "row_tiles.load_tile(body_ptr, tile, None,", "read"),
+    ("backward", "kernels/nll_backward.py", "row_tiles.store_tile(out_body_ptr, g, tile, None,", "write"),
 )
 _LIGER = (
     ("forward", "ops/cross_entropy.py", "X_block = tl.load(", "read"),

@@ -1,9 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kept columns of logits, gathered and turned into their gradient.
+"""The gradient of the columns that the compact head keeps: K of V columns, gathered from the logits of a chunk.
 
-Grid: (N rows). `kept_kernel` reads K of V logits and writes K. `rescreen_kernel` reads what a screen took the K for
-and what they are, corrects nll and lse of the row by the difference, and writes the gradient over the latter. The
-mathematics: README.md#columns.
+    g[n, k] = logit_scale * A[n] * p[n, v_k] * slope[n, v_k]        at the target (A * p[y] - B) * slope[y] instead
+
+Grid: (N rows). Without a screen, `kept_gradient_kernel` gathers K of V logits of a row, in loads of one element, and
+writes K gradients and their sum. It needs one pass: about N * K * b bytes read, in whole sectors of 32, and as many
+written.
+
+With a screen, nll and lse come from approximate logits of all columns. `rescreen_kernel` also gets exact logits of the
+kept columns, (N, K), and corrects the row. Its passes over a row:
+
+1. It gathers the screened logits of the kept columns and reads their exact logits. It adds up p of both, without the
+   target.
+2. It replaces the screened sum by the exact one:  sum = (1 - p[y]) - screened_sum + exact_sum,  and so nll and lse.
+3. It reads the exact logits again, from cache, and overwrites them with their gradient.
+
+The columns that are not kept stay as the screen says. `nll_error` estimates what that costs: their share of the mass,
+times how far the screen was off in the kept columns.
 """
 
 from __future__ import annotations
@@ -14,164 +27,170 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fused_ppl.kernels import primitives
+from fused_ppl.kernels import row_formula
 from fused_ppl.kernels.compact_columns import RowFactors
-from fused_ppl.kernels.launch import Numbers, on_device, registers
+from fused_ppl.kernels.launch import LossScalars, on_device, register_limit
 
 BLOCK = 1024
 NUM_WARPS = 4
 
 
-class Rescreened(NamedTuple):
-    """What is said of each row beside its gradient."""
+class CorrectedRows(NamedTuple):
+    """The corrected results of each row."""
 
     nll: Tensor  # (N,) fp32
     lse: Tensor  # (N,) fp64
-    part: Tensor  # (N,) fp32: sum of the screened entries of the kept columns, without a, scale and the target
-    shrink: Tensor  # (N,) fp32: what every p is to be multiplied by, exp(lse of the screen - lse)
-    wrong: Tensor  # (N,) fp32: the rest's share times the log of what the kept mass was wrong by
+    p_slope_sum: Tensor  # (N,) fp32: sum of p * slope by the screen over the kept columns, without the target
+    p_ratio: Tensor  # (N,) fp32: e^(lse of the screen - lse), by which every p of the screen is multiplied
+    nll_error: Tensor  # (N,) fp32: mass of the other columns * |ln(exact mass / screened mass of the kept columns)|
 
 
 @triton.jit
-def gather(row_ptr, index_ptr, start, K, BLOCK: tl.constexpr):
-    """Logits of a block of the kept columns, -inf beyond the last."""
-    places = start + tl.arange(0, BLOCK)
-    index = tl.load(index_ptr + places, mask=places < K, other=0)
-    return tl.load(row_ptr + index, mask=places < K, other=float("-inf")).to(tl.float32), places
+def load_kept(row_ptr, kept_ptr, start, num_kept, BLOCK: tl.constexpr):
+    """The logits of a block of kept columns in fp32, -inf beyond the last one; and their positions in [0, num_kept)."""
+    positions = start + tl.arange(0, BLOCK)
+    kept = tl.load(kept_ptr + positions, mask=positions < num_kept, other=0)
+    return tl.load(row_ptr + kept, mask=positions < num_kept, other=float("-inf")).to(tl.float32), positions
 
 
 @triton.jit
-def kept_kernel(
-    logits_ptr, index_ptr, place_ptr, factors,  # inputs
-    out_ptr, sum_ptr,  # outputs
-    numbers,  # scalars
-    K,  # sizes
+def kept_gradient_kernel(
+    logits_ptr, kept_ptr, target_position_ptr, factors,  # inputs
+    out_ptr, row_sum_ptr,  # outputs
+    scalars,  # scalars
+    num_kept,  # sizes
     stride_n, stride_out_n,  # strides
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     row_ptr = logits_ptr + row.to(tl.int64) * stride_n
-    out_row = out_ptr + row.to(tl.int64) * stride_out_n
-    factor, lse2 = tl.load(factors.scaled + row) * numbers.scale, tl.load(factors.lse2 + row)
-    multiplier = tl.load(factors.multiplier + row)
-    at_target = tl.load(factors.at_target + row) * numbers.scale
-    place = tl.load(place_ptr + row)
-    total = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, K, BLOCK):
-        x, places = gather(row_ptr, index_ptr, start, K, BLOCK)
-        a, slope = primitives.cap(x, numbers.squash)
-        g = primitives.gradient(a, slope, None, multiplier, lse2, factor, None, None, 0.0)
-        g = tl.where(places == place, at_target, g)  # which has its slope
-        g = tl.where(places < K, g, 0.0)
-        total += g
-        tl.store(out_row + places, g.to(out_ptr.dtype.element_ty), mask=places < K)
-    tl.store(sum_ptr + row, tl.sum(total, 0))
+    out_row_ptr = out_ptr + row.to(tl.int64) * stride_out_n
+    softmax_factor, lse2 = tl.load(factors.softmax_factor + row) * scalars.logit_scale, tl.load(factors.lse2 + row)
+    scale_log2 = tl.load(factors.scale_log2 + row)
+    at_target = tl.load(factors.at_target + row) * scalars.logit_scale
+    target_position = tl.load(target_position_ptr + row)
+    row_sum = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, num_kept, BLOCK):
+        logits, positions = load_kept(row_ptr, kept_ptr, start, num_kept, BLOCK)
+        capped, slope = row_formula.cap(logits, scalars.tanh_scale)
+        g = row_formula.gradient(capped, slope, None, scale_log2, lse2, softmax_factor, None, None, 0.0)
+        g = tl.where(positions == target_position, at_target, g)  # at_target includes its slope
+        g = tl.where(positions < num_kept, g, 0.0)
+        row_sum += g
+        tl.store(out_row_ptr + positions, g.to(out_ptr.dtype.element_ty), mask=positions < num_kept)
+    tl.store(row_sum_ptr + row, tl.sum(row_sum, 0))
 
 
 @triton.jit
-def mass(x, places, place, K, lse2, multiplier, numbers):
-    """p of a block against a given lse, without the target; and p times the cap's slope."""
-    a, slope = primitives.cap(x, numbers.squash)
-    p = primitives.gradient(a, 1.0, None, multiplier, lse2, 1.0, None, None, 0.0)
-    p = tl.where((places < K) & (places != place), p, 0.0)
+def kept_probabilities(logits, positions, target_position, num_kept, lse2, scale_log2, scalars):
+    """p and p * slope of a block, 0 at the target and beyond the last column, without the lse_factor of the row."""
+    capped, slope = row_formula.cap(logits, scalars.tanh_scale)
+    p = row_formula.gradient(capped, 1.0, None, scale_log2, lse2, 1.0, None, None, 0.0)
+    p = tl.where((positions < num_kept) & (positions != target_position), p, 0.0)
     return p, p * slope
 
 
 @triton.jit
 def rescreen_kernel(
-    out_ptr, screened_ptr, index_ptr, place_ptr, nll_ptr, lse_ptr, factors,  # inputs
-    found,  # outputs; and out_ptr
-    numbers,  # scalars
-    K,  # sizes
+    out_ptr, screened_ptr, kept_ptr, target_position_ptr, nll_ptr, lse_ptr, factors,  # inputs
+    corrected,  # outputs; out_ptr is one as well
+    scalars,  # scalars
+    num_kept,  # sizes
     stride_n, stride_out_n,  # strides
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     row_ptr = screened_ptr + row.to(tl.int64) * stride_n
-    out_row = out_ptr + row.to(tl.int64) * stride_out_n
-    old, lse = tl.load(nll_ptr + row), tl.load(lse_ptr + row)
-    low, lse2, multiplier = primitives.split_lse(lse, old, numbers.multiplier)
-    place = tl.load(place_ptr + row)
-    before, part, after = (tl.zeros((BLOCK,), tl.float32),) * 3
-    for start in range(0, K, BLOCK):
-        x, places = gather(row_ptr, index_ptr, start, K, BLOCK)
-        p, sloped = mass(x, places, place, K, lse2, multiplier, numbers)
-        before += p
-        part += sloped
-        x = tl.load(out_row + places, mask=places < K, other=0.0).to(tl.float32)
-        after += mass(x, places, place, K, lse2, multiplier, numbers)[0]
-    kept_before, kept_after = tl.sum(before, 0) * low, tl.sum(after, 0) * low
-    rest = tl.maximum(primitives.others_mass(old) - kept_before, 0.0)
-    delta = old.to(tl.float64) * -primitives.LOG2E
-    nll2, log2_sum = primitives.nll_of_sum(rest + kept_after, delta)
-    nll = (nll2 * primitives.LN2).to(tl.float32)
-    new_lse = lse + log2_sum * primitives.LN2
-    tl.store(found.nll + row, nll)
-    tl.store(found.lse + row, new_lse)
-    tl.store(found.part + row, tl.sum(part, 0) * low)
-    shrink = primitives.power(-log2_sum.to(tl.float32))
-    tl.store(found.shrink + row, shrink)
-    ratio = tl.where((kept_before > 0) & (kept_after > 0), tl.log2(kept_after / kept_before), 0.0)
-    tl.store(found.wrong + row, rest * shrink * tl.abs(ratio) * primitives.LN2)
+    out_row_ptr = out_ptr + row.to(tl.int64) * stride_out_n
+    screened_nll, lse = tl.load(nll_ptr + row), tl.load(lse_ptr + row)
+    lse_factor, lse2, scale_log2 = row_formula.split_lse(lse, screened_nll, scalars.scale_log2)
+    target_position = tl.load(target_position_ptr + row)
+    screened_sum, p_slope_sum, exact_sum = (tl.zeros((BLOCK,), tl.float32),) * 3
+    for start in range(0, num_kept, BLOCK):
+        logits, positions = load_kept(row_ptr, kept_ptr, start, num_kept, BLOCK)
+        p, p_slope = kept_probabilities(logits, positions, target_position, num_kept, lse2, scale_log2, scalars)
+        screened_sum += p
+        p_slope_sum += p_slope
+        logits = tl.load(out_row_ptr + positions, mask=positions < num_kept, other=0.0).to(tl.float32)
+        exact_sum += kept_probabilities(logits, positions, target_position, num_kept, lse2, scale_log2, scalars)[0]
+    kept_screened, kept_exact = tl.sum(screened_sum, 0) * lse_factor, tl.sum(exact_sum, 0) * lse_factor
+    dropped = tl.maximum(row_formula.one_minus_p(screened_nll) - kept_screened, 0.0)
+    target_t = screened_nll.to(tl.float64) * -row_formula.LOG2E
+    nll2, log2_sum = row_formula.nll_of_sum(dropped + kept_exact, target_t)
+    nll = (nll2 * row_formula.LN2).to(tl.float32)
+    new_lse = lse + log2_sum * row_formula.LN2
+    tl.store(corrected.nll + row, nll)
+    tl.store(corrected.lse + row, new_lse)
+    tl.store(corrected.p_slope_sum + row, tl.sum(p_slope_sum, 0) * lse_factor)
+    p_ratio = row_formula.pow2(-log2_sum.to(tl.float32))
+    tl.store(corrected.p_ratio + row, p_ratio)
+    ratio = tl.where((kept_screened > 0) & (kept_exact > 0), tl.log2(kept_exact / kept_screened), 0.0)
+    tl.store(corrected.nll_error + row, dropped * p_ratio * tl.abs(ratio) * row_formula.LN2)
 
-    low, lse2, multiplier = primitives.split_lse(new_lse, nll, numbers.multiplier)
-    A, spread = tl.load(factors.a + row) * numbers.scale, tl.load(factors.rest + row) * numbers.scale
-    at_target = primitives.gradient_at_target(nll, 1.0, A, spread, None)
-    for start in range(0, K, BLOCK):
-        places = start + tl.arange(0, BLOCK)
-        x = tl.load(out_row + places, mask=places < K, other=0.0).to(tl.float32)
-        a, slope = primitives.cap(x, numbers.squash)
-        g = primitives.gradient(a, slope, None, multiplier, lse2, A * low, None, places == place, at_target)
+    lse_factor, lse2, scale_log2 = row_formula.split_lse(new_lse, nll, scalars.scale_log2)
+    A, A_minus_B = (
+        tl.load(factors.A + row) * scalars.logit_scale,
+        tl.load(factors.A_minus_B + row) * scalars.logit_scale,
+    )
+    at_target = row_formula.gradient_at_target(nll, 1.0, A, A_minus_B, None)
+    for start in range(0, num_kept, BLOCK):
+        positions = start + tl.arange(0, BLOCK)
+        logits = tl.load(out_row_ptr + positions, mask=positions < num_kept, other=0.0).to(tl.float32)
+        capped, slope = row_formula.cap(logits, scalars.tanh_scale)
+        is_target = positions == target_position
+        g = row_formula.gradient(capped, slope, None, scale_log2, lse2, A * lse_factor, None, is_target, at_target)
         g = tl.where(A == 0, 0.0, g)
-        tl.store(out_row + places, g.to(out_ptr.dtype.element_ty), mask=places < K)
+        tl.store(out_row_ptr + positions, g.to(out_ptr.dtype.element_ty), mask=positions < num_kept)
 
 
-def launch_kept(
-    logits: Tensor,  # (N, V), the classes of a row neighbours
-    index: Tensor,  # (K,) int64
-    place: Tensor,  # (N,) int64: of the target among the kept columns
+def launch_kept_gradient(
+    logits: Tensor,  # (N, V), stride(1) = 1
+    kept: Tensor,  # (K,) int64: the kept columns
     factors: RowFactors,
+    scalars: LossScalars,
+    *,
+    target_position: Tensor,  # (N,) int64: the target's position in `kept`
     out: Tensor,  # (N, K)
     row_sum: Tensor,  # (N,) fp32
-    numbers: Numbers,
 ) -> None:
-    """Writes the gradient of the kept columns, and its row sums before they are rounded."""
-    N, K = out.shape
+    """Writes the gradient of the kept columns to `out`, and the sum of each row before it is rounded to `row_sum`."""
+    N, num_kept = out.shape
     if N == 0:
         return
     with on_device(logits):
-        kept_kernel[(N,)](
-            logits_ptr=logits, index_ptr=index, place_ptr=place, factors=factors,
-            out_ptr=out, sum_ptr=row_sum,
-            numbers=numbers,
-            K=K,
+        kept_gradient_kernel[(N,)](
+            logits_ptr=logits, kept_ptr=kept, target_position_ptr=target_position, factors=factors,
+            out_ptr=out, row_sum_ptr=row_sum,
+            scalars=scalars,
+            num_kept=num_kept,
             stride_n=logits.stride(0), stride_out_n=out.stride(0),
-            BLOCK=BLOCK, num_warps=NUM_WARPS, enable_fp_fusion=False, **registers(128),
+            BLOCK=BLOCK, num_warps=NUM_WARPS, enable_fp_fusion=False, **register_limit(128),
         )  # fmt: skip
 
 
 def launch_rescreen(
-    out: Tensor,  # (N, K): logits of the kept columns, in full
-    screened: Tensor,  # (N, V): what a screen says of all
-    index: Tensor,  # (K,) int64
-    place: Tensor,  # (N,) int64
-    nll: Tensor,  # (N,) fp32: of the screen
-    lse: Tensor,  # (N,) fp64: of the screen
+    screened: Tensor,  # (N, V): the logits of all columns by the screen
+    kept: Tensor,  # (K,) int64: the kept columns
     factors: RowFactors,
-    found: Rescreened,
-    numbers: Numbers,
+    scalars: LossScalars,
+    *,
+    target_position: Tensor,  # (N,) int64: the target's position in `kept`
+    nll: Tensor,  # (N,) fp32: by the screen
+    lse: Tensor,  # (N,) fp64: by the screen
+    out: Tensor,  # (N, K): the exact logits of the kept columns, overwritten
+    corrected: CorrectedRows,
 ) -> None:
-    """Writes what is known better of each row, and over `out` the gradient."""
-    N, K = out.shape
+    """Writes `corrected`, and the gradient of the kept columns over `out`."""
+    N, num_kept = out.shape
     if N == 0:
         return
     with on_device(out):
         rescreen_kernel[(N,)](
-            out_ptr=out, screened_ptr=screened, index_ptr=index, place_ptr=place, nll_ptr=nll, lse_ptr=lse,
-            factors=factors,
-            found=found,
-            numbers=numbers,
-            K=K,
+            out_ptr=out, screened_ptr=screened, kept_ptr=kept, target_position_ptr=target_position, nll_ptr=nll,
+            lse_ptr=lse, factors=factors,
+            corrected=corrected,
+            scalars=scalars,
+            num_kept=num_kept,
             stride_n=screened.stride(0), stride_out_n=out.stride(0),
-            BLOCK=BLOCK, num_warps=NUM_WARPS, enable_fp_fusion=False, **registers(72),
+            BLOCK=BLOCK, num_warps=NUM_WARPS, enable_fp_fusion=False, **register_limit(72),
         )  # fmt: skip

@@ -1,8 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A chunk of the fused LM head's logits to the statistics of its rows and, in its own memory, its gradient.
+"""A chunk of the fused head's logits to the results of its rows and, over the logits, to their gradient.
 
-Grid: (N rows,), all of a row in one program, which goes over it twice: it reads and writes N * V logits once, and reads
-them a second time from L2. The mathematics: README.md#forward-and-backward-in-one.
+The formulas and the code are those of nll_forward.py and nll_backward.py. The upstream gradient is one
+number, because the head needs the gradient of S. It multiplies by the factor of the loss after all chunks.
+
+Grid: (N rows,). Order of the passes of a program, which has a row for itself:
+
+1. It reads the row and sums it. nll and lse need what all threads have read, so they wait for every load.
+2. It reads the row again, from L2, and overwrites it with the gradient. Without an upstream gradient it does not.
+
+Traffic, for logits of b bytes: N * V * b read and N * V * b written, 20 bytes per row written. The obvious way launches
+the two kernels one after the other. It reads N * V * b once more, because all rows together do not fit into L2. A row
+is not split, because its slices would have to wait for each other between the passes. So few rows are processed at a
+time that L2 holds them (`launch.choose_two_pass_config`).
+
+The target's logit is an argument, an fp32 dot product. The chunk holds it rounded to the dtype of the products, and the
+kernel never uses that number: not in the sum, not for the argmax, not for the slope of a softcap.
 """
 
 from __future__ import annotations
@@ -11,46 +24,46 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fused_ppl.kernels import nll_backward, nll_forward, primitives, walk
-from fused_ppl.kernels import weights as class_weights
-from fused_ppl.kernels.launch import LaunchConfig, Numbers, Rows, Weights, on_device
+from fused_ppl.kernels import loss_weights, nll_backward, nll_forward, row_formula, row_sums, row_tiles
+from fused_ppl.kernels.launch import LaunchConfig, LossScalars, Rows, Weights, on_device
 
 
 @triton.jit
-def sum_and_differentiate(row, row_ptr, target, x_target, weights, rows, upstream, numbers, V, K: tl.constexpr,
-                          T: tl.constexpr):  # fmt: skip
+def forward_backward_row(row, row_ptr, target, target_logit, weights, rows, upstream, scalars, V, K: tl.constexpr,
+                         T: tl.constexpr):  # fmt: skip
+    """Both passes over one row."""
     STATS: tl.constexpr = rows.predicted is not None
-    SMOOTHING: tl.constexpr = numbers.smoothing is not None
-    weight_ptr = None if weights.per_class is None or numbers.smoothing is None else weights.per_class
-    multiplier = numbers.multiplier
-    squash = numbers.squash
+    SMOOTHING: tl.constexpr = scalars.smoothing is not None
+    weight_ptr = None if weights.per_class is None or scalars.smoothing is None else weights.per_class
+    scale_log2 = scalars.scale_log2
+    tanh_scale = scalars.tanh_scale
 
-    # a target out of range makes a row of NaN
-    hole = walk.owned_column(target, 0, V)
-    x_target = tl.where(hole >= 0, x_target, float("nan"))
-    a_target, _ = primitives.cap(x_target, squash)
-    reference, s, q, d, column = walk.sum_row(
-        row_ptr, weight_ptr, hole, a_target, multiplier, squash, V, 1, 0, V + 1, STATS, STATS, STATS, SMOOTHING,
-        True, K, T,
+    # a target out of range makes the row NaN
+    target_column = row_tiles.find_target_column(target, 0, V)
+    target_logit = tl.where(target_column >= 0, target_logit, float("nan"))
+    capped_target, _ = row_formula.cap(target_logit, tanh_scale)
+    shift, sum_exp, sum_exp_t, sum_w_t, argmax = row_sums.sum_row(
+        row_ptr, weight_ptr, target_column, capped_target, scale_log2, tanh_scale, V, 1, 0, V + 1,
+        STATS, STATS, STATS, SMOOTHING, True, K, T,
     )  # fmt: skip
-    z2, origin, fixed, s, q, d, column = nll_forward.settle_row(
-        row_ptr, weight_ptr, hole, a_target, reference, s, q, d, column, multiplier, squash, V, 1,
-        STATS, SMOOTHING, True, T,
+    target_z2, shift2, w_shift2, sum_exp, sum_exp_t, sum_w_t, argmax = row_sums.finish_row_sums(
+        row_ptr, weight_ptr, target_column, capped_target, shift, sum_exp, sum_exp_t, sum_w_t, argmax, scale_log2,
+        tanh_scale, V, 1, STATS, SMOOTHING, True, T,
     )  # fmt: skip
-    class_weight, token_weight = class_weights.of_target(row, target, weights, V)
+    class_weight, token_weight = loss_weights.load_target_weights(row, target, weights, V)
     nll, lse = nll_forward.store_row(
-        row, rows, s, q, d, column, origin, fixed, z2, class_weight, token_weight, class_weights.total(weights, V),
-        numbers, V,
+        row, rows, sum_exp, sum_exp_t, sum_w_t, argmax, shift2, w_shift2, target_z2, class_weight, token_weight,
+        loss_weights.class_weight_sum(weights, V), scalars, V,
     )  # fmt: skip
 
-    # in place: nll and lse wait for what every thread has read, and all that is written below is made of them
+    # nothing is overwritten too early: nll and lse depend on every load above, and every store below on them
     if upstream is not None:
-        at_target, A, C, lse2, multiplier = nll_backward.row_factors(
-            upstream, upstream, class_weight, token_weight, weights, nll, lse, numbers, V
+        at_target, A, C, lse2, scale_log2 = nll_backward.row_factors(
+            upstream, upstream, class_weight, token_weight, weights, nll, lse, scalars, V
         )
         nll_backward.gradient_row(
-            row_ptr, row_ptr, weight_ptr, hole, None if squash is None else x_target, at_target, A, C, lse2,
-            multiplier, numbers, V, 1, 1, 0, V + 1, True, K, T,
+            row_ptr, row_ptr, weight_ptr, target_column, None if tanh_scale is None else target_logit, at_target, A, C,
+            lse2, scale_log2, scalars, V, 1, 1, 0, V + 1, True, K, T,
         )  # fmt: skip
 
 
@@ -59,7 +72,7 @@ def nll_forward_backward_kernel(
     logits_ptr,  # input and output
     target_logit_ptr, target_ptr, weights,  # inputs
     rows,  # outputs
-    upstream, numbers, ignore_index,  # scalars
+    upstream, scalars, ignore_index,  # scalars
     V,  # sizes
     stride_n,  # strides
     K: tl.constexpr, T: tl.constexpr,
@@ -68,29 +81,29 @@ def nll_forward_backward_kernel(
     row_ptr = logits_ptr + row.to(tl.int64) * stride_n
     target = tl.load(target_ptr + row)
 
-    # leaves at once, whatever the logits hold
-    if walk.is_ignored(target, ignore_index):
+    # an ignored row is not read: its logits may be NaN
+    if row_tiles.is_ignored(target, ignore_index):
         nll_forward.store_ignored(row, rows, None)
         if upstream is not None:
             nll_backward.zero_row(row_ptr, 0, V + 1, V, 1, True, K, T)
     else:
-        x_target = tl.load(target_logit_ptr + row)
-        sum_and_differentiate(row, row_ptr, target, x_target, weights, rows, upstream, numbers, V, K, T)
+        target_logit = tl.load(target_logit_ptr + row)
+        forward_backward_row(row, row_ptr, target, target_logit, weights, rows, upstream, scalars, V, K, T)
 
 
 def launch_nll_forward_backward(
-    logits: Tensor,  # (N, V), the classes of a row neighbours
-    target_logit: Tensor,  # (N,) fp32: takes the place of logits[n, target[n]], which are not looked at
+    logits: Tensor,  # (N, V), stride(1) = 1
     target: Tensor,  # (N,) int32 or int64
     weights: Weights,
-    rows: Rows,
-    numbers: Numbers,
+    scalars: LossScalars,
     *,
+    target_logit: Tensor,  # (N,) fp32: takes the place of logits[n, target[n]]
+    rows: Rows,
     upstream: float | None,
     config: LaunchConfig,
     ignore_index: int | None,
 ) -> None:
-    """Writes `rows` and, unless `upstream` is None, over the logits `upstream` times the gradient of S + z_loss * Z."""
+    """Writes `rows` and overwrites the logits with upstream * d(S + z_loss * Z)/dx, if `upstream` is not None."""
     N, V = logits.shape
     if N == 0:
         return
@@ -99,8 +112,9 @@ def launch_nll_forward_backward(
             logits_ptr=logits,
             target_logit_ptr=target_logit, target_ptr=target, weights=weights,
             rows=rows,
-            upstream=upstream, numbers=numbers, ignore_index=ignore_index,
+            upstream=upstream, scalars=scalars, ignore_index=ignore_index,
             V=V,
             stride_n=logits.stride(0),
-            K=config.vectors, T=config.threads, num_warps=config.num_warps, enable_fp_fusion=False, **config.compiler_options,
+            K=config.vectors, T=config.threads,
+            num_warps=config.num_warps, enable_fp_fusion=False, **config.compiler_options,
         )  # fmt: skip

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The smallest kernel: whether it compiles and launches says whether this installation of Triton works."""
+"""The smallest kernel. If it compiles and launches, this installation of Triton works."""
 
 import triton
 import triton.language as tl

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What tests/test_kernels*.py run the kernels on, and the plain float64 PyTorch that they compare with."""
+"""The inputs of tests/test_kernels*.py, and the float64 PyTorch code that they compare the kernels with."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ tl = pytest.importorskip("triton.language")
 
 from fused_ppl.backends import triton_rows  # noqa: E402
 from fused_ppl.kernels import launch  # noqa: E402
-from fused_ppl.kernels.launch import LaunchConfig, Rows, Sums, Upstream, Workspace  # noqa: E402
+from fused_ppl.kernels.launch import LaunchConfig, Rows, Totals, Upstream, Workspace  # noqa: E402
 from fused_ppl.kernels.nll_backward import launch_nll_backward  # noqa: E402
 from fused_ppl.kernels.nll_forward import launch_nll_forward  # noqa: E402
 
@@ -34,7 +34,7 @@ IGNORED = -100
 
 
 class Case(NamedTuple):
-    """What a launch computes from: `logits` is a (1, N, V) view into a buffer that is NaN everywhere else."""
+    """The inputs of a launch. `logits` is a (1, N, V) view into a buffer that is NaN everywhere else."""
 
     logits: Tensor
     target: Tensor
@@ -46,7 +46,7 @@ class Case(NamedTuple):
 
 class Result(NamedTuple):
     rows: Rows
-    sums: Sums
+    totals: Totals
     gradient: Tensor
 
 
@@ -66,12 +66,12 @@ def make(n, v, dtype, *, offset=0, pad=0, kind="random", ignored=0.2, **options)
 
 
 def bytes_of(tensor: Tensor) -> Tensor:
-    """All of the tensor's storage, bit for bit: NaN is equal to itself."""
+    """All bytes of the tensor's storage, so that NaN compares equal to itself."""
     return torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage()).clone()
 
 
 def config_of(case: Case, slices: int = 1) -> LaunchConfig:
-    """One warp, so that small rows have several tiles as well."""
+    """A configuration of one warp, so that small rows have several tiles as well."""
     _, _, v = case.logits.shape
     tiles = v // (32 * 16 // case.logits.itemsize) + 1
     per_slice = math.ceil(tiles / slices)
@@ -89,41 +89,42 @@ def unwritten_rows(n: int, stats: bool) -> Rows:
     )
 
 
-def forward(case: Case, config: LaunchConfig, stats: bool = False) -> tuple[Rows, Sums]:
+def forward(case: Case, config: LaunchConfig, stats: bool = False) -> tuple[Rows, Totals]:
     n, spec = case.target.shape[0], case.spec
     rows = unwritten_rows(n, stats)
-    sums = Sums(*(torch.full((), NAN, dtype=d) for d in (torch.float32,) * 2 + (torch.float64,) * 3), case.num_items)
+    dtypes = (torch.float32,) * 2 + (torch.float64,) * 3
+    totals = Totals(*(torch.full((), NAN, dtype=dtype) for dtype in dtypes), case.num_items)
     split = config.slices > 1
     launch_nll_forward(
         case.logits,
         case.target,
         triton_rows.weights(TokenInputs(case.target, case.weight, case.token_weight), spec),
-        rows,
-        sums,
-        Workspace(
-            torch.zeros(1 + n * split, dtype=torch.int32),
-            torch.full((launch.PARTIALS, n, config.slices), NAN) if split else None,
-        ),
         triton_rows.numbers(spec),
+        rows=rows,
+        totals=totals,
+        workspace=Workspace(
+            torch.zeros(1 + n * split, dtype=torch.int32),
+            torch.full((launch.SLICE_FIELDS, n, config.slices), NAN) if split else None,
+        ),
         config=config,
         ignore_index=spec.ignore_index,
         mean=spec.reduction == "mean",
     )
-    return rows, sums
+    return rows, totals
 
 
 def backward(
-    case: Case, rows: Rows, of_s: Tensor, of_z: Tensor, config: LaunchConfig, out: Tensor, **columns
+    case: Case, rows: Rows, dloss: Tensor, dz_loss: Tensor, config: LaunchConfig, out: Tensor, **columns
 ) -> Tensor:
     launch_nll_backward(
         case.logits,
         case.target,
-        rows.lse,
-        rows.nll,
-        Upstream(of_s, of_z),
         triton_rows.weights(TokenInputs(case.target, case.weight, case.token_weight), case.spec),
-        out,
         triton_rows.numbers(case.spec),
+        lse=rows.lse,
+        nll=rows.nll,
+        upstream=Upstream(dloss, dz_loss),
+        out=out,
         config=config,
         ignore_index=case.spec.ignore_index,
         **columns,
@@ -131,8 +132,8 @@ def backward(
     return out
 
 
-def plain(case: Case, dtype: torch.dtype, of_s: Tensor, of_z: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-    """Every result from full logits in eager PyTorch of one dtype, and the gradient that autograd finds."""
+def plain(case: Case, dtype: torch.dtype, dloss: Tensor, dz_loss: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """Every result, computed from full logits by eager PyTorch in one dtype, and the gradient by autograd."""
     spec, x = case.spec, case.logits[0].detach().to(dtype).requires_grad_()
     z = x * spec.logit_scale
     z = z if spec.softcap is None else spec.softcap * torch.tanh(z / spec.softcap)
@@ -155,8 +156,8 @@ def plain(case: Case, dtype: torch.dtype, of_s: Tensor, of_z: Tensor) -> tuple[d
         "entropy": -torch.where(p > 0, p * logp, 0).sum(1),
     }
     results = {name: torch.where(counted, r, 0) for name, r in results.items()}
-    total = of_s.to(dtype) * results["loss"]
-    total = total + of_z.to(dtype) * spec.z_loss * results["weight"] * results["lse"].square()
+    total = dloss.to(dtype) * results["loss"]
+    total = total + dz_loss.to(dtype) * spec.z_loss * results["weight"] * results["lse"].square()
     (gradient,) = torch.autograd.grad(total[counted].sum(), x)
     results["predicted"] = torch.where(counted, z.argmax(1), -1)
     gradient[~counted] = 0
@@ -164,37 +165,37 @@ def plain(case: Case, dtype: torch.dtype, of_s: Tensor, of_z: Tensor) -> tuple[d
 
 
 def check(case: Case, config: LaunchConfig | None = None, stats: bool = False) -> Result:
-    """Forward and backward within the policy of fused_ppl.testing; inputs, surroundings and paddings untouched."""
+    """Runs forward and backward and judges them. It also checks that nothing outside of the gradient has changed."""
     config = config or config_of(case)
     n, v = case.target.shape[0], case.logits.shape[2]
-    of_s, of_z = torch.linspace(-2, 3, n), torch.linspace(1, 2, n)
+    dloss, dz_loss = torch.linspace(-2, 3, n), torch.linspace(1, 2, n)
     before = bytes_of(case.logits)
-    rows, sums = forward(case, config, stats)
+    rows, totals = forward(case, config, stats)
     stride = case.logits.stride(1)
     out, buffer = embed(torch.full((n, v), NAN, dtype=case.logits.dtype), case.logits.storage_offset(), stride - v)
     buffer.fill_(7.0)
     out.fill_(NAN)
-    backward(case, rows, of_s, of_z, config, out)
+    backward(case, rows, dloss, dz_loss, config, out)
     assert torch.equal(bytes_of(case.logits), before), "the inputs have changed"
     outside = torch.ones_like(buffer, dtype=torch.bool)
     outside.as_strided(out.shape, out.stride(), out.storage_offset()).fill_(False)
     assert bool((buffer[outside] == 7.0).all()), "written outside of the rows"
 
-    judge(case, rows, out[0], of_s, of_z)
+    judge(case, rows, out[0], dloss, dz_loss)
     stats = RowStats(rows.loss, rows.weight, rows.nll, rows.lse, rows.loss, rows.loss)
     stated = reduction.sum_rows(stats, case.spec, case.target.shape)
     want = reduction.finish(stated, case.spec, num_items=case.num_items, dtype=torch.float32)
     for name, value in want._asdict().items():
         assert_close(
-            getattr(sums, name), value, rtol=1e-12 if value.dtype == torch.float64 else 3e-7, atol=0, equal_nan=True
+            getattr(totals, name), value, rtol=1e-12 if value.dtype == torch.float64 else 3e-7, atol=0, equal_nan=True
         )
-    return Result(rows, sums, out)
+    return Result(rows, totals, out)
 
 
-def judge(case: Case, rows: Rows, gradient: Tensor, of_s: Tensor, of_z: Tensor) -> None:
-    """The results for these logits, within the policy of fused_ppl.testing."""
-    eager, eager_gradient = plain(case, torch.float32, of_s, of_z)
-    truth, true_gradient = plain(case, torch.float64, of_s, of_z)
+def judge(case: Case, rows: Rows, gradient: Tensor, dloss: Tensor, dz_loss: Tensor) -> None:
+    """Checks the results for these logits by the tolerances of fused_ppl.testing."""
+    eager, eager_gradient = plain(case, torch.float32, dloss, dz_loss)
+    truth, true_gradient = plain(case, torch.float64, dloss, dz_loss)
     stats = rows.predicted is not None
     for name in ("loss", "weight", "nll", "lse") + (("entropy",) if stats else ()):
         actual = getattr(rows, name).float()
@@ -208,7 +209,7 @@ def judge(case: Case, rows: Rows, gradient: Tensor, of_s: Tensor, of_z: Tensor) 
 
 
 def count_bytes(monkeypatch: pytest.MonkeyPatch, *tensors: Tensor) -> dict[str, int]:
-    """What the kernels load from and store to the memory of these tensors from now on."""
+    """Counts the bytes that kernels load from and store to the memory of these tensors from now on."""
     on_device.only_on_the_cpu("Triton's interpreter counts the bytes")
     counts = {"load": 0, "store": 0}
     low_level = pytest.importorskip("triton.runtime.interpreter")._interpreter

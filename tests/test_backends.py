@@ -106,7 +106,7 @@ def test_a_triton_that_does_not_compile_is_refused_and_told_of_once(kernels_ther
 
     monkeypatch.setattr(probe, "launch_probe", fails)
     monkeypatch.setattr(presence, "_compiler_problems", {})
-    monkeypatch.setattr(presence, "_is_there", lambda kind: True)
+    monkeypatch.setattr(presence, "_can_launch", lambda kind: True)
     monkeypatch.setattr(torch, "empty", lambda *size, dtype, device: torch.zeros(*size, dtype=dtype))
     with pytest.warns(UserWarning, match="RuntimeError: Failed to find C compiler"):
         assert [backends.choose(None, CUDA, FP32) for _ in range(2)] == ["torch"] * 2

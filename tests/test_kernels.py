@@ -32,8 +32,8 @@ from kernel_cases import (  # noqa: E402
 )
 
 from fused_ppl.backends import triton_rows  # noqa: E402
-from fused_ppl.kernels import launch, walk  # noqa: E402
-from fused_ppl.kernels.launch import Rows, Workspace, choose_config  # noqa: E402
+from fused_ppl.kernels import launch, row_tiles  # noqa: E402
+from fused_ppl.kernels.launch import Device, Rows, Workspace, choose_config  # noqa: E402
 from fused_ppl.kernels.nll_forward import launch_nll_forward  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("integer_overflow_is_an_error")
@@ -69,7 +69,7 @@ LARGE += [
 @pytest.mark.parametrize(("v", "dtype", "slices"), LARGE)
 def test_large_vocabularies_with_the_configuration_of_a_gpu(v, dtype, slices):
     case = make(2, v, dtype, offset=1, pad=2, ignored=0)
-    config = choose_config(10**6, v, dtype.itemsize, 132)
+    config = choose_config(10**6, v, dtype.itemsize, Device(132))
     per_slice = math.ceil(config.tiles_per_slice / slices)
     check(
         case,
@@ -193,9 +193,9 @@ def test_nothing_is_ignored_without_an_index():
 def test_a_target_out_of_range_makes_a_row_of_nan(target):
     case = make(3, 40, torch.float32, ignored=0, weight=torch.ones(40))
     case.target[1] = target
-    rows, sums = forward(case, config_of(case))
+    rows, totals = forward(case, config_of(case))
     assert torch.stack([rows.loss, rows.nll, rows.lse.float()]).isnan().any(0).tolist() == [False, True, False]
-    assert sums.loss.isnan()
+    assert totals.loss.isnan()
     out = backward(case, rows, torch.ones(3), torch.ones(3), config_of(case), torch.zeros_like(case.logits))
     assert out[0].isnan().all(1).tolist() == [False, True, False]
 
@@ -231,21 +231,21 @@ def test_classes_of_any_stride():
     same, _ = forward(flat, config_of(flat))
     for a, b in zip(rows[:4], same[:4], strict=True):
         assert_close(a, b)
-    of = torch.ones(10)
-    want = backward(flat, rows, of, of, config_of(case), torch.full_like(flat.logits, NAN)).view(2, 5, 37)
-    assert_close(backward(case, rows, of, of, config_of(case), torch.full_like(case.logits, NAN)), want)
-    assert_close(backward(case, rows, of, of, config_of(case), torch.full((2, 5, 37), NAN)), want)
+    dloss = torch.ones(10)
+    want = backward(flat, rows, dloss, dloss, config_of(case), torch.full_like(flat.logits, NAN)).view(2, 5, 37)
+    assert_close(backward(case, rows, dloss, dloss, config_of(case), torch.full_like(case.logits, NAN)), want)
+    assert_close(backward(case, rows, dloss, dloss, config_of(case), torch.full((2, 5, 37), NAN)), want)
 
 
 def test_a_gradient_of_other_alignment_than_the_logits():
     case = make(3, 301, torch.bfloat16, offset=3, pad=1)
     rows, _ = forward(case, config_of(case))
-    of = torch.ones(3)
-    want = backward(case, rows, of, of, config_of(case), embed(case.logits[0], 3, 1)[0])
+    dloss = torch.ones(3)
+    want = backward(case, rows, dloss, dloss, config_of(case), embed(case.logits[0], 3, 1)[0])
     for offset, pad in ((4, 1), (3, 2)):
         out, _ = embed(torch.full((3, 301), NAN, dtype=torch.bfloat16), offset, pad)
         assert not launch.same_alignment(case.logits, out)
-        assert torch.equal(backward(case, rows, of, of, config_of(case), out), want)
+        assert torch.equal(backward(case, rows, dloss, dloss, config_of(case), out), want)
 
 
 @pytest.mark.parametrize("slices", [1, 3])
@@ -253,9 +253,9 @@ def test_in_place_gives_the_same_bits(slices):
     case = make(3, 700, torch.bfloat16, offset=3, pad=1, **{**ALL, "weight": torch.ones(700), "token_weight": None})
     config = config_of(case, slices)
     rows, _ = forward(case, config)
-    of = torch.linspace(1, 2, 3)
-    want = backward(case, rows, of, of, config, embed(torch.zeros(3, 700).bfloat16(), 3, 1)[0])
-    assert torch.equal(backward(case, rows, of, of, config, case.logits), want)
+    dloss = torch.linspace(1, 2, 3)
+    want = backward(case, rows, dloss, dloss, config, embed(torch.zeros(3, 700).bfloat16(), 3, 1)[0])
+    assert torch.equal(backward(case, rows, dloss, dloss, config, case.logits), want)
 
 
 def test_one_upstream_for_all_rows_has_stride_zero():
@@ -263,7 +263,8 @@ def test_one_upstream_for_all_rows_has_stride_zero():
     rows, _ = forward(case, config_of(case))
     one = torch.tensor(1.7).expand(3)
     wants = [
-        backward(case, rows, of, of, config_of(case), torch.empty_like(case.logits)) for of in (one, one.contiguous())
+        backward(case, rows, dloss, dloss, config_of(case), torch.empty_like(case.logits))
+        for dloss in (one, one.contiguous())
     ]
     assert torch.equal(*wants)
 
@@ -274,10 +275,10 @@ def test_slices_of_a_row_are_deterministic_and_agree():
     for slices in (2, 5, 12):
         config = config_of(case, slices)
         assert config.slices > 1
-        rows, sums = forward(case, config)
-        again, sums_again = forward(case, config)
+        rows, totals = forward(case, config)
+        again, totals_again = forward(case, config)
         assert all(
-            torch.equal(a, b) for a, b in zip((*rows[:4], *sums[:5]), (*again[:4], *sums_again[:5]), strict=True)
+            torch.equal(a, b) for a, b in zip((*rows[:4], *totals[:5]), (*again[:4], *totals_again[:5]), strict=True)
         )
         assert_close(rows.nll, whole.nll)
 
@@ -292,8 +293,8 @@ def test_without_counted_tokens_values_are_nan_and_factors_zero():
     case = make(3, 40, torch.float32)
     case.target.fill_(IGNORED)
     result = check(case)
-    assert result.sums.loss.isnan() and result.sums.perplexity.isnan()
-    assert result.sums.loss_factor == result.sums.perplexity_factor == 0
+    assert result.totals.loss.isnan() and result.totals.perplexity.isnan()
+    assert result.totals.loss_factor == result.totals.perplexity_factor == 0
     check(case._replace(spec=LossSpec(reduction="sum")))
     check(make(3, 40, torch.float32, ignored=0, weight=torch.zeros(40), spec=LossSpec(label_smoothing=0.1)))
 
@@ -301,7 +302,7 @@ def test_without_counted_tokens_values_are_nan_and_factors_zero():
 @pytest.mark.parametrize("slices", [1, 2])
 def test_shards_of_the_vocabulary_hold_what_the_whole_is_made_of(slices):
     """max z, sum e^(z - max), z of the target, sum w z, sum e^(z - max) (z - max) and argmax of unequal shards; the
-    sums are without the target."""
+    totals are without the target."""
     spec = LossSpec(label_smoothing=0.1, logit_scale=0.7, softcap=9.0)
     x, y = make_logits((4, 1500)), torch.tensor([0, 700, IGNORED, 1499])
     w = torch.linspace(0.5, 2, 1500)
@@ -311,11 +312,11 @@ def test_shards_of_the_vocabulary_hold_what_the_whole_is_made_of(slices):
         config = config_of(case, slices)
         split = config.slices > 1
         shards = torch.full((4, launch.SHARD_FIELDS), NAN, dtype=torch.float64)
-        partials = torch.full((launch.PARTIALS, 4, config.slices), NAN) if split else None
+        partials = torch.full((launch.SLICE_FIELDS, 4, config.slices), NAN) if split else None
         launch_nll_forward(
-            case.logits, y, triton_rows.weights(TokenInputs(y, w, None), spec), Rows(*(None,) * 6), None,
-            Workspace(torch.zeros(5, dtype=torch.int32), partials), triton_rows.numbers(spec),
-            config=config, ignore_index=IGNORED, v0=first, num_classes=1500, shards=shards,
+            case.logits, y, triton_rows.weights(TokenInputs(y, w, None), spec), triton_rows.numbers(spec),
+            rows=Rows(*(None,) * 6), totals=None, workspace=Workspace(torch.zeros(5, dtype=torch.int32), partials),
+            config=config, ignore_index=IGNORED, first_class=first, num_classes=1500, shards=shards,
         )  # fmt: skip
         part, label = z[:, first:last], y[y != IGNORED]
         top = part.amax(1)
@@ -338,12 +339,12 @@ def test_shards_of_the_vocabulary_hold_what_the_whole_is_made_of(slices):
 def test_the_gradient_of_slices_of_the_vocabulary_is_that_of_the_whole():
     case = make(4, 900, torch.float32, **{**ALL, "weight": torch.linspace(0.5, 2, 900)})
     rows, _ = forward(case, config_of(case))
-    of = torch.linspace(1, 2, 4)
-    want = backward(case, rows, of, of, config_of(case), torch.empty_like(case.logits))
+    dloss = torch.linspace(1, 2, 4)
+    want = backward(case, rows, dloss, dloss, config_of(case), torch.empty_like(case.logits))
     for first, last in ((0, 300), (300, 301), (301, 900)):
         piece = case._replace(logits=case.logits[:, :, first:last].contiguous())
         out = torch.full_like(piece.logits, NAN)
-        backward(piece, rows, of, of, config_of(piece), out, v0=first, num_classes=900)
+        backward(piece, rows, dloss, dloss, config_of(piece), out, first_class=first, num_classes=900)
         assert_close(out, want[:, :, first:last], rtol=1e-6, atol=0)
 
 
@@ -354,17 +355,17 @@ def test_three_passes_over_the_logits(monkeypatch):
     out, _ = embed(torch.zeros(n, v, dtype=torch.bfloat16), 3, 1)
     counts = count_bytes(monkeypatch, case.logits, out)
     config = config_of(case)
-    rows, sums = forward(case, config)
+    rows, totals = forward(case, config)
     logits, again = n * v * 2, n * 2  # the target's logit may be read twice
     assert logits <= counts["load"] <= logits + again and counts["store"] == 0
-    backward(case, rows, sums.perplexity_factor.float().expand(n), torch.zeros(1).expand(n), config, out)
+    backward(case, rows, totals.perplexity_factor.float().expand(n), torch.zeros(1).expand(n), config, out)
     assert 2 * logits <= counts["load"] <= 2 * logits + again and counts["store"] == logits
 
 
 def test_offsets_beyond_int32():
     @triton.jit
     def offset_kernel(out_ptr, ptr, row, R, stride_b, stride_r):
-        row_ptr = walk.row_pointer(ptr, tl.program_id(0) + row, R, stride_b, stride_r)
+        row_ptr = row_tiles.row_pointer(ptr, tl.program_id(0) + row, R, stride_b, stride_r)
         tl.store(out_ptr, row_ptr.to(tl.int64) - ptr.to(tl.int64))
 
     out, ptr = torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.bfloat16)

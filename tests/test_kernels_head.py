@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The kernel of the fused LM head by itself, interpreted or on a GPU, against plain float64 PyTorch.
 
-What the logits hold of the target is NaN everywhere here: the kernel takes the fp32 logit that comes beside them.
+The target's column of the logits is NaN in all of these tests, because the kernel gets the fp32 logit as an argument.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("integer_overflow_is_an_error")
 
 
 def take_targets(case: Case) -> Tensor:
-    """The logits of the targets in fp32, none of them a bf16 number; NaN stands in their places."""
+    """Replaces the logits of the targets by NaN and returns them in fp32, changed so that bf16 cannot hold them."""
     rows = (case.target != IGNORED).nonzero().squeeze(1)
     columns = case.target[rows].long()
     target_logit = torch.zeros(len(case.target))
@@ -42,7 +42,7 @@ def make(*args, **keywords) -> tuple[Case, Tensor]:
 
 
 def whole(case: Case, target_logit: Tensor) -> Case:
-    """The logits that the result is of."""
+    """The case with the targets' logits in their places, for the comparison."""
     logits = case.logits.float().clone()
     rows = (case.target != IGNORED).nonzero().squeeze(1)
     logits[0, rows, case.target[rows].long()] = target_logit[rows]
@@ -56,15 +56,15 @@ def run(
     stats: bool = False,
     upstream: float | None = -1.7,
 ) -> Rows:
-    """The gradient is then in the logits."""
+    """Runs the kernel, which leaves the gradient in the logits."""
     rows = unwritten_rows(len(case.target), stats)
     launch_nll_forward_backward(
         case.logits[0],
-        target_logit,
         case.target,
         triton_rows.weights(TokenInputs(case.target, case.weight, case.token_weight), case.spec),
-        rows,
         triton_rows.numbers(case.spec),
+        target_logit=target_logit,
+        rows=rows,
         upstream=upstream,
         config=config or config_of(case),
         ignore_index=case.spec.ignore_index,
@@ -73,15 +73,15 @@ def run(
 
 
 def check(case: Case, target_logit: Tensor, config: LaunchConfig | None = None, stats: bool = False) -> Rows:
-    of = torch.full((len(case.target),), -1.7)
+    dloss = torch.full((len(case.target),), -1.7)
     truth = whole(case, target_logit)
     rows = run(case, target_logit, config, stats, -1.7)
-    judge(truth, rows, case.logits[0], of, of)
+    judge(truth, rows, case.logits[0], dloss, dloss)
     return rows
 
 
 def config_of_a_gpu(case: Case) -> LaunchConfig:
-    return launch.choose_two_pass_config(case.logits.shape[2], case.logits.itemsize, 132)
+    return launch.choose_two_pass_config(case.logits.shape[2], case.logits.itemsize, launch.Device(132))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -159,8 +159,8 @@ def test_it_gives_the_bits_of_the_two_kernels_from_logits(name, stats):
     case = kernel_cases.make(4, V, torch.bfloat16, offset=3, pad=2, **OPTIONS[name])
     config = config_of(case)
     want, _ = kernel_cases.forward(case, config, stats)
-    of, (out, _) = torch.full((4,), -1.7), embed(torch.zeros(4, V).bfloat16(), 3, 2)
-    gradient = kernel_cases.backward(case, want, of, of, config, out)
+    dloss, (out, _) = torch.full((4,), -1.7), embed(torch.zeros(4, V).bfloat16(), 3, 2)
+    gradient = kernel_cases.backward(case, want, dloss, dloss, config, out)
     target_logit = case.logits[0].gather(1, case.target.clamp(0)[:, None])[:, 0].float()
     before = bytes_of(case.logits)
     for upstream in (None, -1.7):

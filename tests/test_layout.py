@@ -37,12 +37,12 @@ TRITON_BACKEND = {"fused_ppl/backends/triton_rows.py", "fused_ppl/backends/trito
 # one of these outside its room is a second copy of the row formula, or an exp of a mean
 FORMULA_NAMES = {"exp", "exp2", "expm1", "log_softmax", "logsumexp", "one_hot", "softmax"}
 TORCH_ROOMS = {"fused_ppl/backends/torch_stats.py", "fused_ppl/backends/torch_rows.py"}  # l, and its gradient
-FORMULA_ROOMS = {"fused_ppl/reference.py", *TORCH_ROOMS, "kernels/primitives.py"}
+FORMULA_ROOMS = {"fused_ppl/reference.py", *TORCH_ROOMS, "kernels/row_formula.py"}
 MERGE_OF_SHARDS = {"fused_ppl/backends/shards.py": {"exp"}}  # sums of rows relative to a common maximum
-# combine: inside the launch; compact: a geometric mean of sums
+# grid_reduction: inside the launch; compact: a geometric mean of sums
 EXP_OF_A_MEAN = {
     "fused_ppl/reduction.py": {"exp"},
-    "kernels/combine.py": {"exp"},
+    "kernels/grid_reduction.py": {"exp"},
     "fused_ppl/engines/compact.py": {"exp"},
 }
 # these spell out eager PyTorch, which a user would have run in our place

@@ -16,7 +16,7 @@ tl = pytest.importorskip("triton.language")
 import sanitize  # noqa: E402
 from kernel_cases import check, config_of, make  # noqa: E402
 
-from fused_ppl.kernels import combine, walk  # noqa: E402
+from fused_ppl.kernels import grid_reduction, row_tiles  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -157,7 +157,7 @@ def arrive_without_an_order(counter_ptr, expected):
 def test_our_own_arrival_without_its_barrier_or_its_order_is_caught(monkeypatch, broken, slices):
     case = make(3, 700, torch.bfloat16)
     check(case, config_of(case, slices))
-    monkeypatch.setattr(combine, "arrive", broken)
+    monkeypatch.setattr(grid_reduction, "arrive", broken)
     with pytest.raises(Exception, match=r"which another program writes|no barrier in between"):
         check(case, config_of(case, slices))
 
@@ -171,7 +171,7 @@ def edge_columns_one_too_many(head, body, V, first_tile, T: tl.constexpr):
 
 
 def test_our_own_edge_of_one_column_too_many_is_caught(monkeypatch):
-    monkeypatch.setattr(walk, "edge_columns", edge_columns_one_too_many)
+    monkeypatch.setattr(row_tiles, "edge_columns", edge_columns_one_too_many)
     case = make(3, 301, torch.bfloat16, offset=3, pad=1)
     with pytest.raises(Exception, match=r"load .* logits_ptr, outside"):
         check(case)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What this machine has that the backends need: a Triton that compiles, and half-precision products summed in fp32.
+"""What this machine can do for the backends: whether Triton compiles, and whether bf16 products can be summed in fp32.
 
-Facts that never change are read once, at import, because torch.compile cannot trace the looking up. Triton itself is
-imported at the first call that could use it.
+The installed version is read once, at import, because torch.compile cannot trace the look-up. Triton itself is imported
+at the first call that could use it, because that takes a second.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from pathlib import Path
 
 import torch
 
-OLDEST_TRITON = (3, 3, 1)  # of torch 2.7
-TRITON_DEVICES = ("cuda", "xpu")  # a ROCm GPU is "cuda" to torch
+OLDEST_TRITON = (3, 3, 1)  # the version that torch 2.7 brings
+TRITON_DEVICES = ("cuda", "xpu")  # torch calls a ROCm GPU "cuda"
 
 
 def triton_problem(spec: ModuleSpec | None) -> str | None:
-    """Why the package triton cannot run the kernels, or None where nothing is known against it; does not import it."""
+    """Why the package triton cannot run the kernels, or None if nothing is known against it. It is not imported."""
     if spec is None:
         return "the package triton is not installed (it comes with every GPU build of torch)"
     if spec.origin is None:
@@ -39,13 +39,14 @@ _compiler_problems: dict[str, str | None] = {}  # by type of device
 
 
 def compiler_problem(device: torch.device) -> str | None:
-    """Why Triton compiles nothing for this device, which the smallest kernel shows once a process.
+    """Why Triton cannot compile for this device, or None. It compiles and runs the smallest kernel once per process.
 
-    None where that cannot be tried: while torch.compile traces, while a CUDA graph captures, and over fake tensors.
+    The result is also None while that cannot be tried: while torch.compile traces, while a CUDA graph is captured, and
+    with fake tensors.
     """
     kind = device.type
     if kind not in _compiler_problems:
-        if torch.compiler.is_compiling() or not _is_there(kind):
+        if torch.compiler.is_compiling() or not _can_launch(kind):
             return None
         out = torch.empty(1, dtype=torch.float32, device=device)
         if type(out) is not torch.Tensor:
@@ -54,12 +55,13 @@ def compiler_problem(device: torch.device) -> str | None:
             importlib.import_module("fused_ppl.kernels.probe").launch_probe(out)
             _compiler_problems[kind] = None
         except Exception as error:  # whatever a broken installation raises
-            said = next(iter(str(error).strip().splitlines()), "")
-            _compiler_problems[kind] = f"Triton compiles no kernel here: {type(error).__name__}: {said}"
+            first_line = next(iter(str(error).strip().splitlines()), "")
+            _compiler_problems[kind] = f"Triton compiles no kernel here: {type(error).__name__}: {first_line}"
     return _compiler_problems[kind]
 
 
-def _is_there(kind: str) -> bool:
+def _can_launch(kind: str) -> bool:
+    """True if a kernel may be launched now on the current device of this type."""
     if kind == "cuda":
         return torch.cuda.is_available() and not torch.cuda.is_current_stream_capturing()
     return kind == "xpu" and torch.xpu.is_available()
@@ -67,13 +69,13 @@ def _is_there(kind: str) -> bool:
 
 @functools.cache
 def widens_half_products(kind: str) -> bool:
-    """Whether torch.mm(out_dtype=torch.float32) takes bf16 on this type of device: torch has it for CUDA from 2.8 on.
+    """True if torch.mm(out_dtype=torch.float32) takes bf16 on this type of device. CUDA has it from torch 2.8 on.
 
-    ROCm builds have the overload, and some versions refuse it when it runs; so it is tried where a device is there.
+    All ROCm builds have the overload, but some raise when it runs. With a ROCm device this function therefore tries it.
     """
     if kind != "cuda" or "dtype" not in torch.ops.aten.mm.overloads():
         return False
-    if not torch.cuda.is_available():  # fake tensors
+    if not torch.cuda.is_available():  # the tensors are fake
         return True
     if not torch._C._dispatch_has_kernel_for_dispatch_key("aten::mm.dtype", "CUDA"):
         return False

@@ -63,47 +63,47 @@ def _sums(
     pull = empty(n) if spec.label_smoothing else None
     made = compact_columns.RowFactors(empty(n), empty(n), empty(n), empty(n), empty(n), empty(n), pull)
     compact_columns.launch_row_factors(
-        target_logit.contiguous(),
         target,
-        normalizers.lse.contiguous(),
-        normalizers.nll.contiguous(),
         triton_rows.weights(tokens, spec),
-        made,
         numbers,
+        target_logit=target_logit.contiguous(),
+        lse=normalizers.lse.contiguous(),
+        nll=normalizers.nll.contiguous(),
+        factors=made,
         num_classes=v if shard is None else shard.num_classes,
         ignore_index=spec.ignore_index,
     )
     if shard is not None:
         target = target - shard.first  # outside of the shard it is no column
         made.at_target.masked_fill_((target < 0) | (target >= v), 0)
-    size = launch.device_size(logits.device)
-    block, part, num_warps = compact_columns.tiling(n, v, logits.itemsize, *size)
-    parts = -(-n // part) if n else 0
+    tiling = compact_columns.choose_tiling(n, v, logits.itemsize, launch.device_size(logits.device))
+    parts = -(-n // tiling.rows_per_part) if n else 0
     # all of a row, without a cap and not a shard, sums to what is known
     summed = spec.softcap is not None or shard is not None
-    partials = compact_columns.Partials(
+    partials = compact_columns.ColumnSums(
         empty(parts, v),
         empty(parts, v),
         empty(parts, v) if signed else None,
-        empty(-(-v // block), n) if summed else None,
+        empty(-(-v // tiling.block), n) if summed else None,
     )
     # in units of the largest factor, whose square may be no float32
-    unit = made.scaled.abs().amax() if n else made.scaled.new_ones(())
+    unit = made.softmax_factor.abs().amax() if n else made.softmax_factor.new_ones(())
     unit = torch.where((unit > 0) & (unit < torch.inf), unit, 1)
-    in_units = made._replace(scaled=made.scaled / unit)
-    compact_columns.launch_column_sums(
-        logits, target, in_units, partials, numbers, rows_per_part=part, block=block, num_warps=num_warps
-    )
+    in_units = made._replace(softmax_factor=made.softmax_factor / unit)
+    compact_columns.launch_column_sums(logits, target, in_units, numbers, sums=partials, tiling=tiling)
     scale, wide = spec.logit_scale, sum_dtype(logits.device)
     back = unit.to(wide) * scale
     at_target = made.at_target * scale
-    row_sum = made.rest * scale
+    row_sum = made.A_minus_B * scale
     if partials.row_sum is not None:
         row_sum = (partials.row_sum.sum(0).to(wide) * back).to(at_target.dtype) + at_target
-    pull = made.rest[:0] if pull is None else pull * scale
-    sizes, square = partials.size.sum(0).to(wide) * back, partials.square.sum(0).to(wide) * back**2
-    columns = ColumnSums(sizes, square, sizes[:0] if partials.total is None else partials.total.sum(0).to(wide) * back)
-    return columns, RowFactors(made.a, made.rest, pull, row_sum, at_target, (made.scaled, made.lse2, made.multiplier))
+    pull = made.A_minus_B[:0] if pull is None else pull * scale
+    sizes, square = partials.abs_sum.sum(0).to(wide) * back, partials.square_sum.sum(0).to(wide) * back**2
+    columns = ColumnSums(
+        sizes, square, sizes[:0] if partials.signed_sum is None else partials.signed_sum.sum(0).to(wide) * back
+    )
+    of_backend = (made.softmax_factor, made.lse2, made.scale_log2)
+    return columns, RowFactors(made.A, made.A_minus_B, pull, row_sum, at_target, of_backend)
 
 
 def nll_kept(
@@ -117,8 +117,14 @@ def nll_kept(
     memory_budget: int | None,
 ) -> Tensor:
     row_sum = torch.empty_like(factors.a)
-    compact_kept.launch_kept(
-        logits, kept.columns, kept.place, _row_factors(factors, spec), out, row_sum, triton_rows.numbers(spec)
+    compact_kept.launch_kept_gradient(
+        logits,
+        kept.columns,
+        _row_factors(factors, spec),
+        triton_rows.numbers(spec),
+        target_position=kept.place,
+        out=out,
+        row_sum=row_sum,
     )
     return factors.row_sum - row_sum
 
@@ -136,19 +142,19 @@ def nll_rescreen(
 ) -> tuple[RowStats, Tensor, Tensor]:
     """`nll_kept` where the statistics come from a screen, which the kept columns correct; see `torch_compact`."""
     assert stats.lse is not None
-    found = compact_kept.Rescreened(
+    found = compact_kept.CorrectedRows(
         torch.empty_like(stats.nll), torch.empty_like(stats.lse), *(torch.empty_like(stats.nll) for _ in range(3))
     )
     compact_kept.launch_rescreen(
-        logits,
         screened,
         kept.columns,
-        kept.place,
-        stats.nll,
-        stats.lse,
         _row_factors(factors, spec),
-        found,
         triton_rows.numbers(spec),
+        target_position=kept.place,
+        nll=stats.nll,
+        lse=stats.lse,
+        out=logits,
+        corrected=found,
     )
     counted = factors.a != 0
     same = ~counted | (found.nll == stats.nll)  # as inf is, where the target is masked
@@ -156,10 +162,10 @@ def nll_rescreen(
     loss = stats.loss + (factors.a - factors.rest) * change
     if factors.smoothing.numel():
         loss = loss + factors.smoothing * (change * weight_sum / spec.logit_scale)
-    left = factors.row_sum - factors.at_target - factors.a * (found.part * spec.logit_scale)
-    left = torch.where(counted, left * found.shrink, 0)
+    left = factors.row_sum - factors.at_target - factors.a * (found.p_slope_sum * spec.logit_scale)
+    left = torch.where(counted, left * found.p_ratio, 0)
     nll, lse = torch.where(counted, found.nll, stats.nll), torch.where(counted, found.lse, stats.lse)
-    return stats._replace(nll=nll, lse=lse, loss=loss), left, torch.where(counted, found.wrong, 0)
+    return stats._replace(nll=nll, lse=lse, loss=loss), left, torch.where(counted, found.nll_error, 0)
 
 
 def _row_factors(factors: RowFactors, spec: LossSpec) -> compact_columns.RowFactors:

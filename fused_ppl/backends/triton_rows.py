@@ -34,7 +34,7 @@ def nll_forward(
     stats = _check_and_allocate(logits, tokens.target, spec)
     if n == 0:
         return stats, None
-    config = _config(logits, heavy=launch.heaviness(numbers(spec), spec.stats))
+    config = _config(logits, heavy=launch.register_pressure(numbers(spec), spec.stats))
     totals = None
     if spec.reduction in ("mean", "sum"):
         dtypes = (torch.float32,) * 2 + (torch.float64,) * 3
@@ -43,10 +43,10 @@ def nll_forward(
         logits,
         tokens.target.contiguous(),
         weights(tokens, spec),
-        launch.Rows(*stats),  # type: ignore[arg-type]
-        None if totals is None else launch.Sums(*totals, num_items),
-        _workspace(n, config, totals is not None, device),
         numbers(spec),
+        rows=launch.Rows(*stats),  # type: ignore[arg-type]
+        totals=None if totals is None else launch.Totals(*totals, num_items),
+        workspace=_workspace(n, config, totals is not None, device),
         config=config,
         ignore_index=spec.ignore_index,
         mean=spec.reduction == "mean",
@@ -72,15 +72,17 @@ def nll_backward(
     launch_nll_backward(
         logits,
         target.contiguous(),
-        normalizers.lse.to(torch.float64).contiguous(),
-        normalizers.nll.contiguous(),
-        launch.Upstream(*(None if g is None else g.to(torch.float32).expand(target.shape) for g in upstream)),  # type: ignore[arg-type]
         weights(tokens, spec),
-        out,
         numbers(spec) if upstream.grad_z is not None else numbers(spec)._replace(z_loss=None),
+        lse=normalizers.lse.to(torch.float64).contiguous(),
+        nll=normalizers.nll.contiguous(),
+        upstream=launch.Upstream(
+            *(None if g is None else g.to(torch.float32).expand(target.shape) for g in upstream)  # type: ignore[arg-type]
+        ),
+        out=out,
         config=_config(logits, heavy=spec.softcap is not None or weighted),
         ignore_index=spec.ignore_index,
-        v0=first,
+        first_class=first,
         num_classes=num_classes,
     )
 
@@ -100,16 +102,16 @@ def nll_forward_backward(
     """
     stats = _check_and_allocate(logits, tokens.target, spec)
     size, scalars = launch.device_size(logits.device), numbers(spec)
-    heavy = launch.heaviness(scalars, spec.stats)
+    pressure = launch.register_pressure(scalars, spec.stats)
     launch_nll_forward_backward(
         logits,
-        target_logit.contiguous(),
         tokens.target.contiguous(),
         weights(tokens, spec),
-        launch.Rows(*stats),  # type: ignore[arg-type]
         scalars,
+        target_logit=target_logit.contiguous(),
+        rows=launch.Rows(*stats),  # type: ignore[arg-type]
         upstream=upstream,
-        config=launch.choose_two_pass_config(logits.shape[1], logits.itemsize, *size, heavy=heavy),
+        config=launch.choose_two_pass_config(logits.shape[1], logits.itemsize, size, register_pressure=pressure),
         ignore_index=spec.ignore_index,
     )
     return stats
@@ -139,11 +141,17 @@ def _three_dims(logits: Tensor) -> Tensor:
 
 def _config(logits: Tensor, *, heavy: int) -> launch.LaunchConfig:
     b, r, v = logits.shape
-    return launch.choose_config(b * r, v, logits.itemsize, *launch.device_size(logits.device), heavy=heavy)
+    return launch.choose_config(b * r, v, logits.itemsize, launch.device_size(logits.device), register_pressure=heavy)
 
 
-def numbers(spec: LossSpec) -> launch.Numbers:
-    return launch.numbers(spec.logit_scale, spec.softcap, spec.label_smoothing, spec.z_loss, spec.max_nll)
+def numbers(spec: LossSpec) -> launch.LossScalars:
+    return launch.loss_scalars(
+        logit_scale=spec.logit_scale,
+        softcap=spec.softcap,
+        label_smoothing=spec.label_smoothing,
+        z_loss=spec.z_loss,
+        max_nll=spec.max_nll,
+    )
 
 
 def weights(tokens: TokenInputs, spec: LossSpec) -> launch.Weights:
@@ -159,7 +167,7 @@ def _workspace(n: int, config: launch.LaunchConfig, sums: bool, device: torch.de
     counters = torch.zeros(1 + n if split else 1, dtype=torch.int32, device=device) if split or sums else None
     partials = None
     if split:
-        partials = torch.empty((launch.PARTIALS, n, config.slices), dtype=torch.float32, device=device)
+        partials = torch.empty((launch.SLICE_FIELDS, n, config.slices), dtype=torch.float32, device=device)
     return launch.Workspace(counters, partials)
 
 
@@ -179,18 +187,18 @@ def nll_forward_shard(
         checks.check_target_range(target, num_classes, spec.ignore_index)
     shards = torch.empty((n, launch.SHARD_FIELDS), dtype=torch.float64, device=device)
     scalars = numbers(spec)
-    config = _config(logits, heavy=launch.heaviness(scalars, True))
+    config = _config(logits, heavy=launch.register_pressure(scalars, True))
     launch_nll_forward(
         logits,
         target.contiguous(),
         weights(tokens._replace(token_weight=None), spec),
-        launch.Rows(*(None,) * 6),  # type: ignore[arg-type]
-        None,
-        _workspace(n, config, False, device),
         scalars,
+        rows=launch.Rows(*(None,) * 6),  # type: ignore[arg-type]
+        totals=None,
+        workspace=_workspace(n, config, False, device),
         config=config,
         ignore_index=spec.ignore_index,
-        v0=first,
+        first_class=first,
         num_classes=num_classes,
         shards=shards,
     )
