@@ -41,7 +41,8 @@ def cross_entropy(
         z[i,v] = cap(logit_scale * input[i,v])          cap(a) = softcap * tanh(a / softcap), or a without softcap
         lse[i] = log sum_v exp z[i,v]                   nll[i] = lse[i] - z[i, y_i]
         l[i]   = u_i * ((1-a) * w[y_i] * nll[i] + a/V * sum_v w[v] * (lse[i] - z[i,v]) + z_loss * w[y_i] * lse[i]^2)
-        M      = sum_i u_i * w[y_i]                     "mean" = sum_i l[i] / M
+        S      = sum_i l[i]                             M = sum_i u_i * w[y_i]
+        "sum"  = S                                      "mean" = S / M
 
     The sums run over the counted tokens, which are those that are not ignored. a = label_smoothing, w = weight and
     u = token_weight. The only buffer of the size of the logits is their gradient. Sums are computed in float64. `input`

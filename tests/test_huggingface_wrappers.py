@@ -181,5 +181,5 @@ def test_a_quantised_head_is_refused_with_the_way_out():
 
 def test_an_encoder_decoder_is_told_what_is_supported():
     config = transformers.T5Config(vocab_size=97, d_model=16, d_ff=32, num_layers=1, num_heads=2, d_kv=8)
-    with pytest.raises(ValueError, match="encoder-decoder, and only models that predict the next"):
+    with pytest.raises(ValueError, match="encoder-decoder, and only models that predict their own next"):
         patch(transformers.T5ForConditionalGeneration(config))

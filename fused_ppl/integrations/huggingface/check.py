@@ -18,13 +18,7 @@ from torch import Tensor, nn
 
 from fused_ppl import next_token_targets
 from fused_ppl.integrations.huggingface import logit_transform
-from fused_ppl.integrations.huggingface.head_calls import (
-    FusedLeafCall,
-    HeadCall,
-    LossConfig,
-    NativeCall,
-    ProbeCall,
-)
+from fused_ppl.integrations.huggingface.head_calls import FusedLeafCall, HeadCall, LossConfig, NativeCall, ProbeCall
 from fused_ppl.integrations.huggingface.logit_transform import CheckError, config_numbers
 from fused_ppl.integrations.huggingface.swap import use_call
 

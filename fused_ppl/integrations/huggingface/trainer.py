@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,29 +17,10 @@ from torch import Tensor
 from fused_ppl import LossOutput, Perplexity, PerplexityAccumulator
 from fused_ppl.integrations.huggingface.swap import FusedModel
 
-if TYPE_CHECKING:
-
-    class _Trainer:
-        """What the mixin uses of `transformers.Trainer`."""
-
-        args: Any
-        accelerator: Any
-        is_deepspeed_enabled: bool
-        current_gradient_accumulation_steps: int
-        compute_loss: Any
-        evaluation_loop: Any
-        training_step: Any
-        get_tp_size: Any
-        log: Any
-        _clip_grad_norm: Any
-        _get_grad_norm: Any
-
-        def __init__(self, *args: Any, **kwargs: Any) -> None: ...
-else:
-    _Trainer = object
+_Trainer: Any = object  # for type checkers: the mixin has the attributes of the Trainer that it is combined with
 
 
-class PerplexityTrainerMixin(_Trainer):
+class PerplexityTrainerMixin(_Trainer):  # type: ignore[misc]  # transformers is optional
     """Trains on the perplexity of the whole batch of each optimizer step, over all micro-batches and ranks.
 
         class PerplexityTrainer(PerplexityTrainerMixin, Trainer): ...
