@@ -67,7 +67,7 @@ def check_compact(tolerance: object, columns: object, screen: object) -> None:
         allowed = "a finite count >= 1 or a share below 1, or None"
         count = check_number("gradient_columns", columns, allowed, lambda a: 0 < a < float("inf"), hint)
         if count >= 1 and count != int(count):
-            raise ValueError(f"gradient_columns must be a whole number if it is >= 1; got {columns!r}. {hint}")
+            raise ValueError(f"gradient_columns must be a whole number of columns from 1 on; got {columns!r}. {hint}")
     if tolerance is not None and columns is not None:
         raise ValueError(
             "gradient_tolerance chooses the number of columns, and gradient_columns sets it; got both. Leave out one."

@@ -238,7 +238,7 @@ def refused(group: dist.ProcessGroup) -> None:
     with pytest.raises(TypeError, match=r"must be a ProcessGroup, or a DeviceMesh of one dimension; got str"):
         fused_ppl.perplexity(x, y, group="dp")  # type: ignore[arg-type]
     mesh = DeviceMesh("cpu", torch.arange(4).view(2, 2), mesh_dim_names=("dp", "tp"))
-    with pytest.raises(ValueError, match=r"one dimension of a DeviceMesh; got a mesh of 2 dimensions\. Pass mesh\['dp'\]"):
+    with pytest.raises(ValueError, match=r"one dimension of a DeviceMesh; got a mesh of 2 .* Pass mesh\['dp'\]"):
         fused_ppl.perplexity(x, y, group=mesh)
     one = dist.new_group([0])
     if group.rank():
