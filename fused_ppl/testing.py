@@ -40,9 +40,9 @@ def make_logits(
 ) -> Tensor:
     """Random logits of shape (..., V).
 
-    The kind is "random" (standard deviation 3), "flat" (all logits nearly equal), "peaked" (one class of each row has
-    nearly all of the probability, as in a trained model), or "wild" (some logits are -inf, some rows are shifted by
-    +1e4 or -1e4).
+    Kind "random" has a standard deviation of 3. In "flat", all logits are nearly equal. In "peaked", one class of each
+    row has nearly all of the probability, as in a trained model. In "wild", some logits are -inf, and some rows are
+    shifted by +1e4 or -1e4.
     """
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")

@@ -34,8 +34,8 @@ class PerplexityTrainerMixin(_Trainer):  # type: ignore[misc]  # transformers is
     The mixin must come before `Trainer`. The model need not be patched, but a patched model stores no logits.
 
     Raises:
-        ValueError: the trainer does not pass `num_items_in_batch` of all ranks to the model, or a feature is used that
-            the mixin does not support (several GPUs in one process, DeepSpeed, an auxiliary loss of experts).
+        ValueError: the trainer does not pass `num_items_in_batch` of all ranks to the model. The mixin also refuses
+            several GPUs in one process, DeepSpeed, and an auxiliary loss of experts.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
