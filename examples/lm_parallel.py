@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the model, the batch and the report are spread over ranks, so that the training loop need not know.
+"""Splits the model, the batch and the report over ranks. The training loop is the same for one process and for many.
 
     torchrun --nproc-per-node 2 examples/train_lm.py --parallel ddp      each rank has the model and a part of the batch
     torchrun --nproc-per-node 2 examples/train_lm.py --parallel fsdp     ... and a part of every weight
     torchrun --nproc-per-node 2 examples/train_lm.py --parallel tp       the batch, and a part of vocabulary and MLPs
 
-Whatever the ranks, the batches are those of one process, and so are the losses, up to rounding.
+For every kind and every number of ranks, the batches are those of one process, and so are the losses, up to rounding.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ KINDS = ("ddp", "fsdp", "tp")
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those that train; by default it is the only one."""
+    """The rank of this process and the other ranks that train. By default there is one process."""
 
     device: str
     kind: str | None = None
@@ -49,11 +49,11 @@ class Ranks:
 
     @property
     def group(self) -> DeviceMesh | None:
-        """The ranks that share the tokens of a batch, for the loss."""
+        """The `group` of the loss: the ranks that hold different tokens. Tensor-parallel ranks hold the same tokens."""
         return None if self.kind == "tp" else self.mesh
 
     def wrap(self, model: GPT) -> nn.Module:
-        """The model on its device, whose `forward` computes the loss."""
+        """Return the model on its device and, if there are several ranks, split over them."""
         model = model.to(self.device)
         if self.kind == "ddp":
             return DistributedDataParallel(model, device_mesh=self.mesh)
@@ -62,7 +62,7 @@ class Ranks:
                 fully_shard(block, mesh=self.mesh)
             return fully_shard(model, mesh=self.mesh)
         if self.kind == "tp":
-            # the head is the embedding transposed, and with it sharded over the vocabulary
+            # the head shares its weight with the embedding, so both are sharded over the vocabulary
             plan: dict[str, Any] = {"embedding": RowwiseParallel(input_layouts=Replicate())}
             for i in range(len(model.blocks)):
                 plan |= {f"blocks.{i}.mlp.0": ColwiseParallel(), f"blocks.{i}.mlp.2": RowwiseParallel()}
@@ -70,20 +70,20 @@ class Ranks:
         return model
 
     def share(self, batch: Tensor) -> Tensor:
-        """This rank's sequences, of which there may be none."""
+        """Return the sequences of this rank. There may be none."""
         return (batch if self.group is None else batch.tensor_split(self.size)[self.rank]).to(self.device)
 
     def collect(self, metric: fused_ppl.Perplexity) -> fused_ppl.Perplexity:
-        """Over the sequences of all ranks."""
+        """Add up the sums of all ranks."""
         return metric if self.group is None else metric.sync(self.group)
 
     def folder(self, out: Path) -> Path:
-        """Where this rank writes its report: the first one where it is asked to."""
+        """Return the folder for the report of this rank. Only the first rank writes to --out."""
         return out if self.first else Path(tempfile.mkdtemp(prefix="train_lm-"))
 
 
 def join(kind: str | None, device: str) -> Ranks:
-    """Meet the other processes that torchrun has started; all but the first are silent from then on."""
+    """Connect to the other processes that torchrun has started. Only the first one prints from then on."""
     if kind is None:
         return Ranks(device)
     if "RANK" not in os.environ:
@@ -97,7 +97,7 @@ def join(kind: str | None, device: str) -> Ranks:
     mesh = init_device_mesh(device.partition(":")[0], (int(os.environ["WORLD_SIZE"]),))
     ranks = Ranks(device, kind, mesh, dist.get_rank(), dist.get_world_size())
     if not ranks.first:
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  (open to the end)
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  (stays open until exit)
     return ranks
 
 
@@ -107,7 +107,7 @@ def leave() -> None:
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
-    """DTensors apart from ordinary tensors: an optimizer steps over one group at a time, and cannot mix the two."""
+    """Put DTensors and ordinary tensors into different groups, because one group must not contain both."""
     kinds: dict[type, list[Tensor]] = {}
     for parameter in model.parameters():
         kinds.setdefault(type(parameter.data), []).append(parameter)
@@ -115,12 +115,15 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
 
 
 @torch.no_grad()
-def clip_gradients(parameters: Iterable[Tensor], longest: float) -> Tensor:
-    """The norm of the whole gradient, which is no longer than `longest` afterwards; DTensors and tensors mixed."""
+def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
+    """Scale the gradients so that their norm is at most `max_norm`, and return the norm before.
+
+    The function of torch does not take DTensors and ordinary tensors together.
+    """
     gradients = [p.grad for p in parameters if p.grad is not None]
     norms = [torch.linalg.vector_norm(g) for g in gradients]
     total = torch.linalg.vector_norm(torch.stack([n.full_tensor() if hasattr(n, "full_tensor") else n for n in norms]))
-    factor = (longest / (total + 1e-6)).clamp(max=1.0)
+    factor = (max_norm / (total + 1e-6)).clamp(max=1.0)
     for g in gradients:
         (g.to_local() if hasattr(g, "to_local") else g).mul_(factor)
     return total

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The report of one or more runs: JSON, a plot of the curves, a table."""
+"""The report of one or more runs: a JSON file, a plot of the curves, and a table."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lm_measure import Run, machine, versions
 from matplotlib.figure import Figure
 from rich.table import Table
 
-# colours that stay apart for colour-blind readers; dashes because equal losses draw one curve over another
+# colour-blind readers can tell these colours apart; dashes show curves that lie on top of each other
 STYLES = {
     "perplexity": ("#0072B2", "-"),
     "cross_entropy": ("#D55E00", (0, (6, 3))),
@@ -27,13 +27,13 @@ COLUMNS = ("loss", "perplexity", "bits/\ntoken", "bits/\nbyte", "tokens\nper s",
 
 
 class Report:
-    """Collects the runs and writes them to `out`; written at every validation, so that no interrupt loses a run."""
+    """Collects the runs and writes them to `out`, at every validation, so that an interrupted run is kept."""
 
     def __init__(self, out: Path, arguments: dict[str, Any], corpus: Corpus, unigram: float) -> None:
         self.json_path, self.plot_path = out / "run.json", out / "curves.png"
         self.corpus, self.unigram = corpus, unigram
         arguments = {name: jsonable(value) for name, value in arguments.items()}
-        self.head = {"arguments": arguments, "versions": versions(), "machine": machine(arguments["device"])}
+        self.facts = {"arguments": arguments, "versions": versions(), "machine": machine(arguments["device"])}
         self.runs: list[Run] = []
         out.mkdir(parents=True, exist_ok=True)
 
@@ -42,11 +42,11 @@ class Report:
         return self.runs[-1]
 
     def save_json(self) -> None:
-        """Write beside the file and rename over it: a reader sees the old one or the new one, never half of one."""
+        """Write a temporary file and rename it, so that a reader never sees an incomplete file."""
         corpus = {name: value for name, value in vars(self.corpus).items() if not isinstance(value, torch.Tensor)}
         corpus |= {"train_tokens": len(self.corpus.train), "validation_tokens": self.corpus.validation.numel()}
         runs = [{**asdict(run), "summary": run.summary()} for run in self.runs]
-        record = {**self.head, "corpus": corpus, "unigram_perplexity": self.unigram, "runs": runs}
+        record = {**self.facts, "corpus": corpus, "unigram_perplexity": self.unigram, "runs": runs}
         partial = self.json_path.with_suffix(".json.partial")
         partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         os.replace(partial, self.json_path)
@@ -74,8 +74,8 @@ class Report:
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
         axes.set_xlabel("training tokens")
         axes.set_ylabel("perplexity")
-        key = "faint: each batch   line: running mean   dots: held-out text"
-        axes.set_title(key, loc="left", color="0.35", size=10)
+        legend = "faint: each batch   line: running mean   dots: held-out text"
+        axes.set_title(legend, loc="left", color="0.35", size=10)
         figure.suptitle(f"Perplexity, vocabulary of {self.corpus.vocab_size:,}", x=0.01, ha="left", weight="bold")
         axes.grid(True, which="major", color="0.9")
         axes.spines[["top", "right"]].set_visible(False)
@@ -84,7 +84,7 @@ class Report:
         figure.savefig(self.plot_path)
 
     def table(self) -> Table:
-        """Fits 80 columns."""
+        """Return a table of at most 80 columns of text."""
         table = Table(title="Held-out text at the end of training")
         for column in COLUMNS:
             table.add_column(column, justify="left" if column == "loss" else "right")
@@ -105,7 +105,7 @@ class Report:
         return table
 
     def verdict(self) -> str:
-        """One sentence on the first loss that was run."""
+        """Return a sentence about the first run."""
         last = self.runs[0].summary()["validation_perplexity"] if self.runs else None
         if last is None:
             return "No validation was reached."
@@ -114,7 +114,7 @@ class Report:
 
 
 def draw_run(axes: Any, run: Run) -> None:
-    """Batches faint, their running mean strong, validation as points."""
+    """Draw the batches as a faint line, their running mean as a strong line, and validations as points."""
     colour, line = STYLES[run.loss]
     tokens = [step["tokens"] for step in run.steps]
     perplexity = [step["perplexity"] for step in run.steps]
@@ -122,12 +122,12 @@ def draw_run(axes: Any, run: Run) -> None:
     label = f"{run.loss} (held-out: {held_out[-1]:,.1f})" if held_out else run.loss
     axes.plot(tokens, perplexity, color=colour, linewidth=0.8, alpha=0.25)
     axes.plot(tokens, running_mean(perplexity), color=colour, linestyle=line, linewidth=1.8, label=label)
-    at = [point["tokens"] for point in run.validation]
-    axes.plot(at, held_out, "o", color=colour, markeredgecolor="white", markersize=7, zorder=3, clip_on=False)
+    validated_at = [point["tokens"] for point in run.validation]
+    axes.plot(validated_at, held_out, "o", color=colour, markeredgecolor="white", markersize=7, zorder=3, clip_on=False)
 
 
 def running_mean(perplexity: list[float], reach: int = 4) -> list[float]:
-    """Geometric mean over each step and the `reach` steps on both sides: perplexities multiply, they do not add."""
+    """Return the geometric mean over each step and `reach` steps on both sides, which is exp of the mean nll."""
     logs = torch.tensor(perplexity, dtype=torch.float64).log()
     return [logs[max(i - reach, 0) : i + reach + 1].mean().exp().item() for i in range(len(logs))]
 
@@ -137,7 +137,7 @@ def number(value: float | None, form: str) -> str:
 
 
 def jsonable(value: Any) -> Any:
-    """Paths as text; the rest as it is."""
+    """Return the value with paths as text."""
     if isinstance(value, list):
         return [jsonable(item) for item in value]
     return str(value) if isinstance(value, Path) else value

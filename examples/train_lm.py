@@ -1,18 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Train a small GPT-style language model on real text with the perplexity loss.
 
-    python examples/train_lm.py                     Python's own library, a 32k vocabulary, two CPU cores, two minutes
+    python examples/train_lm.py                     standard library of Python, 32k vocabulary, 2 CPU cores, 2 minutes
     python examples/train_lm.py --compare           perplexity, cross_entropy and torch one after another, one table
     torchrun --nproc-per-node 2 examples/train_lm.py --parallel ddp        or fsdp, tp: see lm_parallel.py
     python examples/train_lm.py --text a.txt b.txt --device cuda --dim 512 --layers 8 --steps 5000
 
-The gradient of the perplexity is PPL times that of cross-entropy: the same direction, tens of thousands of times as
-long at the start (PPL is about V there), hundreds of times at the end. Two things let one learning rate serve both
-losses. Clipping by the global norm gives every perplexity gradient the length --clip, so no step sees the factor;
-AdamW divides by the gradient's own running size, so a common length does not matter either. The default --clip is
-short enough to bite at every step of cross-entropy too, and then all losses take the same steps. With a longer --clip
-cross-entropy's late, short gradients weigh less in AdamW's averages, and the curves part: that is the clipping, not
-the loss. SGD without clipping has neither protection: there the factor multiplies the learning rate.
+The gradient of the perplexity is PPL times the gradient of the cross-entropy. It has the same direction, but it is tens
+of thousands of times longer at the start, where PPL is about V, and hundreds of times longer at the end. Two things
+allow one learning rate for both losses. Clipping by the global norm gives every gradient of the perplexity the length
+--clip. AdamW divides by the running size of the gradient, so a common factor has no effect.
+
+The default --clip is so small that it also clips every gradient of the cross-entropy, and then all losses make the same
+steps. With a larger --clip, the short late gradients of the cross-entropy have less weight in the averages of AdamW,
+and the curves differ. This is an effect of clipping and not of the loss. SGD without clipping would multiply its
+learning rate by PPL.
 """
 
 from __future__ import annotations
@@ -40,11 +42,11 @@ import fused_ppl
 
 
 def torch_cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
-    """What most training code does: logits, an fp32 copy of them, then a log-softmax as large as they are."""
+    """The usual way: full logits, a copy of them in fp32, and a log-softmax of the same size."""
     return F.cross_entropy(F.linear(hidden, head).float().flatten(0, -2), targets.flatten())
 
 
-# (B, T, D) hidden states, (V, D) weight of the head, (B, T) targets -> scalar; the fused ones never make the logits
+# each takes hidden states (B, T, D), the weight of the head (V, D) and targets (B, T), and returns a scalar
 LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "perplexity": fused_ppl.linear_perplexity,
     "cross_entropy": fused_ppl.linear_cross_entropy,
@@ -60,7 +62,7 @@ LOSSES |= {
 
 
 def train(model: nn.Module, corpus: Corpus, args: argparse.Namespace, *, run: Run, report: Report) -> None:
-    """The loop: batch, loss, backward, clip, step; validation now and then."""
+    """Train for --steps steps, with a validation every --eval-every steps."""
     optimizer = torch.optim.AdamW(
         parameter_groups(model), lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay
     )
@@ -77,7 +79,7 @@ def train(model: nn.Module, corpus: Corpus, args: argparse.Namespace, *, run: Ru
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-        # .item() waits for the device, so the time is the whole step's
+        # .item() waits for the device, so the time includes the whole step
         run.add_step(loss=loss.item(), gradient_norm=norm.item(), seconds=time.perf_counter() - started)
         progress.set_postfix(perplexity=f"{run.perplexity:,.1f}")
         if step % args.eval_every == 0 or step == args.steps:
@@ -93,7 +95,7 @@ def next_token_loss(
     loss_function: Callable[[Tensor, Tensor, Tensor], Tensor],
     args: argparse.Namespace,
 ) -> Tensor:
-    """The targets are shifted, nothing is sliced. Products run in --dtype; the losses accumulate in fp32."""
+    """Return the loss for predicting the next token. Matrix products use --dtype, and losses are summed in fp32."""
     dtype = getattr(torch, args.dtype)
     with torch.autocast(tokens.device.type, dtype=dtype, enabled=dtype is not torch.float32):
         return model(tokens, fused_ppl.next_token_targets(tokens), loss_function)
@@ -101,7 +103,7 @@ def next_token_loss(
 
 @torch.no_grad()
 def evaluate(model: nn.Module, windows: Tensor, args: argparse.Namespace) -> fused_ppl.Perplexity:
-    """Over all windows: the metric carries sums, because an average of perplexities is not the perplexity."""
+    """Return the perplexity of all windows as a metric of sums, because perplexities of batches have no average."""
     metric, nll_sum = fused_ppl.Perplexity(), partial(fused_ppl.linear_cross_entropy, reduction="sum")
     for batch in windows.split(args.batch_size):
         tokens = args.ranks.share(batch)
@@ -111,7 +113,7 @@ def evaluate(model: nn.Module, windows: Tensor, args: argparse.Namespace) -> fus
 
 
 def warm_up_then_decay(step: int, *, steps: int) -> float:
-    """Factor of the learning rate: up over the first tenth, then down along a cosine to a twentieth."""
+    """Return the factor of the learning rate. It rises in the first tenth and falls to 0.05 along a cosine."""
     warm_up = max(steps // 10, 1)
     if step < warm_up:
         return (step + 1) / warm_up
@@ -120,7 +122,7 @@ def warm_up_then_decay(step: int, *, steps: int) -> float:
 
 
 def run_one(loss: str, corpus: Corpus, report: Report, args: argparse.Namespace) -> None:
-    """A model and a training run from the seed: the same weights and the same batches for every loss."""
+    """Train a new model. Every loss starts from the same weights and gets the same batches."""
     torch.manual_seed(args.seed)
     run = report.start(loss, tokens_per_step=args.batch_size * args.context)
     with PeakMemory(run, args.ranks.device):
@@ -148,7 +150,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console.print(corpus.describe(), highlight=False)
     if corpus.vocab_size < args.vocab_size:
         console.print(
-            f"(--vocab-size asked for {args.vocab_size:,}; the text repeats no more pairs of tokens to merge)"
+            f"(the vocabulary is smaller than --vocab-size {args.vocab_size:,}: the text has no more pairs to merge)"
         )
     console.print(f"unigram perplexity of the held-out text: {report.unigram:,.1f}", highlight=False)
     code = 0
@@ -182,28 +184,28 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     loss.add_argument(
         "--compare", action="store_true", help="run the exact losses from the same seed and print one table"
     )
-    add("--text", type=Path, nargs="+", metavar="FILE", help="train on these files (default: Python's own library)")
+    add("--text", type=Path, nargs="+", metavar="FILE", help="train on these files (default: the library of Python)")
     add("--out", type=Path, default=Path("runs/train_lm"), help="folder for run.json and curves.png (%(default)s)")
     add("--vocab-size", type=positive, default=32768, metavar="V", help="tokens in the BPE vocabulary (%(default)s)")
     add("--steps", type=positive, default=120, help="steps of the optimizer (%(default)s)")
     add("--batch-size", type=positive, default=8, metavar="B", help="sequences in a step (%(default)s)")
     add("--context", type=positive, default=128, metavar="T", help="tokens in a sequence (%(default)s)")
     add("--lr", type=float, default=2e-3, help="peak learning rate, for every loss (%(default)s)")
-    add("--clip", type=float, default=0.5, help="largest norm of the gradient; keep it for perplexity (%(default)s)")
-    add("--weight-decay", type=float, default=0.1, metavar="W", help="of AdamW (%(default)s)")
+    add("--clip", type=float, default=0.5, help="largest norm of the gradient; perplexity needs one (%(default)s)")
+    add("--weight-decay", type=float, default=0.1, metavar="W", help="weight decay of AdamW (%(default)s)")
     add("--dim", type=positive, default=192, metavar="D", help="width of the model (%(default)s)")
     add("--heads", type=positive, default=4, help="attention heads; divides --dim (%(default)s)")
     add("--layers", type=positive, default=3, help="blocks (%(default)s)")
     add("--eval-every", type=positive, default=40, metavar="STEPS", help="steps between validations (%(default)s)")
-    add("--eval-windows", type=positive, default=128, metavar="N", help="held-out sequences in each (%(default)s)")
-    add("--seed", type=int, default=0, help="of the weights and the batches (%(default)s)")
+    add("--eval-windows", type=positive, default=128, metavar="N", help="sequences in a validation (%(default)s)")
+    add("--seed", type=int, default=0, help="seed of the weights and the batches (%(default)s)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1 (%(default)s)")
     add("--parallel", choices=KINDS, help="under torchrun: how the ranks share the work")
-    add("--dtype", choices=("float32", "bfloat16"), help="of products and logits (float32 on a CPU, else bfloat16)")
+    add("--dtype", choices=("float32", "bfloat16"), help="dtype of products (float32 on a CPU, else bfloat16)")
     args = parser.parse_args(arguments)
     args.dtype = args.dtype or ("float32" if args.device == "cpu" else "bfloat16")
     if args.vocab_size < 257:
-        parser.error(f"--vocab-size must be at least 257, the bytes and the end of a text; got {args.vocab_size}")
+        parser.error(f"--vocab-size must be at least 257: 256 bytes and the end of a text; got {args.vocab_size}")
     if args.parallel and (args.compare or args.loss == "torch"):
         parser.error(f"--parallel takes one of the fused losses, which know of ranks; got {args.loss} or --compare")
     if args.dim % args.heads:

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Exact perplexity gradients over micro-batches and ranks."""
+"""The exact gradient of the perplexity of a batch that is split into micro-batches and over ranks.
+
+Gradients of perplexities of parts do not add up to the gradient of the whole perplexity. Gradients of S do. So `add`
+lets each part backpropagate S, and `finish` multiplies the accumulated gradient by PPL / M.
+"""
 
 from __future__ import annotations
 
@@ -19,23 +23,24 @@ if TYPE_CHECKING:
 class PerplexityAccumulator:
     """The gradient of the perplexity of a whole window of micro-batches, on one rank or on many.
 
-        PPL = exp(S / M),    d PPL = PPL / M * sum of d S of every micro-batch and rank
+        PPL = exp(S / M),    d PPL = PPL / M * (sum of d S over all micro-batches and ranks)
 
-    **`finish` scales everything that is in `.grad` of the parameters**, so nothing but `add(...)` may be
-    backpropagated into them between two steps. Call it after `scaler.unscale_`, before clipping and the step.
+    **`finish` scales everything that is in `.grad` of the parameters**, so only losses from `add(...)` may be
+    backpropagated into them between two optimizer steps. Call `finish` after `scaler.unscale_`, and before clipping and
+    the optimizer step.
 
-    The gradients of S add up by themselves; the one factor is known after the last micro-batch, and its two sums are
-    then reduced over the group, in float64. DDP and FSDP average gradients over the ranks, which is undone by the
-    factor. Where a wrapper adds them up instead, divide the loss by the number of ranks before `backward`.
+    S and M are summed over the group in float64, once for each window. DDP and FSDP average gradients over ranks, and
+    `finish` multiplies by the number of ranks to undo that. If a wrapper sums the gradients instead, divide the loss by
+    the number of ranks before `backward`.
 
     Args:
-        parameters: those that are trained, `model.parameters()`.
-        group: the ranks that hold parts of the batch, a ProcessGroup or one dimension of a DeviceMesh. None for one
-            process.
-        expected_items: about how many tokens a window holds on all ranks. The loss is divided by it on the way in, so
-            that fp16 gradients of a long window do not overflow, and no longer after the factor. Any number > 0 gives
-            the same result, up to rounding.
-        max_nll: above this mean the perplexity goes on along its tangent, as in `fused_ppl.perplexity`.
+        parameters: the parameters that are trained, usually `model.parameters()`.
+        group: the ranks that hold parts of the batch, as a ProcessGroup or one dimension of a DeviceMesh. None means
+            that this process has the whole batch.
+        expected_items: about the number of tokens of a window on all ranks. `add` divides the loss by it and `finish`
+            multiplies by it, so that fp16 gradients of a long window do not overflow. Up to rounding, the result is
+            the same for every number > 0.
+        max_nll: above this mean the perplexity continues along its tangent, as in `fused_ppl.perplexity`.
 
     Example:
         >>> import torch, fused_ppl
@@ -57,12 +62,12 @@ class PerplexityAccumulator:
         expected_items: float = 1.0,
         max_nll: float | None = None,
     ) -> None:
-        self.parameters = list(dict.fromkeys(parameters))  # tied ones are scaled once
+        self.parameters = list(dict.fromkeys(parameters))  # a tied parameter must be scaled once
         checks.check_parameters(self.parameters)
         checks.check_number("expected_items", expected_items, "> 0 and finite", lambda n: 0 < n < float("inf"))
         self.expected_items = expected_items
         self._spec = LossSpec.of(max_nll=max_nll)
-        self._alone = group is None
+        self._group_given = group is not None
         self._group = groups.token_group(group, "mean")
         self._reset()
 
@@ -71,17 +76,20 @@ class PerplexityAccumulator:
         self._sums = torch.zeros(2, dtype=reduction.sum_dtype(device), device=device)
 
     def add(self, output: LossOutput) -> Tensor:
-        """Take S and M of a micro-batch, and give the loss to call `.backward()` on.
+        """Add S and M of a micro-batch. Call `.backward()` on the loss that this returns.
+
+        With a reentrant checkpoint, call `add` outside of it, because the checkpoint would call `add` twice.
 
         Args:
-            output: of `cross_entropy_with_stats` or `linear_cross_entropy_with_stats` with reduction="sum", without
-                z_loss and without `group`. Of a compiled function and of backend="reference" it cannot be seen that
-                they have neither; nor that a reentrant checkpoint calls `add` twice: keep `add` outside of it.
+            output: the result of `cross_entropy_with_stats` or `linear_cross_entropy_with_stats` with reduction="sum",
+                without z_loss and without `group`. `add` cannot check this for results of a compiled function or of
+                backend="reference".
         """
         checks.check_sum_output(output)
         request = getattr(output.loss.grad_fn, "request", None)
-        shards = None if request is None else request.groups  # ranks that hold them have the same tokens
-        if self._alone and not (shards and shards.vocab):
+        shards = None if request is None else request.groups
+        # ranks that hold shards of the vocabulary have the same tokens, so there is nothing to sum over them
+        if not self._group_given and not (shards and shards.vocab):
             groups.warn_without_group("mean", None, None, output.loss)
         with torch.no_grad():
             self._sums += torch.stack((output.loss.to(self._sums), output.total_weight.to(self._sums)))
@@ -89,10 +97,10 @@ class PerplexityAccumulator:
 
     @torch.no_grad()
     def finish(self) -> Tensor:
-        """Scale every `.grad` by PPL / M in place, forget the window, and return PPL, a 0-d float64 tensor.
+        """Scale every `.grad` by PPL / M in place, start a new window, and return PPL, a 0-d float64 tensor.
 
-        One all-reduce of 16 bytes. A rank without a micro-batch calls it as well. Without a counted token on any rank
-        PPL is NaN and every gradient becomes zero.
+        With a group, this is one all-reduce of 16 bytes. A rank without a micro-batch must call it too. If no rank has
+        a counted token, PPL is NaN and every gradient becomes zero.
         """
         sums, group = self._sums, self._group
         if group is not None:
@@ -109,13 +117,13 @@ class PerplexityAccumulator:
 
 
 def _scale(gradients: list[Tensor], factor: Tensor) -> None:
-    """gradients *= factor, of which bf16 and fp16 ones lose nothing but the rounding of the result."""
-    local = [g.to_local() if hasattr(g, "to_local") else g for g in gradients]  # DTensor: the same memory
+    """Compute gradients *= factor in place. The product of a bf16 or fp16 gradient is fp32 and is rounded once."""
+    local = [g.to_local() if hasattr(g, "to_local") else g for g in gradients]  # shares the memory of a DTensor
     wide = [g for g in local if g.dtype.itemsize >= 4]
     for device in {g.device for g in wide}:
         torch._foreach_mul_([g for g in wide if g.device == device], factor.to(device))
     for g in local:
         if g.dtype.itemsize < 4:
-            # of one dimension, a factor makes the product one of fp32
+            # a 0-d factor would be rounded to the dtype of the gradient; a factor of one dimension stays fp32
             g = g.unsqueeze(0)
             torch.mul(g, factor.to(g.device, torch.float32).expand(1), out=g)

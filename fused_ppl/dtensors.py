@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a DTensor says of its shards: the local tensors to compute with, and the ranks that hold the others.
+"""From DTensors to local tensors, and to the group of ranks that hold the other shards of the vocabulary.
 
-A tensor is taken apart only where the parts can be computed with; none is gathered but hidden states that are sharded
-over tokens, which every shard of the vocabulary needs whole.
+The loss computes with the local shards of the vocabulary, so no logits and no weights are gathered. Hidden states that
+are sharded over tokens are gathered, because every shard of the vocabulary needs all tokens.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def all_plain(*tensors: object) -> bool:
-    """Whether none is of a subclass. Fast: it is asked of every call."""
+    """True if no tensor is of a subclass such as DTensor. Every call asks this, so it must be fast."""
     return all(type(t) in _PLAIN for t in tensors)
 
 
 def local_logits(
     logits: Tensor, class_dim: int, vocab_group: VocabGroup | None, groups: Groups | None
 ) -> tuple[Tensor, Groups | None]:
-    """This rank's columns, and the groups with those that hold the others."""
+    """Return the local classes of the logits, and `groups` extended by the ranks that hold the other classes."""
     dim = 0 if logits.ndim == 1 else class_dim % logits.ndim
     if _is_distributed(logits):
-        groups = _of_spec("input", logits, dim, vocab_group, groups, False)
-        return logits.to_local(), groups
+        rank_checks.check_no_vocab_group("input", vocab_group)
+        return logits.to_local(), _add_shards_of("input", logits, dim, groups)
     if vocab_group is not None:
         groups = plain_shards(groups, vocab_group, logits.shape[dim], False)
     return logits, groups
@@ -51,13 +51,15 @@ def local_head(
     vocab_group: VocabGroup | None,
     groups: Groups | None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Groups | None]:
-    """Hidden states of all tokens, this rank's rows of weight and bias, and the groups with those that hold the others.
+    """Return hidden states of all tokens, the local weight and bias, and `groups` extended by the vocabulary ranks.
 
-    A gradient of the hidden states is summed by the DTensor that they come from, or else by us.
+    The gradient of the hidden states is a sum over these ranks. If the hidden states are a DTensor, it computes this
+    sum in backward. Otherwise the loss does (`sum_hidden`).
     """
     sum_hidden = not _is_distributed(hidden)
     if _is_distributed(linear_weight):
-        groups = _of_spec("linear_weight", linear_weight, 0, vocab_group, groups, sum_hidden)
+        rank_checks.check_no_vocab_group("linear_weight", vocab_group)
+        groups = _add_shards_of("linear_weight", linear_weight, 0, groups, sum_hidden=sum_hidden)
         if _is_distributed(hidden):
             rank_checks.check_same_mesh(hidden.device_mesh == linear_weight.device_mesh)
             hidden = _gather(hidden)
@@ -67,13 +69,13 @@ def local_head(
         if vocab_group is not None:
             groups = plain_shards(groups, vocab_group, linear_weight.shape[0], sum_hidden)
     if linear_bias is not None and _is_distributed(linear_bias):
-        _of_spec("linear_bias", linear_bias, 0, None, groups, False)
+        _add_shards_of("linear_bias", linear_bias, 0, groups)  # for its checks
         linear_bias = linear_bias.to_local()
     return hidden, linear_weight, linear_bias, groups
 
 
 def whole(tokens: T) -> T:
-    """Targets or weights of all tokens."""
+    """Return targets or weights of all tokens, gathered if they are a DTensor."""
     return tokens.full_tensor() if tokens is not None and _is_distributed(tokens) else tokens
 
 
@@ -81,35 +83,31 @@ def _is_distributed(tensor: Tensor) -> TypeGuard[DTensor]:
     return hasattr(tensor, "device_mesh") and hasattr(tensor, "placements")
 
 
-def _of_spec(
-    name: str,
-    tensor: DTensor,
-    dim: int,
-    vocab_group: VocabGroup | None,
-    groups: Groups | None,
-    sum_hidden: bool,
+def _add_shards_of(
+    name: str, tensor: DTensor, dim: int, groups: Groups | None, *, sum_hidden: bool = False
 ) -> Groups | None:
+    """Return `groups` extended by the ranks that hold the shards of `tensor` along `dim`, the vocabulary."""
     from torch.distributed.tensor import Shard
 
     mesh, placements = tensor.device_mesh, tensor.placements
     sharded = mesh.ndim == 1 and type(placements[0]) is Shard and placements[0].dim % tensor.ndim == dim
-    rank_checks.check_placement(name, sharded, placements, mesh.ndim, dim, vocab_group)
+    rank_checks.check_placement(name, placements, mesh_dims=mesh.ndim, dim=dim, sharded=sharded)
     group, ranks = mesh.get_group(), mesh.size()
-    sizes = _chunks(tensor.shape[dim], ranks)
+    sizes = _shard_sizes(tensor.shape[dim], ranks)
     coordinate = mesh.get_coordinate()
     rank = 0 if coordinate is None else coordinate[0]
     rank_checks.check_shard_sizes(sizes, rank, ranks, tensor.to_local().shape[dim])
     return add_shards(groups, group.group_name, rank, sizes, sum_hidden)
 
 
-def _chunks(size: int, ranks: int) -> Sequence[int]:
-    """As torch.chunk, and so Shard, cuts."""
+def _shard_sizes(size: int, ranks: int) -> Sequence[int]:
+    """The sizes into which torch.chunk, and so Shard, splits a dimension."""
     step = -(-size // ranks)
     return [max(0, min(size, step * (r + 1)) - step * r) for r in range(ranks)]
 
 
 def _gather(hidden: DTensor) -> Tensor:
-    """All tokens. In backward every rank's part of their gradient is summed, to where the tokens are."""
+    """Return all tokens. Backward sums the partial gradients of all ranks and returns each token's sum to its rank."""
     from torch.distributed.tensor import Partial, Replicate
 
     return hidden.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The public functions: signature, docstring, and the call."""
+"""The six public loss functions: their signatures, their documentation, and the call of the implementation.
+
+Each function spells out its arguments, so that `help` and editors show them. Nothing is computed here.
+"""
 
 from __future__ import annotations
 
@@ -33,50 +36,54 @@ def cross_entropy(
     vocab_group: VocabGroup | None = None,
     options: Options | None = None,
 ) -> Tensor:
-    """Cross-entropy of logits against class indices, as `torch.nn.functional.cross_entropy`, in one pass.
+    """Cross-entropy of logits and class indices, like `torch.nn.functional.cross_entropy`, in one pass over the logits.
 
         z[i,v] = cap(logit_scale * input[i,v])          cap(a) = softcap * tanh(a / softcap), or a without softcap
         lse[i] = log sum_v exp z[i,v]                   nll[i] = lse[i] - z[i, y_i]
         l[i]   = u_i * ((1-a) * w[y_i] * nll[i] + a/V * sum_v w[v] * (lse[i] - z[i,v]) + z_loss * w[y_i] * lse[i]^2)
-        M      = sum_i u_i * w[y_i]                     "mean" = sum_i l[i] / M
+        S      = sum_i l[i]                             M = sum_i u_i * w[y_i]
+        "sum"  = S                                      "mean" = S / M
 
-    over the counted tokens (those that are not ignored), a = label_smoothing, w = weight, u = token_weight.
-    Nothing of the size of the logits is made beyond their gradient; sums are float64; `input` is not modified.
+    The sums run over the counted tokens, which are those that are not ignored. a = label_smoothing, w = weight and
+    u = token_weight. The only buffer of the size of the logits is their gradient. Sums are computed in float64. `input`
+    is not modified.
 
     Args:
-        input: (C,), (N, C) or (N, C, d1, ...), or the classes at `class_dim`; float16, bfloat16, float32 or float64,
-            of any strides.
-        target: the shape of `input` without the classes; int64 or int32, each in [0, C) or equal to `ignore_index`.
-        weight: (C,), a weight for each class. A constant, as `token_weight` and `num_items` are.
-        ignore_index: tokens with this target count for nothing and get a gradient of exactly zero, whatever their
-            logits hold. None ignores nothing.
-        reduction: "mean", "sum", "none" (per token) or "sequence" (the mean over the last dimension of `target`).
+        input: (C,), (N, C) or (N, C, d1, ...), or with the classes at `class_dim`. float16, bfloat16, float32 or
+            float64, with any strides.
+        target: the shape of `input` without the classes. int64 or int32, each in [0, C) or equal to `ignore_index`.
+        weight: (C,), a weight for each class. It is a constant, and so are `token_weight` and `num_items`.
+        ignore_index: tokens with this target are ignored. They do not change the loss, and their gradient is exactly
+            zero, even if their logits are NaN. With None, no token is ignored.
+        reduction: "mean", "sum", "none" (one loss per token) or "sequence" (the mean over the last dimension of
+            `target`).
         label_smoothing: in [0, 1].
-        class_dim: where the classes are; -1 for logits of shape (B, T, V).
-        logit_scale: > 0, multiplies the logits (1 / temperature).
-        softcap: > 0, or None for no cap (Gemma 2 uses 30).
+        class_dim: the dimension of the classes. Use -1 for logits of shape (B, T, V).
+        logit_scale: > 0, a factor of the logits (1 / temperature).
+        softcap: > 0, or None for no cap. Gemma 2 uses 30.
         token_weight: the shape of `target`, a weight for each token, of any sign.
-        z_loss: >= 0, the factor of lse^2 (PaLM, arXiv:2204.02311, uses 1e-4).
-        num_items: replaces M in "mean", for sums over several micro-batches (`num_items_in_batch` of Hugging Face), and
-            for weights that may add up to 0.
-        group: the ranks that hold the other parts of the batch (data, context or sequence parallel): a ProcessGroup,
-            or one dimension of a DeviceMesh. S and M are those of all of them, on each, and so is the loss; see
-            docs/distributed.md. The gradient is multiplied by the number of ranks, so that DDP and FSDP, which
-            average it, give that of the whole batch. For "mean".
-        vocab_group: the ranks that hold the other classes, if these tensors are shards of the vocabulary in the order
-            of ranks, all of one size; or (group, sizes). Targets, and `weight` of all classes, are the same on each.
-            A DTensor that is sharded over the classes says so by itself.
-        options: how it runs, see `Options`.
+        z_loss: >= 0, the factor of lse^2. PaLM (arXiv:2204.02311) uses 1e-4.
+        num_items: replaces M in "mean". Use it to add up the losses of several micro-batches (`num_items_in_batch` of
+            Hugging Face), or if the weights may add up to 0.
+        group: the ranks that hold the other parts of the batch (data, context or sequence parallel), as a ProcessGroup
+            or one dimension of a DeviceMesh. S and M are summed over these ranks, so each of them returns the loss of
+            the whole batch. The gradient is multiplied by the number of ranks, because DDP and FSDP average gradients.
+            Only for "mean". See docs/distributed.md.
+        vocab_group: the ranks that hold the other classes, if `input` is a shard of the vocabulary. Shards are in the
+            order of ranks and have one size; for other sizes pass (group, sizes). Targets and `weight`, which covers
+            all classes, must be the same on each rank. A DTensor that is sharded over the classes needs no
+            `vocab_group`.
+        options: how the loss is computed, see `Options`.
 
     Returns:
-        Nats, float32 (float64 for float64 input), of shape () for "mean" and "sum", of `target` for "none", of
-        `target.shape[:-1]` for "sequence". With no counted token the mean is NaN and every gradient exactly zero; so it
-        is where M = 0 for other reasons, unless `num_items` stands in its place.
+        The loss in nats, in float32, or in float64 for float64 input. Its shape is () for "mean" and "sum",
+        `target.shape` for "none", and `target.shape[:-1]` for "sequence". If M = 0, for example because no token is
+        counted, the mean is NaN and every gradient is exactly zero. `num_items` avoids this.
 
     Raises:
         ValueError: a shape, device or option does not fit.
-        TypeError: a dtype is not supported; float targets belong to `torch.nn.functional.cross_entropy`.
-        IndexError: a target is out of range (on a GPU its loss is NaN instead, and FUSED_PPL_DEBUG=1 raises).
+        TypeError: a dtype is not supported. For class probabilities use `torch.nn.functional.cross_entropy`.
+        IndexError: a target is out of range. On a GPU its loss is NaN instead, unless FUSED_PPL_DEBUG=1 is set.
         NotImplementedError: a named backend cannot run here.
 
     Example:
@@ -121,23 +128,25 @@ def perplexity(
     vocab_group: VocabGroup | None = None,
     options: Options | None = None,
 ) -> Tensor:
-    """Perplexity of logits against class indices: `cross_entropy(...).exp()`, differentiable.
+    """Perplexity of logits and class indices, `cross_entropy(...).exp()`, as a differentiable loss.
 
         PPL = exp(S / M) = 2 ** (S / M / ln 2),    S and M as in `cross_entropy`
         d PPL / d z[i,v] = PPL / M * u_i * w[y_i] * (softmax(z[i])[v] - [v = y_i])    (without label smoothing)
 
-    Its gradient is PPL times that of the cross-entropy, about V times at initialisation: clip gradients by norm, or
-    train with an optimizer that does not see the length of the gradient. Perplexities of micro-batches and ranks
-    do not add up or average: `group` combines S and M of ranks, `PerplexityAccumulator` those of micro-batches.
+    The gradient is PPL times the gradient of the cross-entropy, and PPL is about V at initialisation. Clip gradients by
+    their norm, or use an optimizer that does not depend on the length of the gradient.
+
+    Perplexities of micro-batches or ranks cannot be added or averaged. Use `group` to combine S and M of ranks, and
+    `PerplexityAccumulator` to combine S and M of micro-batches.
 
     Args:
-        reduction: "mean"; "none" and "sequence" are exp of each token's and each sequence's loss. An ignored token
-            has perplexity 1 and no gradient.
-        max_nll: above this mean of c nats the perplexity goes on along its tangent, exp(c) * (1 + L - c), so that
-            value and gradient stay finite. Without it the value is inf above 88.7 nats. Default: no limit.
+        reduction: "mean", or "none" and "sequence" for the exp of the loss of each token or sequence. An ignored token
+            has perplexity 1 and no gradient. "sum" raises ValueError.
+        max_nll: a limit c in nats for the mean L, or None. Above it, the perplexity continues along its tangent,
+            exp(c) * (1 + L - c), so value and gradient stay finite. Without a limit the value is inf above 88.7 nats.
 
-    The other arguments, what is returned (no unit: the number of equally likely choices) and what is raised are
-    those of `cross_entropy`; reduction="sum" is a ValueError.
+    All other arguments and errors are those of `cross_entropy`. The result has no unit: it is the number of equally
+    likely classes that would give the same loss.
 
     Example:
         >>> import torch, fused_ppl
@@ -189,14 +198,14 @@ def cross_entropy_with_stats(
     vocab_group: VocabGroup | None = None,
     options: Options | None = None,
 ) -> LossOutput:
-    """Loss and perplexity with what the same pass knows of each token: nll, lse, entropy, argmax; and M.
+    """Loss and perplexity together with M and with nll, lse, entropy and argmax of each token, from the same pass.
 
-    Arguments as in `cross_entropy` and `perplexity`. With reduction="sum", `loss` is S and `total_weight` is M, the
-    two numbers that add up over micro-batches and ranks; `perplexity` is exp(S / M) all the same. `z_loss` and
-    `num_items` enter `loss` only.
+    The arguments are those of `cross_entropy` and `perplexity`. With reduction="sum", `loss` is S and `total_weight` is
+    M. These two numbers can be added up over micro-batches and ranks. `perplexity` is exp(S / M) for "sum" too.
+    `z_loss` and `num_items` change `loss` only.
 
     Returns:
-        `LossOutput`. `loss` and `perplexity` are differentiable, also together; all else is detached.
+        `LossOutput`. `loss` and `perplexity` are differentiable, alone or together. All other fields are detached.
 
     Example:
         >>> import torch, fused_ppl
@@ -244,23 +253,24 @@ def linear_cross_entropy(
     vocab_group: VocabGroup | None = None,
     options: Options | None = None,
 ) -> Tensor:
-    """`cross_entropy` of the logits input @ linear_weight.T + linear_bias, which are never made as a whole.
+    """`cross_entropy` of input @ linear_weight.T + linear_bias, without storing all logits at once.
 
-    The logits of a chunk of rows are turned into their gradient in place and multiplied on, so that three matrix
-    products and no N x V buffer are needed; per-token results recompute the logits in backward instead (four
-    products). `fused_ppl.plan` has the model. The logit of the target is an fp32 dot product, and all sums and the
-    gradients of weight and bias are accumulated in fp32, whatever the dtype. Under autocast the products run in its
-    dtype.
+    The logits of one chunk of rows are computed, replaced in place by their gradient, and multiplied by the weight and
+    the hidden states. This needs three matrix products and no N x V buffer. Per-token results recompute the logits in
+    backward instead, which makes four products. `fused_ppl.plan` chooses the chunk sizes.
+
+    For every dtype, the logit of the target is a dot product in fp32, and sums and the gradients of weight and bias are
+    accumulated in fp32. Under autocast the matrix products use the dtype of autocast.
 
     Args:
         input: (..., D), hidden states.
-        linear_weight: (V, D), as in `torch.nn.Linear`; may be tied to an embedding.
+        linear_weight: (V, D), as in `torch.nn.Linear`. It may be tied to an embedding.
         target: (...), int64 or int32.
         linear_bias: (V,).
 
-    All other arguments, what is returned and what is raised: `cross_entropy`. Options.memory_budget sets the chunk
-    sizes to hold no more beyond inputs and gradients, where that is possible. Rows that are not counted cost no
-    products on a CPU; on a GPU leave the rows of a prompt out before the call.
+    All other arguments, the result and the errors are those of `cross_entropy`. Options.memory_budget limits the memory
+    for temporary buffers, if that is possible. On a CPU, ignored rows need no matrix products. On a GPU they do, so
+    leave out the rows of a prompt before the call.
 
     Example:
         >>> import torch, fused_ppl
@@ -306,9 +316,9 @@ def linear_perplexity(
     vocab_group: VocabGroup | None = None,
     options: Options | None = None,
 ) -> Tensor:
-    """`perplexity` of the logits input @ linear_weight.T + linear_bias, which are never made as a whole.
+    """`perplexity` of input @ linear_weight.T + linear_bias, without storing all logits at once.
 
-    See `linear_cross_entropy` for the arguments and how it runs, `perplexity` for what it means as a loss.
+    `linear_cross_entropy` documents the arguments and the method, and `perplexity` documents the loss.
 
     Example:
         >>> import torch, fused_ppl
@@ -357,7 +367,7 @@ def linear_cross_entropy_with_stats(
     vocab_group: VocabGroup | None = None,
     options: Options | None = None,
 ) -> LossOutput:
-    """`cross_entropy_with_stats` of the logits input @ linear_weight.T + linear_bias, which are never made as a whole.
+    """`cross_entropy_with_stats` of input @ linear_weight.T + linear_bias, without storing all logits at once.
 
     Example:
         >>> import torch, fused_ppl

@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Perplexity of a data set, streamed: only the two sums S and M are kept."""
+"""Perplexity of a data set from batches.
+
+The metric keeps two sums, S and M, because an average of the perplexities of batches is not the perplexity of the data.
+"""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,10 +20,11 @@ if TYPE_CHECKING:
 
 
 class Perplexity:
-    """exp(S / M) over everything it was shown, S = sum of nll in nats, M = number of counted tokens, both in float64.
+    """Perplexity of all tokens that were passed to `update`, in any order and in batches of any size.
 
-    The order and the sizes of the batches do not matter; perplexities of batches are never averaged. A GPU is not
-    waited for until the result is read.
+        PPL = exp(S / M),    S = sum of nll in nats,    M = number of counted tokens, or the sum of their weights
+
+    Both sums are float64 where the device has it. `update` does not wait for a GPU.
 
     Args:
         ignore_index, class_dim, logit_scale, softcap, options: as in `fused_ppl.perplexity`.
@@ -46,7 +50,7 @@ class Perplexity:
         options: Options | None = None,
     ) -> None:
         self.ignore_index = ignore_index
-        self._keywords = {
+        self._keywords: dict[str, Any] = {
             "ignore_index": ignore_index,
             "class_dim": class_dim,
             "logit_scale": logit_scale,
@@ -56,55 +60,55 @@ class Perplexity:
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Set both sums to zero."""
         self.nll_sum: Tensor = torch.zeros((), dtype=torch.float64, device="cpu")
         self.total_weight: Tensor = torch.zeros((), dtype=torch.float64, device="cpu")
 
     @torch.no_grad()
     def update(self, input: Tensor, target: Tensor, *, token_weight: Tensor | None = None) -> None:
-        """Add a batch of logits and targets, as `fused_ppl.perplexity` takes them."""
-        nll = functional.cross_entropy(input, target, reduction="none", token_weight=token_weight, **self._keywords)  # type: ignore[arg-type]
+        """Add a batch. The arguments are those of `fused_ppl.perplexity`."""
+        nll = functional.cross_entropy(input, target, reduction="none", token_weight=token_weight, **self._keywords)
         weight = torch.ones_like(nll) if token_weight is None else token_weight
         self._add(nll, weight if self.ignore_index is None else torch.where(target.ne(self.ignore_index), weight, 0))
 
     @torch.no_grad()
     def update_nll(self, nll: Tensor, total_weight: Tensor | float) -> None:
-        """Add S and M that are known already, in nats: `out.loss` and `out.total_weight` of reduction="sum".
+        """Add a batch whose S and M are known, such as `loss` and `total_weight` of `cross_entropy_with_stats`.
 
         Args:
-            nll: S, or the parts of it: of any shape, weighted if tokens are, 0 where ignored.
-            total_weight: M, or the parts of it: the number of counted tokens, or the sum of their weights.
+            nll: S in nats, or a tensor of any shape that sums to S.
+            total_weight: M, or a tensor that sums to M.
         """
         checks.check_float_input("nll", nll)
         self._add(nll, torch.as_tensor(total_weight, dtype=reduction.sum_dtype(nll.device), device=nll.device))
 
     def _add(self, nll: Tensor, weight: Tensor) -> None:
-        device, wide = nll.device, reduction.sum_dtype(nll.device)
-        self.nll_sum = self.nll_sum.to(device, wide) + nll.sum(dtype=wide)
-        self.total_weight = self.total_weight.to(device, wide) + weight.sum(dtype=wide)
+        device, dtype = nll.device, reduction.sum_dtype(nll.device)
+        self.nll_sum = self.nll_sum.to(device, dtype) + nll.sum(dtype=dtype)
+        self.total_weight = self.total_weight.to(device, dtype) + weight.sum(dtype=dtype)
 
     def merge(self, other: Perplexity) -> Perplexity:
-        """Add what another metric has seen, of another worker or another part of the data. Returns itself."""
+        """Add the sums of another metric, for example of another worker. Returns `self`."""
         device = self.nll_sum.device
         self.nll_sum = self.nll_sum + other.nll_sum.to(device)
         self.total_weight = self.total_weight + other.total_weight.to(device)
         return self
 
     def sync(self, group: Group | None = None) -> Perplexity:
-        """Add what all ranks have seen, once, after the last update: each then holds the same sums. Returns itself.
+        """Add up the sums of all ranks. Call it once on each rank, after the last update. Returns `self`.
 
         Args:
-            group: a ProcessGroup or one dimension of a DeviceMesh; None for all ranks.
+            group: a ProcessGroup, one dimension of a DeviceMesh, or None for all ranks.
         """
         name, device = groups.group_or_world(group)
-        # of all ranks the same device, also of one that has seen nothing yet
+        # a rank without an update still holds its sums on the CPU, and the all-reduce needs one type of device
         self.nll_sum, self.total_weight = self.nll_sum.to(device), self.total_weight.to(device)
         sums = groups.all_reduce(torch.stack((self.nll_sum, self.total_weight)), "sum", name)
         self.nll_sum, self.total_weight = sums.unbind()
         return self
 
     def compute(self) -> Tensor:
-        """The perplexity, a 0-d float64 tensor; NaN before any counted token."""
+        """Return the perplexity, a 0-d tensor of the dtype of the sums. It is NaN before the first counted token."""
         sums = reduction.Sums(self.nll_sum, self.total_weight, None)
         return reduction.finish(sums, LossSpec(), num_items=None, dtype=sums.s.dtype).perplexity
 

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The losses as `torch.nn.Module`, for code that builds its loss once; the linear ones own their head."""
+"""The losses as `torch.nn.Module`, for code that constructs its loss once and calls it many times.
+
+Each module keeps its keywords as attributes and passes them to the function of `functional`. The constructors spell out
+their arguments, so that `help` and editors show them. The linear losses own the weight of their head.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +21,18 @@ if TYPE_CHECKING:
 
 
 class _Loss(nn.Module):
-    """Keeps the keywords of a loss as attributes, as torch's losses do; `weight` is a buffer and moves along."""
+    """A loss that keeps its keywords as attributes, like the losses of torch.
+
+    `weight` is a buffer, so `module.to(...)` moves it.
+    """
 
     weight: Tensor | None
     group: Group | None
     vocab_group: VocabGroup | None
 
-    def __init__(self, weight: Tensor | None, **keywords: object) -> None:
+    def __init__(self, weight: Tensor | None, **keywords: Any) -> None:
         super().__init__()
+        # this raises for invalid values when the module is constructed, not when it is called
         LossSpec.of(**{k: v for k, v in keywords.items() if k not in ("class_dim", "group", "vocab_group", "options")})
         self.register_buffer("weight", weight)
         self._names = tuple(keywords)
@@ -36,7 +44,7 @@ class _Loss(nn.Module):
         return {name: getattr(self, name) for name in self._names}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Loss:
-        """A copy of a model trains in the same groups; a ProcessGroup cannot be copied."""
+        """Copy everything but the process groups, which cannot be copied and which the copy uses too."""
         parts = self.vocab_group if isinstance(self.vocab_group, tuple) else (self.vocab_group,)
         memo |= {id(group): group for group in (self.group, *parts) if group is not None}
         copied = self.__new__(type(self))
@@ -49,7 +57,10 @@ class _Loss(nn.Module):
 
 
 class CrossEntropyLoss(_Loss):
-    """`fused_ppl.cross_entropy` with its keywords given once, in the place of `torch.nn.CrossEntropyLoss`.
+    """`fused_ppl.cross_entropy` as a module, a replacement for `torch.nn.CrossEntropyLoss`.
+
+    The arguments are those of the function. `weight` and all keywords but `token_weight` and `num_items`, which belong
+    to a batch, are given to the constructor.
 
     Example:
         >>> import torch, fused_ppl
@@ -96,17 +107,12 @@ class CrossEntropyLoss(_Loss):
         num_items: float | Tensor | None = None,
     ) -> Tensor:
         return functional.cross_entropy(
-            input,
-            target,
-            self.weight,
-            token_weight=token_weight,
-            num_items=num_items,
-            **self.keywords,
+            input, target, self.weight, token_weight=token_weight, num_items=num_items, **self.keywords
         )
 
 
 class PerplexityLoss(_Loss):
-    """`fused_ppl.perplexity` with its keywords given once.
+    """`fused_ppl.perplexity` as a module. The constructor takes all arguments that do not belong to a batch.
 
     Example:
         >>> import torch, fused_ppl
@@ -149,18 +155,19 @@ class PerplexityLoss(_Loss):
 
 
 class _LinearLoss(_Loss):
-    """Owns the head, `.linear`; tie it to an embedding by assigning `.linear.weight`."""
+    """A loss with a head, `.linear`. To tie the head to an embedding, assign `.linear.weight`."""
 
     def __init__(
         self,
         in_features: int,
         num_classes: int,
+        *,
         out_features: tuple[int, ...],
         bias: bool,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
         weight: Tensor | None,
-        **keywords: object,
+        **keywords: Any,
     ) -> None:
         super().__init__(weight, **keywords)
         checks.check_no_out_features(out_features)
@@ -168,7 +175,15 @@ class _LinearLoss(_Loss):
 
 
 class LinearCrossEntropyLoss(_LinearLoss):
-    """`fused_ppl.linear_cross_entropy` with its own head, in the place of `torch.nn.LinearCrossEntropyLoss`.
+    """`fused_ppl.linear_cross_entropy` with its own head, a replacement for `torch.nn.LinearCrossEntropyLoss`.
+
+    Args:
+        in_features: D, the size of the hidden states.
+        num_classes: V, the size of the vocabulary.
+        out_features: must be (). It is there because `torch.nn.LinearCrossEntropyLoss` has it.
+        bias, device, dtype: of the head, as in `torch.nn.Linear`.
+
+    All other arguments are those of the function.
 
     Example:
         >>> import torch, fused_ppl
@@ -202,11 +217,11 @@ class LinearCrossEntropyLoss(_LinearLoss):
         super().__init__(
             in_features,
             num_classes,
-            out_features,
-            bias,
-            device,
-            dtype,
-            weight,
+            out_features=out_features,
+            bias=bias,
+            device=device,
+            dtype=dtype,
+            weight=weight,
             ignore_index=ignore_index,
             reduction=reduction,
             label_smoothing=label_smoothing,
@@ -239,7 +254,7 @@ class LinearCrossEntropyLoss(_LinearLoss):
 
 
 class LinearPerplexityLoss(_LinearLoss):
-    """`fused_ppl.linear_perplexity` with its own head; the constructor of `LinearCrossEntropyLoss`.
+    """`fused_ppl.linear_perplexity` with its own head. Its first arguments are those of `LinearCrossEntropyLoss`.
 
     Example:
         >>> import torch, fused_ppl
@@ -271,11 +286,11 @@ class LinearPerplexityLoss(_LinearLoss):
         super().__init__(
             in_features,
             num_classes,
-            out_features,
-            bias,
-            device,
-            dtype,
-            weight,
+            out_features=out_features,
+            bias=bias,
+            device=device,
+            dtype=dtype,
+            weight=weight,
             ignore_index=ignore_index,
             reduction=reduction,
             label_smoothing=label_smoothing,

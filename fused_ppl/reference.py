@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The oracle: the formulas of `fused_ppl.functional` in the shortest eager PyTorch, over full logits.
+"""The reference: the formulas of `fused_ppl.functional` in the shortest eager PyTorch, over full logits.
 
-Used by the tests and by `Options(backend="reference")`; differentiable by plain autograd, any number of times.
-Pass float64 to get the truth.
+The tests compare everything with it, and `Options(backend="reference")` selects it. Plain autograd differentiates it
+any number of times. It is slow and needs several buffers of N x V, so that each line can be compared with the formulas.
+For float64 input the result is taken as the truth.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ def logits_loss(
     token_weight: Tensor | None = None,  # (...)
     num_items: Tensor | None = None,  # ()
 ) -> LossOutput:
-    """See `cross_entropy_with_stats`."""
+    """Return all fields of `cross_entropy_with_stats`. Targets must be in range, and arguments must be checked."""
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     counted = torch.ones_like(target, dtype=torch.bool) if spec.ignore_index is None else target != spec.ignore_index
     y = torch.where(counted, target, 0).long()
-    # an ignored row may hold anything: it is replaced before the arithmetic, so that no NaN reaches a gradient
+    # the logits of an ignored row may be NaN; they are replaced first, so that no gradient becomes NaN
     z = torch.where(counted.unsqueeze(-1), logits.to(dtype), 0) * spec.logit_scale
     if spec.softcap is not None:
         z = spec.softcap * torch.tanh(z / spec.softcap)
@@ -36,14 +37,15 @@ def logits_loss(
     logp = z.log_softmax(-1)
     nll = -logp.gather(-1, y.unsqueeze(-1)).squeeze(-1)
     a = spec.label_smoothing
-    smooth = -(logp * w).sum(-1) if a else 0
+    smoothing = -(logp * w).sum(-1) if a else 0
     lse = torch.where(counted, z.logsumexp(-1), 0)
-    c = u * w[y]
-    rows = torch.where(counted, u * ((1 - a) * w[y] * nll + a / num_classes * smooth), 0)
+    row_weight = u * w[y]
+    row_loss = torch.where(counted, u * ((1 - a) * w[y] * nll + a / num_classes * smoothing), 0)
 
-    dim = {"none": None, "sequence": -1}.get(spec.reduction, tuple(range(rows.ndim)))
-    s, m, zz = (r if not dim else r.sum(dim, dtype=torch.float64) for r in (rows, c, c * lse**2))
-    total = s + spec.z_loss * zz
+    dim = {"none": None, "sequence": -1}.get(spec.reduction, tuple(range(row_loss.ndim)))
+    per_row = (row_loss, row_weight, row_weight * lse**2)
+    s, m, lse_squares = (r if not dim else r.sum(dim, dtype=torch.float64) for r in per_row)
+    total = s + spec.z_loss * lse_squares
     if num_items is not None:
         loss = total / num_items
     else:
@@ -63,5 +65,5 @@ def logits_loss(
 
 
 def _divide(s: Tensor, m: Tensor) -> Tensor:
-    """s / m; NaN with a zero gradient where m = 0."""
+    """Return s / m, or NaN with a gradient of zero where m = 0."""
     return torch.where(m == 0, float("nan"), s / torch.where(m == 0, 1, m))

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Targets for next-token prediction: shift the targets, never slice the logits."""
+"""Targets for next-token prediction.
+
+They are shifted here, because the usual alternative, slicing the logits, copies the largest tensor of the model.
+"""
 
 from __future__ import annotations
 
@@ -12,20 +15,20 @@ from fused_ppl import checks
 def next_token_targets(
     tokens: Tensor, *, steps: int = 1, ignore_index: int = -100, cu_seqlens: Tensor | None = None
 ) -> Tensor:
-    """The token that each position should predict: targets[..., t] = tokens[..., t + steps], `ignore_index` at the end.
+    """The token that each position should predict: targets[..., t] = tokens[..., t + steps].
 
-    Slicing the logits instead, `logits[:, :-1]`, copies them; this moves only the tokens. Call it before tokens are
-    sharded along the sequence, so that no token is lost at a shard's edge.
+    The last `steps` positions have nothing to predict and get `ignore_index`. If the sequence is sharded over ranks,
+    call this function first and shard its result, so that the last token of each shard keeps its target.
 
     Args:
-        tokens: (..., T), int64 or int32. Positions that already hold `ignore_index` are ignored as targets.
-        steps: how far ahead to predict, >= 1.
-        ignore_index: put where there is nothing to predict.
-        cu_seqlens: (documents + 1,) boundaries of packed documents, 0 first and T last, for tokens of shape (T,) or
-            (1, T). No position predicts across a boundary.
+        tokens: (..., T), int64 or int32. A position that holds `ignore_index` is ignored as a target.
+        steps: the number of tokens to predict ahead, >= 1.
+        ignore_index: the target of positions that have nothing to predict.
+        cu_seqlens: (documents + 1,), the boundaries of packed documents, from 0 to T, for tokens of shape (T,) or
+            (1, T). No position predicts a token of another document.
 
     Returns:
-        Targets of the shape and dtype of `tokens`.
+        Targets, with the shape and dtype of `tokens`.
 
     Raises:
         TypeError, ValueError: a dtype, shape or `steps` does not fit.
@@ -44,7 +47,8 @@ def next_token_targets(
     if cu_seqlens is not None:
         checks.check_cu_seqlens(cu_seqlens, tokens)
         position = torch.arange(length, dtype=torch.int64, device=tokens.device)
-        document = torch.bucketize(position, cu_seqlens.to(tokens.device), right=True)
-        ahead = torch.bucketize(position + steps, cu_seqlens.to(tokens.device), right=True)
-        targets.masked_fill_(document != ahead, ignore_index)
+        bounds = cu_seqlens.to(tokens.device)
+        document = torch.bucketize(position, bounds, right=True)
+        target_document = torch.bucketize(position + steps, bounds, right=True)
+        targets.masked_fill_(document != target_document, ignore_index)
     return targets

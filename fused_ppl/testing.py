@@ -1,18 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Inputs and the tolerance policy, for the tests, the benchmarks and `fused-ppl doctor`.
+"""Random inputs, and the one tolerance that the tests, the benchmarks and `fused-ppl doctor` use.
 
-The policy is the same on every machine. A result is compared with the float64 truth, and may be wrong by at most
-twice what eager PyTorch is wrong by on the same input, plus 4 ulp of the largest entry of its row:
+A result is compared with the truth, which is computed in float64, and with the result of eager PyTorch. Its error may
+be at most twice the largest error of eager on the same input, plus 4 ulp of the largest entry of its row:
 
     |actual - truth| <= 2 * max |eager - truth| + 4 * eps * max_row |truth| + condition * eps_32 * max |truth|
 
-What eager is wrong by is taken over the whole tensor, and the last term, one rounding of fp32 arithmetic, is there
-because a row in which eager's roundings happen to cancel would be held to nothing: p = 0.996 is rounded before the 1
-is subtracted, and eager misses 2 * its own error in 1 % to 9 % of the rows when the roundings are drawn again. One ulp
-of L is L ulp of exp(L): `condition` is L for a perplexity. Where eager is not finite it excuses nothing.
+The maximum of the eager error is taken over the whole tensor. The last term is one rounding error of fp32 arithmetic.
+It is needed because the rounding errors of eager cancel in some rows by chance, and the bound would be too small there.
+For p = 0.996, p is rounded before 1 is subtracted. If its rounding errors are drawn again, eager itself exceeds 2 * its
+own error in 1 % to 9 % of the rows. `condition` is 1 for a loss and L for a perplexity exp(L), because an error of one
+ulp in L causes an error of L ulp in exp(L). Entries for which eager is not finite do not raise the bound.
 
-Values (loss, nll, lse, perplexity, entropy) are fp32 whatever the input dtype, and eager computes them in fp32 from
-the upcast input. Gradients have the dtype of the input, and eager rounds them to it once.
+Values (loss, nll, lse, perplexity, entropy) are fp32 for every input dtype, and eager computes them in fp32 from the
+upcast input. Gradients have the dtype of the input, and eager rounds them to it once. The policy is the same on every
+machine.
 """
 
 from __future__ import annotations
@@ -36,28 +38,28 @@ def make_logits(
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """Logits of shape (..., V).
+    """Random logits of shape (..., V).
 
-    "random" (deviation 3), "flat" (all nearly equal), "peaked" (one class holds nearly all the mass, as in a trained
-    model), or "wild" (-inf, and rows at +1e4 and -1e4).
+    Kind "random" has a standard deviation of 3. In "flat", all logits are nearly equal. In "peaked", one class of each
+    row has nearly all of the probability, as in a trained model. In "wild", some logits are -inf, and some rows are
+    shifted by +1e4 or -1e4.
     """
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
+    logits = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
     if kind == "flat":
-        x = x * 1e-3
+        logits = logits * 1e-3
     elif kind == "peaked":
-        top = torch.randint(shape[-1], (*shape[:-1], 1), generator=generator, dtype=torch.int64, device="cpu")
-        x = x.scatter_add(-1, top, x.new_full(top.shape, 12.0))
-    elif kind == "wild":
-        x = x * 3
-        rows = x.view(-1, shape[-1])
+        likely = torch.randint(shape[-1], (*shape[:-1], 1), generator=generator, dtype=torch.int64, device="cpu")
+        logits = logits.scatter_add(-1, likely, logits.new_full(likely.shape, 12.0))
+    else:
+        logits = logits * 3
+    if kind == "wild":
+        rows = logits.view(-1, shape[-1])
         rows[0::3] += 1e4
         rows[1::3] -= 1e4
         if shape[-1] > 2:
             rows[:, 1::5] = -float("inf")
-    else:
-        x = x * 3
-    return x.to(device=device, dtype=dtype)
+    return logits.to(device=device, dtype=dtype)
 
 
 def make_target(
@@ -69,7 +71,7 @@ def make_target(
     seed: int = 1,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """Targets with the first class and the last class among them, and a share of ignored tokens."""
+    """Random targets that contain the first and the last class. `ignored` is the share of ignored tokens."""
     generator = torch.Generator().manual_seed(seed)
     target = torch.randint(num_classes, shape, generator=generator, dtype=torch.int64, device="cpu")
     flat = target.view(-1)
@@ -83,55 +85,55 @@ def make_target(
 def assert_as_good_as_eager(
     actual: Tensor, eager: Tensor, truth: Tensor, name: str = "result", *, condition: float = 1.0
 ) -> None:
-    """Hold a result to the policy above; on failure name the worst element and the three values.
+    """Raise AssertionError if `actual` does not meet the tolerance. The message shows the worst element.
 
     Args:
-        actual: the result to judge; its dtype sets the ulp.
-        eager: what eager PyTorch gives on the same input.
-        truth: float64. NaN and infinities must stand at the same places in `actual`.
-        condition: how many ulp of the result one ulp inside costs; the mean nll for a perplexity.
+        actual: the result. Its dtype sets the ulp.
+        eager: the result of eager PyTorch on the same input.
+        truth: the result in float64. `actual` must have NaN and infinities at the same places.
+        condition: 1, or the mean nll for a perplexity.
     """
     error, allowed = error_and_bound(actual, eager, truth, condition)
-    bad = ~(error <= allowed)
-    if bool(bad.any()):
-        excess = torch.where(bad, (error - allowed).nan_to_num(nan=float("inf")), -1.0)
+    wrong = ~(error <= allowed)
+    if bool(wrong.any()):
+        excess = torch.where(wrong, (error - allowed).nan_to_num(nan=float("inf")), -1.0)
         i = int(excess.flatten().argmax())
         values = [t.double().flatten()[i].item() for t in (actual, eager, truth, error, allowed)]
         raise AssertionError(
-            f"{name}: {int(bad.sum())} of {bad.numel()} elements miss the tolerance; worst at flat index {i}: "
+            f"{name}: {int(wrong.sum())} of {wrong.numel()} elements miss the tolerance; worst at flat index {i}: "
             f"got {values[0]!r}, eager {values[1]!r}, truth {values[2]!r}; "
             f"error {values[3]:.3e}, allowed {values[4]:.3e}"
         )
 
 
 def error_and_bound(actual: Tensor, eager: Tensor, truth: Tensor, condition: float = 1.0) -> tuple[Tensor, Tensor]:
-    """|actual - truth| and what the policy allows, elementwise. Equal infinities and NaN count as no error."""
+    """Return |actual - truth| and the largest allowed error, elementwise. Equal infinities and NaN are no error."""
     if not actual.shape == eager.shape == truth.shape:
         shapes = f"{tuple(actual.shape)}, eager {tuple(eager.shape)}, truth {tuple(truth.shape)}"
         raise AssertionError(f"shapes differ: {shapes}")
     if truth.dtype != torch.float64:
         raise AssertionError(f"truth must be float64; got {truth.dtype}")
     eps = torch.finfo(actual.dtype).eps
-    inside = min(eps, torch.finfo(torch.float32).eps)
+    eps_fp32 = min(eps, torch.finfo(torch.float32).eps)
     truth = truth.detach()
-    error, lost = (_distance(t.detach().double(), truth) for t in (actual, eager))
-    size = torch.where(truth.isfinite(), truth.abs(), 0.0)
+    error, eager_error = (_absolute_error(t.detach().double(), truth) for t in (actual, eager))
     if truth.numel() == 0:
-        return error, lost
-    of_row = size.amax(-1, keepdim=True).expand_as(size) if size.ndim else size
-    lost = torch.where(lost.isfinite(), lost, 0.0).max()
-    return error, EAGER_FACTOR * lost + ULPS * eps * of_row + condition * inside * size.max()
+        return error, eager_error
+    size = torch.where(truth.isfinite(), truth.abs(), 0.0)
+    row_max = size.amax(-1, keepdim=True).expand_as(size) if size.ndim else size
+    eager_max = torch.where(eager_error.isfinite(), eager_error, 0.0).max()
+    return error, EAGER_FACTOR * eager_max + ULPS * eps * row_max + condition * eps_fp32 * size.max()
 
 
-def _distance(a: Tensor, truth: Tensor) -> Tensor:
-    same = (a == truth) | (a.isnan() & truth.isnan())
-    return torch.where(same, 0.0, (a - truth).abs().nan_to_num(nan=float("inf"), posinf=float("inf")))
+def _absolute_error(result: Tensor, truth: Tensor) -> Tensor:
+    same = (result == truth) | (result.isnan() & truth.isnan())
+    return torch.where(same, 0.0, (result - truth).abs().nan_to_num(nan=float("inf"), posinf=float("inf")))
 
 
 def value_and_gradient(
     loss: Callable[[Tensor], Tensor], input: Tensor, upstream: Tensor | float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """The value of a loss and the gradient of its input under an upstream gradient."""
+    """Return the value of a loss, and the gradient of its input for the given upstream gradient."""
     x = input.detach().requires_grad_()
     value = loss(x)
     grad = torch.as_tensor(upstream, dtype=value.dtype, device=value.device).expand(value.shape)

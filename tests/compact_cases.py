@@ -209,7 +209,7 @@ ERRORS = [
         "check_screen",
         lambda: checks.check_screen("int8", torch.float64, "cpu", (8, 8), 0),
         NotImplementedError,
-        "float64 asks for more",
+        "None for float64",
         "'int8'",
         "Leave it out",
     ),

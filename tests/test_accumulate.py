@@ -134,11 +134,11 @@ X, Y = make_logits((4, 5)).requires_grad_(), make_target((4,), 5)
 @pytest.mark.parametrize(
     ("output", "sentence"),
     [
-        (lambda: cross_entropy_with_stats(X, Y, reduction="sum", z_loss=0.1), "z_loss=0.1 by PPL / M as well"),
-        (lambda: cross_entropy_with_stats(X, Y), "a mean loses M; got reduction='mean'"),
-        (lambda: linear_cross_entropy_with_stats(X, X, Y % 4), "a mean loses M; got reduction='mean'"),
+        (lambda: cross_entropy_with_stats(X, Y, reduction="sum", z_loss=0.1), "got z_loss=0.1. Leave z_loss out"),
+        (lambda: cross_entropy_with_stats(X, Y), "not its mean; got reduction='mean'"),
+        (lambda: linear_cross_entropy_with_stats(X, X, Y % 4), "not its mean; got reduction='mean'"),
         (lambda: cross_entropy_with_stats(X, Y, reduction="none"), "got a loss of shape (4,)"),
-        (lambda: perplexity_of(X, Y), "which knows S and M; got Tensor"),
+        (lambda: perplexity_of(X, Y), "which holds S and M; got Tensor"),
     ],
 )
 def test_what_does_not_add_up_is_refused_in_a_sentence(output, sentence):

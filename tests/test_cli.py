@@ -37,7 +37,7 @@ def test_it_tells_what_there_is_and_ends_with_a_verdict(capsys: pytest.CaptureFi
     out = capsys.readouterr().out
     for expected in (torch.__version__, fused_ppl.__version__, "threads", "torch (not triton: ", "bfloat16", "5 x 11"):
         assert expected in out
-    assert out.splitlines()[-1] == "Verdict: good: all 8 checks are within what is allowed."
+    assert out.splitlines()[-1] == "Verdict: good: all 8 checks are within the tolerance."
 
 
 def test_the_cases_it_chooses_itself_are_good(capsys: pytest.CaptureFixture[str]) -> None:

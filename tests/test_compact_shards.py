@@ -92,7 +92,7 @@ def test_it_compiles(pool: Pool) -> None:
 
 
 def test_a_screen_is_refused(pool: Pool) -> None:
-    with pytest.raises(WorkerError, match=r"in full for the loss .* Leave it out"):
+    with pytest.raises(WorkerError, match=r"in full precision; .* Leave it out"):
         pool.run(2, of_a_shard, SIZES[2], "plain", Options(gradient_columns=40, screen="int8"))
 
 

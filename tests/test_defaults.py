@@ -143,9 +143,9 @@ def test_metrics_targets_and_windows_do_not_see_the_defaults(context, options):
 
 @pytest.mark.parametrize("context", CONTEXTS)
 def test_what_a_patched_model_is_probed_with_does_not_see_the_defaults(context):
-    from fused_ppl.integrations.huggingface import tail
+    from fused_ppl.integrations.huggingface import logit_transform
 
-    want = tail.grid((3, 5), torch.device("cpu"))
+    want = logit_transform.probe_values((3, 5), torch.device("cpu"))
     with default(**CONTEXTS[context]):
-        got = tail.grid((3, 5), torch.device("cpu"))
+        got = logit_transform.probe_values((3, 5), torch.device("cpu"))
     assert torch.equal(got, want)

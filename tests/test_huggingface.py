@@ -22,7 +22,7 @@ from hf_cases import IDS, LABELS, assert_same, llama, one_warning, runs_fused, s
 from hf_models import Row, try_model
 
 import fused_ppl
-from fused_ppl.integrations.huggingface import patch, tail, unpatch
+from fused_ppl.integrations.huggingface import logit_transform, patch, unpatch
 from fused_ppl.integrations.huggingface.swap import FusedModel
 
 TWELVE = {
@@ -51,7 +51,7 @@ def test_loss_gradients_and_logits_are_native(model_type):
 
 
 def test_a_wrong_tail_would_be_seen(monkeypatch):
-    monkeypatch.setattr(tail, "fit", lambda x, y, nice: (1.0, None))
+    monkeypatch.setattr(logit_transform, "fit", lambda x, y, candidates: (1.0, None))
     row: Row = try_model("gemma2")
     assert row.verdict == "refused" and "on one batch its native loss is" in row.note
 

@@ -172,14 +172,14 @@ def test_a_weight_that_was_quantised_after_patching_runs_natively_with_one_warni
 def test_a_quantised_head_is_refused_with_the_way_out():
     model = llama()
     model.lm_head.weight = nn.Parameter(Quantised(model.lm_head.weight.detach()), requires_grad=False)
-    with pytest.raises(ValueError, match="only its own products know; keep its own loss, or dequantise the head"):
+    with pytest.raises(ValueError, match="only its own class can read its numbers; keep its own loss, or"):
         patch(model)
     packed = torch.zeros(7, 4, dtype=torch.uint8)
-    with pytest.raises(TypeError, match="as quantised weights are stored"):
+    with pytest.raises(TypeError, match="how quantised weights are stored"):
         linear_cross_entropy(torch.zeros(3, 4), packed, torch.zeros(3, dtype=torch.long))
 
 
 def test_an_encoder_decoder_is_told_what_is_supported():
     config = transformers.T5Config(vocab_size=97, d_model=16, d_ff=32, num_layers=1, num_heads=2, d_kv=8)
-    with pytest.raises(ValueError, match="encoder-decoder, and only models that predict the next"):
+    with pytest.raises(ValueError, match="encoder-decoder, and only models that predict their own next"):
         patch(transformers.T5ForConditionalGeneration(config))

@@ -89,11 +89,11 @@ def test_the_positions_of_liger(name):
 @pytest.mark.parametrize(
     ("keywords", "message"),
     [
-        ({"return_lse": True}, "linear_cross_entropy_with_stats returns lse"),
+        ({"return_lse": True}, "linear_cross_entropy_with_stats has lse"),
         ({"vocab_parallel_options": object()}, "sharded weight"),
         ({"impl": "magic"}, "impl must be one of"),
         ({"reduction": "sequence"}, "reduction must be"),
-        ({"ignore_index": torch.zeros(V)}, "Give the bias by name"),
+        ({"ignore_index": torch.zeros(V)}, "Pass the bias by its name"),
     ],
 )
 def test_what_cut_cross_entropy_has_and_we_have_not_raises(keywords, message):
@@ -104,9 +104,9 @@ def test_what_cut_cross_entropy_has_and_we_have_not_raises(keywords, message):
 @pytest.mark.parametrize(
     ("keywords", "message"),
     [
-        ({"accum_dtype": torch.bfloat16}, r"always torch\.float32"),
-        ({"use_token_scaling": True}, "by its own probability"),
-        ({"ce_weight": torch.ones(V), "lse_square_scale": 0.1}, "leaves class weights out of its z-loss"),
+        ({"accum_dtype": torch.bfloat16}, r"must be None or torch\.float32"),
+        ({"use_token_scaling": True}, "by their probability"),
+        ({"ce_weight": torch.ones(V), "lse_square_scale": 0.1}, "does not apply them to its z-loss"),
         ({"reduction": "sequence"}, "reduction must be"),
     ],
 )

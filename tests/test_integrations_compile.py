@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fused_ppl import linear_cross_entropy, linear_perplexity, next_token_targets
 from fused_ppl.integrations.huggingface import patch
-from fused_ppl.integrations.huggingface.calls import Fused, Recipe
+from fused_ppl.integrations.huggingface.head_calls import FusedCall, LossConfig
 
 V, LENGTHS = 97, (9, 12, 20)
 LOSSES = {"cross_entropy": linear_cross_entropy, "perplexity": linear_perplexity}
@@ -154,7 +154,7 @@ def test_nothing_waits_for_a_gpu(loss, fake_gpu):
         head = types.SimpleNamespace(weight=torch.randn(V, 16, device="cuda"), bias=None)
         hidden = torch.randn(2, 9, 16, device="cuda")
         labels = torch.zeros(2, 9, dtype=torch.long, device="cuda")
-        call = Fused(Recipe(loss=loss), labels, labels, loss == "perplexity")
+        call = FusedCall(LossConfig(loss=loss), labels, labels, loss == "perplexity")
         call.head(head, hidden, None)
         items = {} if loss == "perplexity" else {"num_items_in_batch": torch.tensor(5, device="cuda")}
         value = call.reduce(None, torch.zeros(()), labels, shift_labels=labels, **items)

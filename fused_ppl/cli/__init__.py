@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: `fused-ppl`, or `python -m fused_ppl.cli`. Needs torch and numpy only."""
+"""The command line, `fused-ppl` or `python -m fused_ppl.cli`. It needs torch and numpy only."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fused_ppl.cli import doctor
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit code: 0 good, 1 the numbers are wrong, 2 it cannot run as asked."""
+    """Run one command and return its exit code: 0 if all is good, 1 if a number is wrong, 2 if it cannot run."""
     parser = argparse.ArgumentParser(prog="fused-ppl", description=fused_ppl.__doc__)
     parser.add_argument("--version", action="version", version=f"fused_ppl {fused_ppl.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)

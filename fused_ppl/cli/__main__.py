@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m fused_ppl.cli`."""
+"""Runs the command line as `python -m fused_ppl.cli`."""
 
 import sys
 

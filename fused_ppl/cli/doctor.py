@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`fused-ppl doctor`: what a call would run on this machine, and whether its numbers are right."""
+"""`fused-ppl doctor` shows which backend a call uses on this machine, and checks its numbers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fused_ppl.cli.numbers import Check
 from fused_ppl.spec import BACKENDS
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
-# fewer classes than a vector register holds; ragged; the vocabulary of GPT-2
+# fewer classes than a vector register holds; sizes that no block size divides; the vocabulary of GPT-2
 SHAPES = ((3, 7), (33, 1000), (8, 50257))
 GOOD, WRONG, UNABLE = 0, 1, 2  # exit codes
 
@@ -26,15 +26,15 @@ GOOD, WRONG, UNABLE = 0, 1, 2  # exit codes
 def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "doctor",
-        help="show what a call would run on this machine and check its numbers",
-        description="Shows versions, devices and the backend that a call would use, then checks value and gradient of "
-        "fused_ppl.perplexity against the reference in float64.",
-        epilog="Exit code: 0 good, 1 a number is wrong, 2 nothing could be checked.",
+        help="show which backend a call would use on this machine, and check its numbers",
+        description="Shows versions, devices and the backend that a call would use. Then compares value and gradient "
+        "of fused_ppl.perplexity with the reference in float64.",
+        epilog="Exit code: 0 if all is good, 1 if a number is wrong, 2 if nothing could be checked.",
     )
-    parser.add_argument("--shape", nargs=2, type=_count, metavar=("N", "V"), help="your N tokens by V classes")
-    parser.add_argument("--dtype", choices=DTYPES, help="check this one only")
-    parser.add_argument("--backend", choices=BACKENDS, help="check this one; default: all that can run")
-    parser.add_argument("--device", help="check this one only: cpu, cuda, cuda:1, mps, xpu")
+    parser.add_argument("--shape", nargs=2, type=_count, metavar=("N", "V"), help="check N tokens and V classes")
+    parser.add_argument("--dtype", choices=DTYPES, help="check this dtype only")
+    parser.add_argument("--backend", choices=BACKENDS, help="check this backend (default: all that can run)")
+    parser.add_argument("--device", help="check this device only: cpu, cuda, cuda:1, mps, xpu")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.set_defaults(run=run)
 
@@ -42,9 +42,11 @@ def add_parser(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     devices = machine.devices()
     dtypes = list(DTYPES.values()) if args.dtype is None else [DTYPES[args.dtype]]
-    asked = list(devices) if args.device is None else [_device(args.device, devices)]
-    places = [(torch.device(d), dtype) for d in asked for dtype in dtypes if (d, dtype) != ("mps", torch.float64)]
-    choices = [machine.choice(args.backend, *place) for place in places]
+    names = list(devices) if args.device is None else [_device(args.device, devices)]
+    pairs = [
+        (torch.device(name), dtype) for name in names for dtype in dtypes if (name, dtype) != ("mps", torch.float64)
+    ]
+    choices = [machine.choice(args.backend, device, dtype) for device, dtype in pairs]
     report: dict[str, Any] = {
         "versions": machine.versions(),
         "devices": devices,
@@ -52,36 +54,36 @@ def run(args: argparse.Namespace) -> int:
         "backends": [asdict(choice) for choice in choices],
     }
     if not args.json:
-        print("\n".join(_facts(report, choices)), flush=True)
+        print("\n".join(_machine_lines(report, choices)), flush=True)
     shapes = SHAPES if args.shape is None else [args.shape]
     checks = [
-        found
-        for place, choice in zip(places, choices, strict=True)
-        for backend in _to_check(args.backend, choice, *place)
-        for n, v in shapes
-        for found in numbers.check(backend, *place, n, v)
+        check
+        for (device, dtype), choice in zip(pairs, choices, strict=True)
+        for backend in _backends_to_check(args.backend, choice, device, dtype)
+        for shape in shapes
+        for check in numbers.check(backend, device, dtype, shape=tuple(shape))
     ]
-    code, verdict = judge(checks)
+    code, verdict = summarize(checks)
     if args.json:
         report |= {"checks": [asdict(c) | {"good": c.good} for c in checks], "verdict": verdict, "exit_code": code}
         print(json.dumps(report, indent=2))
     else:
-        print("\n".join([*_numbers(checks), f"Verdict: {verdict}"]))
+        print("\n".join([*_check_lines(checks), f"Verdict: {verdict}"]))
     return code
 
 
-def judge(checks: Sequence[Check]) -> tuple[int, str]:
-    """Exit code and verdict."""
-    bad = sum(not check.good for check in checks)
+def summarize(checks: Sequence[Check]) -> tuple[int, str]:
+    """Return the exit code and the verdict, one sentence."""
+    wrong = sum(not check.good for check in checks)
     if not checks:
-        return UNABLE, "NOT CHECKED: no call can run as asked; the reasons stand under Backends."
-    if bad:
-        return WRONG, f"WRONG: {bad} of {len(checks)} checks failed. Do not train with this; report the lines above."
-    return GOOD, f"good: all {len(checks)} checks are within what is allowed."
+        return UNABLE, "NOT CHECKED: no call can run as asked. The section Backends gives the reasons."
+    if wrong:
+        return WRONG, f"WRONG: {wrong} of {len(checks)} checks failed. Do not train with this. Report the lines above."
+    return GOOD, f"good: all {len(checks)} checks are within the tolerance."
 
 
-def _to_check(asked: str | None, choice: Choice, device: torch.device, dtype: torch.dtype) -> list[str]:
-    """Nothing where a call would raise; else the backend asked for, or every one but the reference that can run."""
+def _backends_to_check(asked: str | None, choice: Choice, device: torch.device, dtype: torch.dtype) -> list[str]:
+    """Return the backend that was asked for, or all but the reference that can run. Empty if the call would raise."""
     if choice.chosen is None:
         return []
     if asked is not None:
@@ -102,24 +104,24 @@ def _count(text: str) -> int:
     return int(text)
 
 
-def _facts(report: dict[str, Any], choices: Sequence[Choice]) -> Iterator[str]:
+def _machine_lines(report: dict[str, Any], choices: Sequence[Choice]) -> Iterator[str]:
     for title in ("versions", "devices", "environment"):
         if report[title]:
             yield from _table(title.capitalize(), list(report[title].items()))
-    # one line for all dtypes of a device that are alike
-    alike: dict[tuple[str, str], list[str]] = {}
+    # one line for all dtypes of a device that have the same backend for the same reason
+    dtypes_of: dict[tuple[str, str], list[str]] = {}
     for choice in choices:
-        alike.setdefault((choice.device, choice.sentence()), []).append(choice.dtype)
-    yield from _table("Backends", [(place, ", ".join(dtypes), text) for (place, text), dtypes in alike.items()])
+        dtypes_of.setdefault((choice.device, choice.sentence()), []).append(choice.dtype)
+    yield from _table("Backends", [(device, ", ".join(dtypes), text) for (device, text), dtypes in dtypes_of.items()])
 
 
-def _numbers(checks: Sequence[Check]) -> Iterator[str]:
+def _check_lines(checks: Sequence[Check]) -> Iterator[str]:
     if not checks:
         return
     rows: list[tuple[str, ...]] = [("device", "backend", "dtype", "N x V", "of", "error", "allowed", "")]
     for c in checks:
-        where = (c.device, c.backend, c.dtype, f"{c.tokens} x {c.classes}", c.of)
-        rows.append((*where, f"{c.error:.1e}", f"{c.allowed:.1e}", "ok" if c.good else "WRONG"))
+        call = (c.device, c.backend, c.dtype, f"{c.tokens} x {c.classes}", c.of)
+        rows.append((*call, f"{c.error:.1e}", f"{c.allowed:.1e}", "ok" if c.good else "WRONG"))
     yield from _table("Perplexity against the reference in float64", rows)
     problems = {c.problem: c.backend for c in checks if c.problem is not None}
     yield from (f"{backend} raised {problem}" for problem, backend in problems.items())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What this machine has: versions, devices, and which backend a call on each device would use."""
+"""Describes this machine: versions, devices, and the backend that a call on each device would use."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ ENVIRONMENT = ("FUSED_PPL_BACKEND", "FUSED_PPL_DEBUG", "TRITON_INTERPRET")
 
 @dataclass(frozen=True)
 class Choice:
-    """What a call on one device in one dtype would do."""
+    """The backend that a call on one device in one dtype would use, or the error that it would raise."""
 
     device: str
     dtype: str
-    chosen: str | None  # None where the call would raise
-    refused: dict[str, str]  # backend that cannot run here -> why
-    error: str | None = None  # what the call would raise
+    chosen: str | None  # None if the call would raise
+    refused: dict[str, str]  # the name of each backend that cannot run here, and the reason
+    error: str | None = None  # the message of the error that the call would raise
 
     def sentence(self) -> str:
         if self.error is not None:
             return self.error
-        why = "; ".join(f"not {name}: {reason}" for name, reason in self.refused.items())
-        return f"{self.chosen} ({why})" if why else str(self.chosen)
+        reasons = "; ".join(f"not {name}: {reason}" for name, reason in self.refused.items())
+        return f"{self.chosen} ({reasons})" if reasons else str(self.chosen)
 
 
 def versions() -> dict[str, str]:
@@ -48,7 +48,7 @@ def versions() -> dict[str, str]:
 
 
 def triton_version(providers: Sequence[str]) -> str:
-    """The version of triton with the distribution that brought it: each GPU build of torch has its own."""
+    """The version of triton and the name of its distribution. Each GPU build of torch installs another one."""
     names = sorted(set(providers))
     if not names:
         return "not installed"
@@ -59,20 +59,20 @@ def triton_version(providers: Sequence[str]) -> str:
 
 
 def environment() -> dict[str, str]:
-    """The variables that change what a call does, where they are set."""
+    """The environment variables that change how a loss is computed and that are set."""
     return {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
 
 
 def devices() -> dict[str, str]:
-    """Every device that torch can use, with a description; the CPU first."""
-    found = {"cpu": _describe_cpu()}
+    """The name of every device that torch can use, with a description. The CPU comes first."""
+    descriptions = {"cpu": _describe_cpu()}
     for i in range(torch.cuda.device_count()):
-        found[f"cuda:{i}"] = _describe_card(i)
+        descriptions[f"cuda:{i}"] = _describe_gpu(i)
     for i in range(torch.xpu.device_count() if torch.xpu.is_available() else 0):
-        found[f"xpu:{i}"] = torch.xpu.get_device_name(i)
+        descriptions[f"xpu:{i}"] = torch.xpu.get_device_name(i)
     if torch.backends.mps.is_available():
-        found["mps"] = "Apple GPU, Metal"
-    return found
+        descriptions["mps"] = "Apple GPU, Metal"
+    return descriptions
 
 
 def _describe_cpu() -> str:
@@ -85,20 +85,21 @@ def _describe_cpu() -> str:
     return f"{model}, {torch.get_num_threads()} threads, {capability}"
 
 
-def _describe_card(index: int) -> str:
-    card = torch.cuda.get_device_properties(index)
+def _describe_gpu(index: int) -> str:
+    gpu = torch.cuda.get_device_properties(index)
     if torch.version.hip is not None:
-        built = f"{getattr(card, 'gcnArchName', 'unknown architecture')}, ROCm {torch.version.hip}"
+        build = f"{getattr(gpu, 'gcnArchName', 'unknown architecture')}, ROCm {torch.version.hip}"
     else:
-        built = f"compute capability {card.major}.{card.minor}, CUDA {torch.version.cuda}"
-    return f"{card.name}, {card.total_memory / 2**30:.0f} GiB, {built}"
+        build = f"compute capability {gpu.major}.{gpu.minor}, CUDA {torch.version.cuda}"
+    return f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, {build}"
 
 
 def choice(backend: str | None, device: torch.device, dtype: torch.dtype) -> Choice:
-    """What `Options(backend=backend)` would run here, and why not something else."""
+    """The backend that `Options(backend=backend)` would use, and the reasons why others cannot run."""
     refused = {name: reason for name in BACKENDS if (reason := backends.refusal(name, device, dtype)) is not None}
-    place = (str(device), str(dtype).removeprefix("torch."))
+    chosen, message = None, None
     try:
-        return Choice(*place, backends.choose(backend, device, dtype), refused)
+        chosen = backends.choose(backend, device, dtype)
     except (NotImplementedError, ValueError) as error:
-        return Choice(*place, None, refused, str(error))
+        message = str(error)
+    return Choice(str(device), str(dtype).removeprefix("torch."), chosen, refused, message)

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Value and gradient of `fused_ppl.perplexity` against the reference in float64, by the tolerance of the tests."""
+"""Compares value and gradient of `fused_ppl.perplexity` with the reference in float64, by the tolerance of the tests.
+
+The reference runs on blocks of rows, so that a shape that fits in memory for training can also be checked.
+"""
 
 from __future__ import annotations
 
@@ -14,15 +17,14 @@ from torch import Tensor
 import fused_ppl
 from fused_ppl import testing
 
-# elements of the float64 copies that the reference works on at a time: any shape that trains can be checked, and the
-# allocator reuses such blocks
+# elements of a float64 block of rows; the allocator reuses blocks of this size
 BLOCK = 2**21
 REFERENCE = fused_ppl.Options(backend="reference")
 
 
 @dataclass(frozen=True)
 class Check:
-    """One number of one call; of a gradient, the element with the largest error for what it is allowed."""
+    """The error of one result of one call. For a gradient, it is the element with the largest error / allowed."""
 
     device: str
     backend: str
@@ -30,30 +32,31 @@ class Check:
     tokens: int
     classes: int
     of: str  # "value" or "gradient"
-    error: float  # relative to the value, or to the largest entry of the gradient's row
-    allowed: float
-    problem: str | None = None  # what was raised in the place of a number
+    error: float  # relative to the value, or to the largest entry of a row of the gradient
+    allowed: float  # the largest allowed error, relative to the same number
+    problem: str | None = None  # the first line of the error that the call raised
 
     @property
     def good(self) -> bool:
         return math.isfinite(self.error) and self.error <= self.allowed
 
 
-def check(backend: str, device: torch.device, dtype: torch.dtype, n: int, v: int) -> list[Check]:
-    """The value and the gradient of one call. Whatever the call raises is a finding, not an end."""
-    place = (str(device), backend, str(dtype).removeprefix("torch."), n, v)
+def check(backend: str, device: torch.device, dtype: torch.dtype, *, shape: tuple[int, int]) -> list[Check]:
+    """Check the value and the gradient of one call for N tokens and V classes. An error of the call is a result too."""
+    facts = (str(device), backend, str(dtype).removeprefix("torch."), *shape)
     try:
-        value, gradient = _errors(backend, device, dtype, n, v)
+        value, gradient = _errors(backend, device, dtype, shape=shape)
     except Exception as error:
         problem = f"{type(error).__name__}: {error}".splitlines()[0]
-        return [Check(*place, "call", math.inf, 0.0, problem)]
-    return [Check(*place, "value", *value), Check(*place, "gradient", *gradient)]
+        return [Check(*facts, "call", math.inf, 0.0, problem)]
+    return [Check(*facts, "value", *value), Check(*facts, "gradient", *gradient)]
 
 
 def _errors(
-    backend: str, device: torch.device, dtype: torch.dtype, n: int, v: int
+    backend: str, device: torch.device, dtype: torch.dtype, *, shape: tuple[int, int]
 ) -> tuple[tuple[float, float], tuple[float, float]]:
-    """(error, allowed) of the value, and of the worst element of the gradient."""
+    """Return (error, allowed) of the value, and of the worst element of the gradient."""
+    n, v = shape
     logits = testing.make_logits((n, v), dtype, device=str(device))
     target = testing.make_target((n,), v, device=str(device))
     target[1::4] = -100
@@ -65,7 +68,7 @@ def _errors(
     def eager(x: Tensor) -> Tensor:
         return F.cross_entropy(x if dtype == torch.float64 else x.float(), target).exp()
 
-    # an upstream gradient that keeps the result within fp16, where the gradient of a perplexity of 1e6 is not
+    # the gradient of a perplexity of 1e6 overflows in fp16, so the upstream gradient is 1 / perplexity
     with torch.no_grad():
         upstream = eager(logits).reciprocal()
     value, gradient = testing.value_and_gradient(ours, logits, upstream)
@@ -76,23 +79,22 @@ def _errors(
         metric.update(x, y)
     truth = metric.compute()
     nats = truth.log().clamp(min=1).item()
-    of_value = testing.error_and_bound(value.cpu(), eager_value.cpu(), truth, nats)
+    value_error = testing.error_and_bound(value.cpu(), eager_value.cpu(), truth, nats)
 
     factor = upstream.cpu().double() * truth / metric.total_weight
-    found = []
+    worst = []
     for rows, x, y in _blocks(logits, target):
         nll_sum = fused_ppl.cross_entropy(x, y, reduction="sum", options=REFERENCE)
         (true_gradient,) = torch.autograd.grad(nll_sum, x, factor)
-        ours_and_eager = gradient[rows].cpu(), eager_gradient[rows].cpu()
-        error, allowed = testing.error_and_bound(*ours_and_eager, true_gradient, nats)
-        # p - 1 is rounded to eps of 1, in the truth as well: many ulp of a gradient whose every target has p -> 1
+        error, allowed = testing.error_and_bound(gradient[rows].cpu(), eager_gradient[rows].cpu(), true_gradient, nats)
+        # p - 1 has a rounding error of eps * 1; if p of every target is near 1, this is many ulp of the gradient
         allowed = allowed + testing.ULPS * torch.finfo(value.dtype).eps * factor
-        found.append(_worst(error, allowed, true_gradient.abs().amax(-1, keepdim=True)))
-    return _worst(*of_value, truth), _worst(*torch.tensor(found, dtype=torch.float64, device="cpu").T)
+        worst.append(_worst(error, allowed, true_gradient.abs().amax(-1, keepdim=True)))
+    return _worst(*value_error, truth), _worst(*torch.tensor(worst, dtype=torch.float64, device="cpu").T)
 
 
 def _blocks(logits: Tensor, target: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Rows in float64 on the CPU, which every machine has."""
+    """Yield blocks of rows as float64 on the CPU, because not every device has float64."""
     step = max(1, BLOCK // logits.shape[1])
     for start in range(0, logits.shape[0], step):
         rows = slice(start, start + step)
@@ -100,8 +102,9 @@ def _blocks(logits: Tensor, target: Tensor) -> Iterator[tuple[slice, Tensor, Ten
 
 
 def _worst(error: Tensor, allowed: Tensor, size: Tensor | float = 1.0) -> tuple[float, float]:
-    """The element with the largest error for what it is allowed, both relative to `size`."""
-    share = torch.where(error > 0, error / allowed, 0).nan_to_num(nan=math.inf)
-    i = int(share.argmax())
-    size = torch.where(torch.as_tensor(size, dtype=share.dtype, device=share.device) > 0, size, 1)
-    return tuple((x / size).expand_as(share).flatten()[i].item() for x in (error, allowed))  # type: ignore[return-value]
+    """Return error and allowed of the element with the largest error / allowed, both relative to `size`."""
+    ratio = torch.where(error > 0, error / allowed, 0).nan_to_num(nan=math.inf)
+    i = int(ratio.argmax())
+    size = torch.where(torch.as_tensor(size, dtype=ratio.dtype, device=ratio.device) > 0, size, 1)
+    relative_error, relative_bound = ((x / size).expand_as(ratio).flatten()[i].item() for x in (error, allowed))
+    return relative_error, relative_bound

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Other people's training stacks. Each module says what it needs, and imports it only where it is used."""
+"""Adapters for other training libraries. Each module names what it needs and imports it only when it is used."""

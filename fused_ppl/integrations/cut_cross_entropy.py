@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`cut_cross_entropy.linear_cross_entropy` and its module, argument for argument, over fused_ppl.
+"""`cut_cross_entropy.linear_cross_entropy` and its module, with the same arguments, computed by fused_ppl.
 
-The positions are those of the release on PyPI (25.1.1); what later versions added is taken by name. Needs no
-cut-cross-entropy. What is not the same raises NotImplementedError.
+The positional arguments are those of the release on PyPI (25.1.1). Arguments of later versions are keywords. This
+module does not need cut-cross-entropy. Arguments that fused_ppl does not support raise NotImplementedError.
 """
 
 from __future__ import annotations
@@ -36,20 +36,22 @@ def linear_cross_entropy(
     return_lse: bool = False,
     vocab_parallel_options: object = None,
 ) -> Tensor:
-    """Cross-entropy of (e @ c.T + bias), which is not made, against targets.
+    """Cross-entropy of the logits e @ c.T + bias and the targets, without storing all logits at once.
 
     Args:
-        e, c, targets: (..., D), (V, D), (...).
-        shift: k or True: position t is judged on the target k (1) ahead; reduction="none" then returns k fewer.
-        filter_eps, filter_e_grad, filter_c_grad: allow the gradient to be cut below a threshold. Here it is exact.
-        impl: a name that cut-cross-entropy knows. It chooses nothing here.
-        accum_e_fp32, accum_c_fp32: always so here.
+        e: (..., D), the hidden states.
+        c: (V, D), the weight of the head.
+        targets: (...), int64 or int32.
+        shift: k, or True for 1. Position t predicts the target at t + k, and reduction="none" returns k fewer losses.
+        filter_eps, filter_e_grad, filter_c_grad: ignored. They allow an approximate gradient; here it is exact.
+        impl: one of the names of cut-cross-entropy. It has no effect here.
+        accum_e_fp32, accum_c_fp32: ignored. Gradients are always accumulated in fp32 here.
 
     Returns:
-        Nats, in float32.
+        The loss in nats, in float32.
 
     Raises:
-        NotImplementedError: return_lse, vocab_parallel_options.
+        NotImplementedError: `return_lse` or `vocab_parallel_options` is set.
 
     Example:
         >>> import torch
@@ -59,16 +61,18 @@ def linear_cross_entropy(
         (torch.Size([2, 4]), 3.912)
     """
     if isinstance(ignore_index, Tensor):
-        raise TypeError("The fourth argument is ignore_index, as in the release on PyPI. Give the bias by name: bias=.")
+        raise TypeError("The fourth argument must be ignore_index; got a Tensor. Pass the bias by its name, bias=.")
     name = impl.name.lower() if isinstance(impl, enum.Enum) else impl
     if name not in IMPLEMENTATIONS:
         raise ValueError(f"impl must be one of {', '.join(IMPLEMENTATIONS)}; got {impl!r}.")
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction must be 'mean', 'sum' or 'none'; got {reduction!r}.")
     if return_lse:
-        raise NotImplementedError("return_lse: fused_ppl.linear_cross_entropy_with_stats returns lse, detached.")
+        raise NotImplementedError("return_lse must be False; fused_ppl.linear_cross_entropy_with_stats has lse.")
     if vocab_parallel_options is not None:
-        raise NotImplementedError("vocab_parallel_options: give fused_ppl.linear_cross_entropy a sharded weight.")
+        raise NotImplementedError(
+            "vocab_parallel_options must be None. Pass a sharded weight to fused_ppl.linear_cross_entropy."
+        )
     if shift:
         targets = next_token_targets(targets, steps=int(shift), ignore_index=ignore_index)
     loss = _linear_cross_entropy(
@@ -78,7 +82,7 @@ def linear_cross_entropy(
 
 
 class LinearCrossEntropy(nn.Module):
-    """`linear_cross_entropy` with its keywords given once.
+    """`linear_cross_entropy` as a module.
 
     Example:
         >>> import torch
@@ -105,11 +109,11 @@ class LinearCrossEntropy(nn.Module):
             e,
             c,
             targets,
-            self.ignore_index,
-            self.softcap,
-            self.reduction,
-            self.shift,
-            self.filter_eps,
-            self.impl,
+            ignore_index=self.ignore_index,
+            softcap=self.softcap,
+            reduction=self.reduction,
+            shift=self.shift,
+            filter_eps=self.filter_eps,
+            impl=self.impl,
             bias=bias,
         )

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The loss modules of Liger-Kernel, argument for argument, over fused_ppl; for code that constructs Liger's.
+"""The loss modules of Liger-Kernel with the same arguments, computed by fused_ppl, for code that constructs them.
 
     liger_kernel.transformers.LigerFusedLinearCrossEntropyLoss = fused_ppl.integrations.liger.Liger...
 
-Needs no Liger. What is not the same raises NotImplementedError.
+This module does not need Liger. Arguments that fused_ppl does not support raise NotImplementedError.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +19,10 @@ from fused_ppl import linear_cross_entropy as _linear_cross_entropy
 
 
 class CrossEntropyOutput(NamedTuple):
-    """What Liger's modules return where a `return_...` is set."""
+    """What the modules of Liger return if one of the `return_...` arguments is True."""
 
     loss: Tensor
-    z_loss: Tensor | None = None  # the part of `loss` that lse_square_scale adds; detached
+    z_loss: Tensor | None = None  # the part of `loss` that comes from lse_square_scale; detached
     token_accuracy: Tensor | None = None  # per token for reduction="none", else the mean over the counted tokens
     predicted_tokens: Tensor | None = None  # -1 where ignored
 
@@ -31,26 +31,30 @@ class _LigerLoss(nn.Module):
     def __init__(
         self,
         class_weight: Tensor | None,
+        *,
         ignore_index: int,
         lse_square_scale: float,
         label_smoothing: float,
         reduction: str,
         softcap: float | None,
-        *returned: bool,
+        return_z_loss: bool,
+        return_token_accuracy: bool,
+        return_predicted_tokens: bool,
     ) -> None:
         super().__init__()
         if reduction not in ("mean", "sum", "none"):
             raise ValueError(f"reduction must be 'mean', 'sum' or 'none'; got {reduction!r}.")
         if lse_square_scale and class_weight is not None:
             raise NotImplementedError(
-                "Liger leaves class weights out of its z-loss, and fused_ppl does not: lse_square_scale with class "
-                "weights is another loss here. Call fused_ppl.cross_entropy(weight=..., z_loss=...) for ours."
+                "lse_square_scale must be 0 with class weights: Liger does not apply them to its z-loss, but fused_ppl "
+                "does. Call fused_ppl.cross_entropy(weight=..., z_loss=...) for the loss of fused_ppl."
             )
         self.ignore_index, self.lse_square_scale, self.label_smoothing = ignore_index, lse_square_scale, label_smoothing
         self.reduction, self.softcap = reduction, softcap
-        self.return_z_loss, self.return_token_accuracy, self.return_predicted_tokens = returned
+        self.return_z_loss, self.return_token_accuracy = return_z_loss, return_token_accuracy
+        self.return_predicted_tokens = return_predicted_tokens
 
-    def _keywords(self) -> dict[str, object]:
+    def _keywords(self) -> dict[str, Any]:
         return {
             "ignore_index": self.ignore_index,
             "reduction": self.reduction,
@@ -60,17 +64,17 @@ class _LigerLoss(nn.Module):
         }
 
     @property
-    def _wants_more(self) -> bool:
+    def _needs_stats(self) -> bool:
         return self.return_z_loss or self.return_token_accuracy or self.return_predicted_tokens
 
     def _loss(self, loss: Tensor, target: Tensor) -> Tensor:
-        """Liger's mean over no token is 0."""
+        """Replace the mean over no token, which is NaN, by 0 as in Liger."""
         return torch.where(target.ne(self.ignore_index).any(), loss, 0) if self.reduction == "mean" else loss
 
     def _output(self, out: LossOutput, target: Tensor) -> CrossEntropyOutput:
         counted = target.ne(self.ignore_index)
-        hits = out.predicted.eq(target) & counted
-        z_loss, accuracy = self.lse_square_scale * out.lse.square(), hits.to(out.loss.dtype)
+        correct = out.predicted.eq(target) & counted
+        z_loss, accuracy = self.lse_square_scale * out.lse.square(), correct.to(out.loss.dtype)
         if self.reduction != "none":
             z_loss = z_loss.sum() / (counted.sum().clamp(min=1) if self.reduction == "mean" else 1)
             accuracy = accuracy.sum() / counted.sum()
@@ -83,7 +87,7 @@ class _LigerLoss(nn.Module):
 
 
 class LigerCrossEntropyLoss(_LigerLoss):
-    """`liger_kernel.transformers.LigerCrossEntropyLoss`; `input` is not overwritten.
+    """`liger_kernel.transformers.LigerCrossEntropyLoss`. Unlike there, `input` is not overwritten.
 
     Example:
         >>> import torch
@@ -104,23 +108,30 @@ class LigerCrossEntropyLoss(_LigerLoss):
         return_token_accuracy: bool = False,
         return_predicted_tokens: bool = False,
     ) -> None:
-        returned = (return_z_loss, return_token_accuracy, return_predicted_tokens)
-        super().__init__(weight, ignore_index, lse_square_scale, label_smoothing, reduction, softcap, *returned)
+        super().__init__(
+            weight,
+            ignore_index=ignore_index,
+            lse_square_scale=lse_square_scale,
+            label_smoothing=label_smoothing,
+            reduction=reduction,
+            softcap=softcap,
+            return_z_loss=return_z_loss,
+            return_token_accuracy=return_token_accuracy,
+            return_predicted_tokens=return_predicted_tokens,
+        )
         self.weight = weight
 
     def forward(self, _input: Tensor, target: Tensor) -> Tensor | CrossEntropyOutput:
-        keywords = self._keywords()
-        if not self._wants_more:
-            loss = _cross_entropy(_input, target, self.weight, **keywords)  # type: ignore[arg-type]
-            return self._loss(loss, target)
-        out = cross_entropy_with_stats(_input, target, self.weight, **keywords)  # type: ignore[arg-type]
-        return self._output(out, target)
+        if not self._needs_stats:
+            return self._loss(_cross_entropy(_input, target, self.weight, **self._keywords()), target)
+        return self._output(cross_entropy_with_stats(_input, target, self.weight, **self._keywords()), target)
 
 
 class LigerFusedLinearCrossEntropyLoss(_LigerLoss):
-    """`liger_kernel.transformers.LigerFusedLinearCrossEntropyLoss`; the weight of the head comes first.
+    """`liger_kernel.transformers.LigerFusedLinearCrossEntropyLoss`. Its call takes the weight of the head first.
 
-    `accum_dtype` may be None or torch.float32, which it always is here. `use_token_scaling` raises.
+    `accum_dtype` must be None or torch.float32, because gradients are always accumulated in fp32 here.
+    `use_token_scaling` must be False.
 
     Example:
         >>> import torch
@@ -144,14 +155,23 @@ class LigerFusedLinearCrossEntropyLoss(_LigerLoss):
         return_token_accuracy: bool = False,
         return_predicted_tokens: bool = False,
     ) -> None:
-        returned = (return_z_loss, return_token_accuracy, return_predicted_tokens)
-        super().__init__(ce_weight, ignore_index, lse_square_scale, label_smoothing, reduction, softcap, *returned)
+        super().__init__(
+            ce_weight,
+            ignore_index=ignore_index,
+            lse_square_scale=lse_square_scale,
+            label_smoothing=label_smoothing,
+            reduction=reduction,
+            softcap=softcap,
+            return_z_loss=return_z_loss,
+            return_token_accuracy=return_token_accuracy,
+            return_predicted_tokens=return_predicted_tokens,
+        )
         if accum_dtype not in (None, torch.float32):
-            raise NotImplementedError(f"accum_dtype is always torch.float32 here; got {accum_dtype}.")
+            raise NotImplementedError(f"accum_dtype must be None or torch.float32; got {accum_dtype}. Leave it out.")
         if use_token_scaling:
             raise NotImplementedError(
-                "use_token_scaling weights each token by its own probability, which fused_ppl does not offer. Take the "
-                "losses with reduction='none', weight them, and sum."
+                "use_token_scaling must be False, because fused_ppl does not weight tokens by their probability. "
+                "Compute the losses with reduction='none', weight them, and sum them."
             )
         self.ce_weight, self.accum_dtype, self.use_token_scaling = ce_weight, accum_dtype, use_token_scaling
 
@@ -159,8 +179,6 @@ class LigerFusedLinearCrossEntropyLoss(_LigerLoss):
         self, lin_weight: Tensor, _input: Tensor, target: Tensor, bias: Tensor | None = None
     ) -> Tensor | CrossEntropyOutput:
         keywords = {"linear_bias": bias, "weight": self.ce_weight, **self._keywords()}
-        if not self._wants_more:
-            loss = _linear_cross_entropy(_input, lin_weight, target, **keywords)  # type: ignore[arg-type]
-            return self._loss(loss, target)
-        out = linear_cross_entropy_with_stats(_input, lin_weight, target, **keywords)  # type: ignore[arg-type]
-        return self._output(out, target)
+        if not self._needs_stats:
+            return self._loss(_linear_cross_entropy(_input, lin_weight, target, **keywords), target)
+        return self._output(linear_cross_entropy_with_stats(_input, lin_weight, target, **keywords), target)

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A loss for torchtitan's trainer that takes hidden states and the head, as its `ChunkedLossWrapper` does.
+"""A loss for the trainer of torchtitan that takes hidden states and the head, like its `ChunkedLossWrapper`.
 
-In a configuration, in the place of `ChunkedLossWrapper.Config(...)`:
+In a configuration, use it instead of `ChunkedLossWrapper.Config(...)`:
 
     from fused_ppl.integrations.torchtitan import FusedLinearCrossEntropyLoss
     loss = FusedLinearCrossEntropyLoss.Config()
 
-The trainer sets `lm_head`, has the model leave it out, and divides by the tokens of all ranks. The loss is computed
-inside the head's own call, so that FSDP has its weight gathered; no chunk calls backward in forward, and the length of
-the sequence need not be a multiple of anything. Needs torchtitan where the class is first asked for.
+The trainer sets `lm_head`, tells the model to leave the head out, and passes the number of tokens on all ranks. The
+loss is computed inside the forward of the head, because FSDP gathers the weight of the head there. Forward calls no
+backward of chunks, and the length of the sequence need not be divisible by a number of chunks. torchtitan is imported
+when the class is first used.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ from fused_ppl import linear_cross_entropy
 from fused_ppl.integrations.huggingface.swap import FusedHead, swap
 
 
-class _Call:
-    """What the head does while it is called for its loss."""
+class _LossCall:
+    """Makes the head return the loss instead of the logits."""
 
-    def __init__(self, labels: Tensor, items: Tensor | None, config: Any) -> None:
-        self.labels, self.items, self.config = labels, items, config
+    def __init__(self, labels: Tensor, num_items: Tensor | None, config: Any) -> None:
+        self.labels, self.num_items, self.config = labels, num_items, config
 
     def head(self, module: nn.Linear, hidden: Tensor, native: Any) -> Tensor:
         return linear_cross_entropy(
@@ -36,8 +37,8 @@ class _Call:
             module.weight,
             self.labels,
             linear_bias=module.bias,
-            reduction="sum" if self.items is None else "mean",
-            num_items=self.items,
+            reduction="sum" if self.num_items is None else "mean",
+            num_items=self.num_items,
             label_smoothing=self.config.label_smoothing,
             z_loss=self.config.z_loss,
         )
@@ -45,14 +46,14 @@ class _Call:
 
 @functools.cache
 def _loss_class() -> type:
-    # the trainer asks for an instance of ChunkedLossWrapper before it hands over the head
     titan: Any = importlib.import_module("torchtitan.components.loss")
 
-    class FusedLinearCrossEntropyLoss(titan.ChunkedLossWrapper):  # type: ignore[misc]
+    # the trainer sets `lm_head` only on instances of ChunkedLossWrapper
+    class FusedLinearCrossEntropyLoss(titan.ChunkedLossWrapper):  # type: ignore[misc]  # torchtitan is optional
         """`loss(pred, labels, global_valid_tokens) -> (loss, metrics)`, from hidden states."""
 
         @dataclass(kw_only=True, slots=True)
-        class Config(titan.BaseLoss.Config):  # type: ignore[misc]
+        class Config(titan.BaseLoss.Config):  # type: ignore[misc]  # torchtitan is optional
             label_smoothing: float = 0.0
             z_loss: float = 0.0
 
@@ -65,8 +66,9 @@ def _loss_class() -> type:
                 raise TypeError(f"lm_head must be a torch.nn.Linear; got {type(lm_head).__name__}.")
             if not isinstance(lm_head, FusedHead) and type(lm_head).forward is not nn.Linear.forward:
                 raise TypeError(
-                    f"lm_head is a {type(lm_head).__name__} with a forward of its own (LoRA, a softcap, a quantised "
-                    "product), which the fused loss would leave out. Use ChunkedLossWrapper."
+                    f"lm_head must use the forward of torch.nn.Linear; got a {type(lm_head).__name__} with a forward "
+                    "of its own (LoRA, a softcap, a quantised product), and the fused loss would skip it. "
+                    "Use ChunkedLossWrapper."
                 )
             swap(lm_head, FusedHead)
             self.lm_head = lm_head
@@ -74,16 +76,16 @@ def _loss_class() -> type:
         def __call__(
             self, pred: Tensor, labels: Tensor, global_valid_tokens: Tensor | None = None, **loss_inputs: Any
         ) -> tuple[Tensor, dict[str, Tensor]]:
-            """Like torchtitan's: the sum over the tokens of this rank, divided by those of all ranks if given."""
+            """Return the sum over the tokens of this rank, divided by the number of tokens on all ranks if given."""
             head: Any = self.lm_head
             if head is None:
                 raise RuntimeError("Call set_lm_head(model.lm_head) first; torchtitan's trainer does.")
             if titan.get_spmd_backend() == "spmd_types" and titan.spmd_mesh_size("tp") > 1:
                 raise NotImplementedError(
-                    "Under tensor parallelism its backend 'spmd_types' hands over plain pieces of the head and of "
-                    "the sequence, which the fused loss cannot tell from whole ones. Use ChunkedLossWrapper."
+                    "The SPMD backend must not be 'spmd_types' with tensor parallelism, because it passes shards of "
+                    "the head and of the sequence as plain tensors. Use ChunkedLossWrapper."
                 )
-            head._fused_ppl_call = _Call(labels, global_valid_tokens, self.config)
+            head._fused_ppl_call = _LossCall(labels, global_valid_tokens, self.config)
             try:
                 return head(pred), {}
             finally:

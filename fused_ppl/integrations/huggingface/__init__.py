@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`patch(model)`: a causal language model of transformers computes its loss without making its logits.
+"""`patch(model)` lets a causal language model of transformers compute its loss without storing its logits.
 
-The classes of the model and of its head are swapped for subclasses (`swap.py`). The model's forward hands the targets
-to the head; the head computes the loss inside its own call, where FSDP, tensor parallelism and offloading have its
-weight ready, and returns one number per token in the place of the logits; `model.loss_function` picks the loss up
-(`calls.py`). All else stays the model's own code. What happens to the logits after the head is found by probing
-(`tail.py`), and one batch is compared with the native loss before the patch says yes (`check.py`).
+`patch` replaces the classes of the model and of its head by subclasses (`swap.py`). The forward of the model passes the
+targets to the head, and the head computes the loss in its own forward. FSDP, tensor parallelism and offloading have the
+weight of the head ready there. The head returns the loss, expanded to one number per token, instead of the logits, and
+`model.loss_function` takes the loss from there (`head_calls.py`). All other code of the model runs unchanged.
+
+`patch` measures what the model does to its logits after the head (`logit_transform.py`). It then compares the fused
+loss with the native loss on one batch, and refuses the model if they differ (`check.py`).
 """
 
 from fused_ppl.integrations.huggingface.patching import patch, unpatch

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The subclasses that a patched model and its head take: same name, same signature of forward, copied and pickled.
+"""The subclasses that replace the classes of a patched model and of its head.
 
-A class, where an attribute of the instance would have a copy of the model call the original's head.
+They have the name and the signature of the original class, and they can be copied and pickled. A forward that is set on
+the instance would not do: a copy of the model would call the head of the original.
 """
 
 from __future__ import annotations
@@ -14,67 +15,77 @@ import warnings
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fused_ppl.integrations.huggingface.calls import Fused, Recipe
+from fused_ppl.integrations.huggingface.head_calls import FusedCall, HeadCall, LossConfig, Native
 
-# the calls that this thread is in: (model, head, call), the innermost last
-_CALLS: ContextVar[tuple[tuple[Any, Any, Any], ...]] = ContextVar("fused_ppl_calls", default=())
+if TYPE_CHECKING:
+
+    class _CausalLM(nn.Module):
+        """What `FusedModel` uses of the class that it is mixed into."""
+
+        loss_function: Any
+
+    _Linear = nn.Linear
+else:
+    _CausalLM = _Linear = object
+
+# (model, head, call) of each forward that this thread is in, the innermost last
+_CALLS: ContextVar[tuple[tuple[Any, Any, HeadCall], ...]] = ContextVar("fused_ppl_calls", default=())
 
 
-class FusedHead:
-    """An `nn.Linear` that runs the call in charge, if there is one."""
+class FusedHead(_Linear):
+    """Mixed into an `nn.Linear`. Its forward is the `head` method of the current call, if there is a call."""
 
-    _fused_ppl_call: Any = None
+    _fused_ppl_call: HeadCall | None = None
     _fused_ppl_instance_forward: Any = None
 
-    def _fused_ppl_forward(self, native: Any, input: Tensor) -> Tensor:
+    def _fused_ppl_forward(self, native: Native, input: Tensor) -> Tensor:
         call = call_of(self)
-        return native(input) if call is None else call.head(self, input, native)  # type: ignore[no-any-return]
+        return native(input) if call is None else call.head(self, input, native)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _reduce(FusedHead, self, super().__reduce_ex__(protocol))
 
 
-class FusedModel:
-    """A model with a head and a loss function that puts a call in charge where it trains on labels."""
+class FusedModel(_CausalLM):
+    """Mixed into a model with a head and a loss function. Its forward makes a `FusedCall` if it trains on labels."""
 
-    _fused_ppl: Recipe | None = None
-    _fused_ppl_call: Any = None
-    _fused_ppl_window = False  # PerplexityTrainerMixin scales the gradient afterwards
+    _fused_ppl: LossConfig | None = None
+    _fused_ppl_call: HeadCall | None = None
+    _fused_ppl_trainer_scales = False  # True if PerplexityTrainerMixin turns this cross-entropy into a perplexity
     _fused_ppl_warned = False
 
     def _fused_ppl_forward(self, native: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         skip_logits = kwargs.pop("skip_logits", None)
-        recipe = self._fused_ppl
-        if recipe is None or call_of(self) is not None:  # the check has a call in charge
+        config = self._fused_ppl
+        if config is None or call_of(self) is not None:  # during the check there already is a call
             return native(*args, **kwargs)
         labels = kwargs.get("labels")
-        if labels is None and len(args) > recipe.labels_at:
-            labels = args[recipe.labels_at]
-        wanted = self.training if skip_logits is None else skip_logits  # type: ignore[attr-defined]
-        if labels is None or not wanted:
+        if labels is None and len(args) > config.labels_position:
+            labels = args[config.labels_position]
+        if labels is None or not (self.training if skip_logits is None else skip_logits):
             return native(*args, **kwargs)
         head = head_of(self)
-        if not isinstance(head, FusedHead):
-            self._fused_ppl_warn(f"its head is another module now ({type(head).__name__})")
-            return native(*args, **kwargs)
-        reason = not_plain(head.weight)  # type: ignore[attr-defined]
+        if isinstance(head, FusedHead):
+            reason = reason_against_weight(head.weight)
+        else:
+            reason = f"its head is another module now ({type(head).__name__})"
         if reason is not None:
             self._fused_ppl_warn(reason)
             return native(*args, **kwargs)
-        if not self.training:  # type: ignore[attr-defined]
-            recipe = replace(recipe, label_smoothing=0.0, z_loss=0.0)
+        if not self.training:
+            config = replace(config, label_smoothing=0.0, z_loss=0.0)
         if kwargs.get("ignore_index") is not None:
-            recipe = replace(recipe, ignore_index=kwargs["ignore_index"])
-        shift_labels = kwargs.get("shift_labels") if "shift_labels" in recipe.handed_on else None
-        perplexity = recipe.loss == "perplexity" and self.training and not self._fused_ppl_window  # type: ignore[attr-defined]
-        call = Fused(recipe, labels, shift_labels, perplexity)
+            config = replace(config, ignore_index=kwargs["ignore_index"])
+        shift_labels = kwargs.get("shift_labels") if "shift_labels" in config.forwarded_keywords else None
+        perplexity = config.loss == "perplexity" and self.training and not self._fused_ppl_trainer_scales
+        call = FusedCall(config, labels, shift_labels, perplexity)
         try:
-            with in_charge(self, head, call):
+            with use_call(self, head, call):
                 out = native(*args, **kwargs)
         finally:
             if call.native:
@@ -89,20 +100,20 @@ class FusedModel:
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "forward" and self._fused_ppl is not None and not self._fused_ppl.is_native():
-            value_of = getattr(value, "func", value)  # accelerate's hooks are partials
-            owner = getattr(value_of, "__globals__", {}).get("__name__", "").partition(".")[0]
-            if owner not in ("accelerate", "torch"):  # whose wrappers call what they replace
+            function = getattr(value, "func", value)  # the hooks of accelerate are partials
+            owner = getattr(function, "__globals__", {}).get("__name__", "").partition(".")[0]
+            if owner not in ("accelerate", "torch"):  # the wrappers of these call the forward that they replace
                 self._fused_ppl_warn(f"{owner or 'something'} replaced its forward and may compute its own", "may run")
         super().__setattr__(name, value)
 
     @property
     def loss_function(self) -> Any:
-        native, call = super().loss_function, call_of(self)  # type: ignore[misc]
+        native, call = super().loss_function, call_of(self)
         return native if call is None else functools.partial(call.reduce, native)
 
     @loss_function.setter
     def loss_function(self, function: Any) -> None:
-        super(FusedModel, type(self)).loss_function.fset(self, function)  # type: ignore[misc]
+        super(FusedModel, type(self)).loss_function.fset(self, function)
         self._fused_ppl = None
         self._fused_ppl_warn("its loss_function was set")
 
@@ -111,37 +122,39 @@ class FusedModel:
 
 
 def head_of(model: Any) -> Any:
-    """The module that makes the logits; inside PEFT's wrapper for a head that is trained beside its adapters."""
+    """Return the module that computes the logits. If PEFT trains a copy of the head, this is the active copy."""
     head = model.get_output_embeddings()
-    saved = getattr(head, "modules_to_save", None)
-    if saved is None:
+    copies = getattr(head, "modules_to_save", None)
+    if copies is None:
         return head
-    active = [a for a in head.active_adapters if a in saved]
-    return head.original_module if head.disable_adapters or len(active) != 1 else saved[active[0]]
+    active = [name for name in head.active_adapters if name in copies]
+    return head.original_module if head.disable_adapters or len(active) != 1 else copies[active[0]]
 
 
-def not_plain(weight: Any) -> str | None:
-    """Why a head's weight cannot take part in a fused loss, which reads its numbers; half a sentence."""
-    if type(weight) not in (Tensor, torch.nn.Parameter) and not hasattr(weight, "device_mesh"):
-        return f"the weight of its head is a {type(weight).__name__}, whose numbers only its own products know"
+def reason_against_weight(weight: Any) -> str | None:
+    """Return why the fused loss cannot read this weight of a head, as a part of a sentence, or None if it can."""
+    if type(weight) not in (Tensor, nn.Parameter) and not hasattr(weight, "device_mesh"):
+        return f"the weight of its head is a {type(weight).__name__}, and only its own class can read its numbers"
     if not weight.dtype.is_floating_point:
         return f"the weight of its head is quantised, packed as {weight.dtype}"
     return None
 
 
-def call_of(module: Any) -> Any:
-    """The call that is in charge of a model or a head in this thread, or None."""
+def call_of(module: FusedHead | FusedModel) -> HeadCall | None:
+    """Return the current call of a model or a head in this thread, or None."""
     if not torch.compiler.is_compiling():
+        call: HeadCall
         for model, head, call in reversed(_CALLS.get()):
             if module is model or module is head:
                 return call
-    return module._fused_ppl_call  # where it is traced: a compiled forward runs in the thread that traces it
+    # torch.compile traces in the thread that runs the forward, so an attribute is enough there
+    return module._fused_ppl_call
 
 
 @contextlib.contextmanager
-def in_charge(model: Any, head: Any, call: Any) -> Iterator[None]:
-    """Puts a call in charge of a model and its head, for this thread alone."""
-    if torch.compiler.is_compiling():  # which traces attributes, and neither context variables nor new hooks
+def use_call(model: Any, head: Any, call: HeadCall) -> Iterator[None]:
+    """Make `call` the current call of a model and its head, in this thread only."""
+    if torch.compiler.is_compiling():  # Dynamo traces attributes, but not context variables or new hooks
         model._fused_ppl_call = head._fused_ppl_call = call
         try:
             yield
@@ -149,8 +162,10 @@ def in_charge(model: Any, head: Any, call: Any) -> Iterator[None]:
             model._fused_ppl_call = head._fused_ppl_call = None
         return
     token = _CALLS.set((*_CALLS.get(), (model, head, call)))
-    # the last of the hooks: it sees what those of wrappers have made of the output
-    hook = head.register_forward_hook(functools.partial(_returned, call)) if isinstance(call, Fused) else None
+    # this hook is registered last, so it gets the output that the hooks of wrappers have changed
+    hook = (
+        head.register_forward_hook(functools.partial(_set_head_output, call)) if isinstance(call, FusedCall) else None
+    )
     try:
         yield
     finally:
@@ -159,47 +174,49 @@ def in_charge(model: Any, head: Any, call: Any) -> Iterator[None]:
             hook.remove()
 
 
-def _returned(call: Fused, head: Any, args: Any, output: Any) -> None:
+def _set_head_output(call: FusedCall, head: Any, args: Any, output: Any) -> None:
     if call_of(head) is call:
-        call.returned(output)
+        call.set_head_output(output)
 
 
 @functools.cache
 def subclass(mixin: type, cls: Any) -> type:
-    """`cls` with `mixin` before it; one class for each pair, so that two patched models are of one type."""
+    """Return `cls` with `mixin` before it. Two patched models of one class get the same subclass."""
 
     @functools.wraps(cls.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         native = functools.partial(cls.forward, self)
-        if not issubclass(type(self), mixin):  # unpatched, and a wrapper on the instance kept this forward
+        if not issubclass(
+            type(self), mixin
+        ):  # the model was unpatched, but a wrapper on the instance kept this forward
             return native(*args, **kwargs)
         if mixin is FusedHead:
             return self._fused_ppl_forward(native, *args, **kwargs)
         return self._fused_ppl_forward(native, args, kwargs)
 
-    # Trainer and generate read the signature; accelerate unwraps its own wrappers as far as it finds __wrapped__
+    # Trainer and generate read the signature; accelerate would mistake __wrapped__ for one of its own wrappers
     del forward.__wrapped__
-    forward.__signature__ = inspect.signature(cls.forward)  # type: ignore[attr-defined]
+    vars(forward)["__signature__"] = inspect.signature(cls.forward)
     names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
     return type(cls.__name__, (mixin, cls), {**names, "forward": forward, "_fused_ppl_class": cls})
 
 
 def swap(module: Any, mixin: type) -> None:
-    """Give a module the subclass. A forward that was replaced on the instance goes through it as well."""
+    """Replace the class of a module by its subclass with `mixin`."""
     cls: Any = type(module)
-    if not isinstance(module, mixin):  # it is one where a wrapper like FSDP put its class over ours
+    if not isinstance(module, mixin):  # a wrapper such as FSDP may have put its own class in front of our subclass
         module.__class__ = subclass(mixin, cls)
         _rebind(module)
-    module.__dict__["_fused_ppl_call"] = None  # there from the start: Dynamo guards on what an instance has
+    module.__dict__["_fused_ppl_call"] = None  # set now, because Dynamo guards on the attributes of an instance
     instance_forward = module.__dict__.get("forward")
     if mixin is FusedHead and instance_forward is not None and "_old_forward" not in module.__dict__:
-        # transformers' tensor parallelism
+        # tensor parallelism of transformers sets a forward on the instance, which has to go through ours
         module.__dict__["_fused_ppl_instance_forward"] = instance_forward
         module.__dict__["forward"] = functools.partial(module._fused_ppl_forward, instance_forward)
 
 
 def swap_back(module: Any) -> None:
-    """Undo `swap`. A class that was put over ours stays, and does nothing."""
+    """Undo `swap`. If a wrapper put its class in front of our subclass, both stay, and ours runs natively."""
     instance_forward = module.__dict__.get("_fused_ppl_instance_forward")
     if instance_forward is not None:
         module.__dict__["forward"] = instance_forward
@@ -212,18 +229,19 @@ def swap_back(module: Any) -> None:
 
 
 def _rebind(module: Any) -> None:
-    """accelerate's hooks (device_map) keep the forward of the class that they met."""
+    """Replace the forward that a hook of accelerate (device_map) has stored when it was added."""
     if "_old_forward" in module.__dict__:
         module.__dict__["_old_forward"] = types.MethodType(type(module).forward, module)
 
 
 def _rebuild(mixin: type, cls: type) -> Any:
-    made: Any = subclass(mixin, cls)
-    return made.__new__(made)
+    swapped: Any = subclass(mixin, cls)
+    return swapped.__new__(swapped)
 
 
 def _reduce(mixin: type, module: Any, reduced: Any) -> Any:
+    """Pickle the original class and the mixin, because the subclass cannot be imported by its name."""
     original = type(module).__dict__.get("_fused_ppl_class")
-    if original is None:  # a further subclass, which says itself how it is pickled
+    if original is None:  # a further subclass defines its own pickling
         return reduced
     return (_rebuild, (mixin, original), *reduced[2:])

@@ -1,28 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a head and a loss function do during one forward of a patched model: the fused loss, or one step of the check.
+"""What the head and the loss function of a patched model do during one forward: the fused loss, or a step of the check.
 
-A call has `head(module, hidden, native)`, run in the place of the head's forward, and `reduce(native, ...)`, run in the
-place of the model's loss function.
+Each call has two methods. `head(module, hidden, native)` runs instead of the forward of the head, and
+`reduce(native, logits, labels, ...)` runs instead of the loss function of the model. `native` is what they replace.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from fused_ppl import Options, linear_cross_entropy, linear_perplexity, next_token_targets
-from fused_ppl.integrations.huggingface import tail
+from fused_ppl.integrations.huggingface.logit_transform import probe_values
 
-Native = Callable[..., Any]
+Native = Callable[..., Tensor]
+
+
+class HeadCall(Protocol):
+    """One forward of a patched model."""
+
+    def head(self, module: nn.Linear, hidden: Tensor, native: Native) -> Tensor: ...
+
+    def reduce(self, native: Native, /, *args: Any, **kwargs: Any) -> Tensor: ...
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """What the caller asked for, and what the check found."""
+class LossConfig:
+    """The loss that the caller asked for, and what the check found out about the model."""
 
     loss: str = "cross_entropy"
     label_smoothing: float = 0.0
@@ -32,15 +40,15 @@ class Recipe:
     logit_scale: float = 1.0
     softcap: float | None = None
     ignore_index: int = -100
-    handed_on: frozenset[str] = frozenset()  # the keywords of forward that reach the loss function
-    labels_at: int = 0  # the position of `labels` among the arguments of forward
+    forwarded_keywords: frozenset[str] = frozenset()  # keywords of forward that reach the loss function
+    labels_position: int = 0  # of `labels` among the arguments of forward
 
     def is_native(self) -> bool:
-        """Whether the loss is the one that the model has by itself."""
+        """True if the loss is the one that the model computes without a patch."""
         return self.loss == "cross_entropy" and not self.label_smoothing and not self.z_loss
 
     def value(self, head: nn.Linear, hidden: Tensor, targets: Tensor, perplexity: bool) -> Tensor:
-        """The mean over the counted targets, or exp of it."""
+        """Return the mean loss over the counted targets, or its perplexity."""
         common: dict[str, Any] = {
             "linear_bias": head.bias,
             "ignore_index": self.ignore_index,
@@ -54,44 +62,47 @@ class Recipe:
         return linear_cross_entropy(hidden, head.weight, targets, z_loss=self.z_loss, **common)
 
 
-class Fused:
-    """The loss in the head; one number per token goes on as the logits."""
+class FusedCall:
+    """Computes the loss in the head. Instead of logits, the head returns the loss expanded to one number per token."""
 
-    def __init__(self, recipe: Recipe, labels: Tensor, shift_labels: Tensor | None, perplexity: bool) -> None:
-        self.recipe, self.labels, self.shift_labels, self.perplexity = recipe, labels, shift_labels, perplexity
-        self.native = False
-        self.carrier: Tensor | None = None
-        self.logits: Any = None
+    def __init__(self, config: LossConfig, labels: Tensor, shift_labels: Tensor | None, perplexity: bool) -> None:
+        self.config, self.labels, self.shift_labels, self.perplexity = config, labels, shift_labels, perplexity
+        self.native = False  # True if this forward has to use the native loss
+        self.expanded_loss: Tensor | None = None  # (..., 1)
+        self.logits: Any = None  # what the model passed to its loss function as logits
         if shift_labels is None:
-            self.targets = next_token_targets(labels, ignore_index=recipe.ignore_index)
+            self.targets = next_token_targets(labels, ignore_index=config.ignore_index)
         else:
             self.targets = shift_labels
 
     def head(self, module: nn.Linear, hidden: Tensor, native: Native) -> Tensor:
         shape = hidden.shape[:-1]
-        # other positions than those of the labels, or none at all: the model's own loss knows what that means
+        # if the positions are not those of the labels, or if there are none, only the native loss knows what to do
         self.native = (self.targets.shape != shape and self.targets.numel() != shape.numel()) or shape.numel() == 0
         if self.native:
-            return native(hidden)  # type: ignore[no-any-return]
+            return native(hidden)
         targets = self.targets.to(hidden.device).reshape(shape)
-        value = self.recipe.value(module, hidden, targets, self.perplexity)
-        self.carrier = value.expand(*shape, 1)
-        return self.carrier
+        value = self.config.value(module, hidden, targets, self.perplexity)
+        self.expanded_loss = value.expand(*shape, 1)
+        return self.expanded_loss
 
-    def returned(self, output: Tensor) -> None:
-        """Takes what the head's module call has returned in the place of the carrier.
+    def set_head_output(self, output: Tensor) -> None:
+        """Use what the module call of the head returned, which hooks may have wrapped.
 
-        Wrappers hang their work for backward on that output: DeepSpeed's ZeRO-3 gathers the weight there.
+        Wrappers attach their work for backward to that output. For example, ZeRO-3 of DeepSpeed gathers the weight
+        there.
         """
-        if self.carrier is not None and not self.native:
-            self.carrier = output
+        if self.expanded_loss is not None and not self.native:
+            self.expanded_loss = output
 
     def reduce(
         self,
         native: Native,
+        /,
         logits: Tensor,
         labels: Tensor,
         vocab_size: int | None = None,
+        *,
         num_items_in_batch: float | Tensor | None = None,
         ignore_index: int = -100,
         shift_labels: Tensor | None = None,
@@ -101,26 +112,26 @@ class Fused:
             if shift_labels is not None:
                 kwargs["shift_labels"] = shift_labels
             kwargs |= {"num_items_in_batch": num_items_in_batch, "ignore_index": ignore_index}
-            return native(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)  # type: ignore[no-any-return]
-        if self.carrier is None:
+            return native(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
+        if self.expanded_loss is None:
             raise RuntimeError("The patched model did not call its head before its loss function.")
         self.logits = logits
         self._check_same(labels, self.labels, "labels")
         if (shift_labels is None) != (self.shift_labels is None):
-            raise RuntimeError("The patched model made or dropped shift_labels on the way to its loss function.")
+            raise RuntimeError("The patched model added or dropped shift_labels before it called its loss function.")
         if shift_labels is not None:
             self._check_same(shift_labels, self.shift_labels, "shift_labels")
-        if ignore_index != self.recipe.ignore_index:
+        if ignore_index != self.config.ignore_index:
             raise RuntimeError(
-                f"The targets were made for ignore_index={self.recipe.ignore_index}, and the model's loss function got "
-                f"{ignore_index}. Call unpatch(model)."
+                f"The targets were computed for ignore_index={self.config.ignore_index}, but the model's loss function "
+                f"got {ignore_index}. Call unpatch(model)."
             )
-        value = self.carrier
+        value = self.expanded_loss
         while value.ndim:
             value = value.select(0, 0)
         if num_items_in_batch is None:
             return value
-        count = self.targets.ne(self.recipe.ignore_index).sum().to(value.device)
+        count = self.targets.ne(self.config.ignore_index).sum().to(value.device)
         if isinstance(num_items_in_batch, Tensor):
             num_items_in_batch = num_items_in_batch.to(value.device)
         if self.perplexity:
@@ -129,7 +140,7 @@ class Fused:
         return torch.where(count > 0, value, 0) * (count / num_items_in_batch)
 
     def without_logits(self, out: Any) -> Any:
-        """What the model returned, with None in the place of what stood for its logits."""
+        """Return the output of the model, with None instead of the expanded loss as `logits`."""
         if self.native:
             return out
         if isinstance(out, tuple):
@@ -142,17 +153,17 @@ class Fused:
             return
         if given is None or got.shape != given.shape or not torch.equal(got.to(given.device), given):
             raise RuntimeError(
-                f"The patched model changed its {name} on the way to its loss function, which the fused loss does not "
-                "see. Call unpatch(model)."
+                f"The patched model changed its {name} before it called its loss function, and the fused loss has used "
+                "the old ones. Call unpatch(model)."
             )
 
 
 def _check_whole_batch(num_items: float | Tensor, count: Tensor) -> None:
-    """A perplexity is of all tokens that it is divided by, or it is none."""
+    """Check that the `count` targets of this call are the whole batch. Otherwise the perplexity would be wrong."""
     message = (
         "This model was patched with loss='perplexity' and got a num_items_in_batch larger than the number of its own "
-        "targets: the batch is one of several, of an accumulation window or of other ranks, and perplexities of parts "
-        "do not add up. Train with class MyTrainer(PerplexityTrainerMixin, Trainer) from "
+        "targets. So this batch is a part of an accumulation window or of the batch of several ranks, and perplexities "
+        "of parts do not add up. Train with class MyTrainer(PerplexityTrainerMixin, Trainer) from "
         "fused_ppl.integrations.huggingface, which scales the gradient of the whole window."
     )
     if torch.compiler.is_compiling():
@@ -162,38 +173,38 @@ def _check_whole_batch(num_items: float | Tensor, count: Tensor) -> None:
         raise RuntimeError(message)
 
 
-class Probe:
-    """Known numbers in the place of the logits."""
+class ProbeCall:
+    """Returns known numbers instead of the logits, to find out what the model does to its logits after the head."""
 
     def __init__(self) -> None:
-        self.grids: list[Tensor] = []
+        self.probes: list[Tensor] = []
 
     def head(self, module: nn.Linear, hidden: Tensor, native: Native) -> Tensor:
-        self.grids.append(tail.grid((*hidden.shape[:-1], module.weight.shape[0]), hidden.device))
-        return self.grids[-1]
+        self.probes.append(probe_values((*hidden.shape[:-1], module.weight.shape[0]), hidden.device))
+        return self.probes[-1]
 
-    def reduce(self, native: Native, *args: Any, **kwargs: Any) -> Any:
+    def reduce(self, native: Native, /, *args: Any, **kwargs: Any) -> Tensor:
         return native(*args, **kwargs)
 
 
-class Watched:
-    """The native loss, with the hidden states as a leaf; keeps what the loss function was given."""
+class NativeCall:
+    """Computes the native loss. It makes the hidden states a leaf and records the keywords of the loss function."""
 
     def __init__(self) -> None:
         self.hidden: Tensor | None = None
-        self.received: dict[str, Any] | None = None
+        self.loss_keywords: dict[str, Any] | None = None
 
     def head(self, module: nn.Linear, hidden: Tensor, native: Native) -> Tensor:
         self.hidden = hidden.detach().requires_grad_()
-        return native(self.hidden)  # type: ignore[no-any-return]
+        return native(self.hidden)
 
-    def reduce(self, native: Native, *args: Any, **kwargs: Any) -> Any:
-        self.received = kwargs
+    def reduce(self, native: Native, /, *args: Any, **kwargs: Any) -> Tensor:
+        self.loss_keywords = kwargs
         return native(*args, **kwargs)
 
 
-class WatchedFused(Fused):
-    """The fused loss, with the hidden states as a leaf."""
+class FusedLeafCall(FusedCall):
+    """Computes the fused loss. It makes the hidden states a leaf, so that their gradient can be compared."""
 
     hidden: Tensor | None = None
 
