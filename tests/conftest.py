@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterator
 
 import hypothesis
-import interpreter_fma
+import interpreter
 import on_device
 import pytest
 import torch
@@ -99,28 +99,16 @@ def _fma_that_rounds_once() -> None:
     if not on_device.interpreted():
         return
     pytest.importorskip("triton.runtime.interpreter")
-    interpreter_fma.round_once()
+    interpreter.round_once()
 
 
 @pytest.fixture(autouse=True, scope="session")
 def _interpreter_that_does_only_what_it_must() -> None:
-    """Triton's interpreter takes two thirds of its time to patch triton.language anew in every function that a kernel
-    calls, and to look for integer overflow; tests/test_kernels*.py do look."""
+    """Integer overflow is looked for by tests/test_kernels*.py only."""
     if not on_device.interpreted():
         return
-    interpreter = pytest.importorskip("triton.runtime.interpreter")
-    original, core = interpreter.InterpretedFunction.__call__, interpreter.tl.core
-    met: list[object] = []
-
-    def call(self, *args, **keywords):  # type: ignore[no-untyped-def]
-        if core in self.fn.__globals__.values() and not met:
-            met.append(self)  # a function of Triton's own, whose triton.language is another module
-            return original(self, *args, **keywords)
-        return self.rewrite()(*args, **keywords)
-
-    interpreter.InterpretedFunction.__call__ = call
-    builder = interpreter.interpreter_builder
-    builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
+    pytest.importorskip("triton.runtime.interpreter")
+    interpreter.skip_its_checks()
 
 
 @pytest.fixture
