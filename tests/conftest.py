@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 import hypothesis
 import interpreter
 import on_device
+import options as option_table
 import pytest
 import torch
 from pool import Pool
@@ -263,19 +264,9 @@ def fake_gpu() -> Callable[[], contextlib.AbstractContextManager[None]]:
 
 @pytest.fixture(scope="session")
 def every_option() -> Callable[..., dict[str, object]]:
-    """All options of what one loss computes, at once."""
+    """All options of what one loss computes, at once; see tests/options.py."""
 
-    def make(loss: object, num_classes: int, target: Tensor) -> dict[str, object]:
-        generator = torch.Generator().manual_seed(7)
-        keywords: dict[str, object] = {
-            "weight": torch.rand(num_classes, generator=generator) + 0.5,
-            "token_weight": torch.rand(target.shape, generator=generator) + 0.5,
-            "label_smoothing": 0.1,
-            "logit_scale": 0.7,
-            "softcap": 5.0,
-        }
-        if loss is fused_ppl.perplexity:
-            return {**keywords, "max_nll": 1.0}
-        return {**keywords, "z_loss": 1e-2}
+    def make(loss: Callable[..., object], num_classes: int, target: Tensor) -> dict[str, object]:
+        return option_table.keywords(option_table.together(loss), num_classes, target)
 
     return make
