@@ -77,7 +77,7 @@ OPTIONS = (
         None,
         (
             Value("weight", lambda b: b.positive(b.classes)),
-            Value("weight with zeros", lambda b: b.positive(b.classes) * (torch.arange(b.num_classes) % 3 > 0).cpu()),
+            Value("weight with zeros", lambda b: b.positive(b.classes) * every_third_zero(b), pairs=False),
             Value("weight in bf16", lambda b: b.positive(b.classes).bfloat16(), pairs=False),
             Value("weight signed", lambda b: b.quarters(b.classes), alone=False),
             Value("weight zero", lambda b: torch.zeros(b.classes, device="cpu"), alone=False),
@@ -114,6 +114,10 @@ ROW = {option.keyword: option for option in OPTIONS}
 VALUE = {value.name: (option, value) for option in OPTIONS for value in option.values}
 
 
+def every_third_zero(batch: Batch) -> Tensor:
+    return torch.arange(batch.num_classes, device="cpu") % 3 > 0
+
+
 def zero_at_targets(batch: Batch) -> Tensor:
     """1 of each class that is no target."""
     targets = batch.target.flatten().long().cpu()
@@ -148,17 +152,17 @@ def numbers(loss: Callable[..., object]) -> dict[str, Any]:
     return {o.keyword: v.value for o, v in map(VALUE.__getitem__, together(loss)) if not callable(v.value)}
 
 
-def keywords(names: list[str], num_classes: int, target: Tensor) -> dict[str, Any]:
+def keywords(names: list[str], num_classes: int, target: Tensor, *, seed: int = 0) -> dict[str, Any]:
     """The keywords that these values are, with their tensors for this batch."""
-    return {VALUE[name][0].keyword: value_of(name, num_classes, target) for name in names}
+    return {VALUE[name][0].keyword: value_of(name, num_classes, target, seed) for name in names}
 
 
-def value_of(name: str, num_classes: int, target: Tensor) -> Any:
-    """One value; where it is a tensor, its numbers depend on its name and the sizes alone."""
+def value_of(name: str, num_classes: int, target: Tensor, seed: int = 0) -> Any:
+    """One value; where it is a tensor, its numbers depend on its name, the sizes and the seed alone."""
     value = VALUE[name][1].value
     if not callable(value):
         return value
-    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) + seed)
     return value(Batch(num_classes, target, generator)).to(target.device)
 
 
