@@ -98,10 +98,14 @@ def differences(base: Results, head: Results) -> list[Difference]:
     of_base, of_head = digests(base), digests(head)
     found = []
     for case in base | head:
-        a, b = of_base.get(case, {}), of_head.get(case, {})
+        if case not in base or case not in head:
+            which = "base" if case in head else "head"
+            found.append(Difference(case, f"not computed by the {which}", float("inf")))
+            continue
+        a, b = of_base[case], of_head[case]
         for name in a | b:
             if a.get(name) != b.get(name):
-                size = distance(base.get(case, {}).get(name), head.get(case, {}).get(name))
+                size = distance(base[case].get(name), head[case].get(name))
                 found.append(Difference(case, name, size))
     return found
 

@@ -101,7 +101,7 @@ def test_one_bit_of_one_result_is_a_difference_of_its_option():
 def test_what_one_checkout_lacks_is_a_difference():
     base, head = {"a | b | c | ": {"loss": torch.zeros(())}}, {"a | b | c | ": {"ValueError": torch.zeros(0)}}
     assert {d.result for d in same_bits.differences(base, head)} == {"loss", "ValueError"}
-    assert same_bits.differences({}, head) != []
+    assert [d.result for d in same_bits.differences({}, head)] == ["not computed by the base"]
     minus = {"a | b | c | ": {"loss": -torch.zeros(())}}
     assert same_bits.differences(base, minus) != []  # equal numbers, other bits
 
@@ -112,7 +112,8 @@ def test_two_checkouts_are_compared_in_processes_of_their_own(tmp_path):
     public = other / "fused_ppl" / "__init__.py"
     public.write_text(
         public.read_text()
-        + "\nright = linear_cross_entropy_with_stats\n"
+        + "\nimport functools\nright = linear_cross_entropy_with_stats\n"
+        + "@functools.wraps(right)\n"
         + "def linear_cross_entropy_with_stats(x, *args, **keywords):\n"
         + "    out = right(x, *args, **keywords)\n"
         + "    return out._replace(loss=out.loss * (1 + 2**-20)) if str(x.dtype) == 'torch.bfloat16' else out\n"
