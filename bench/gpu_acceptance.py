@@ -146,9 +146,9 @@ def main() -> int:
     args = parse()
     if args.dry_run:
         os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
-        import interpreter_fma
+        import interpreter
 
-        interpreter_fma.round_once()
+        interpreter.round_once()
     import torch
 
     there = torch.cuda.is_available()

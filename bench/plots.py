@@ -12,9 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator
 from record import Record
-from report import Line, as_accurate, tables
+from record_tables import Line, Tables, as_accurate, tables
 
-Tables = dict[tuple[str, str, str], list[Line]]
 TITLES = {"logits": "logits", "linear": "head"}
 
 # colours that stay apart for colour-blind readers; ours are blue, the reference grey

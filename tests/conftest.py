@@ -14,8 +14,9 @@ import sys
 from collections.abc import Callable, Iterator
 
 import hypothesis
-import interpreter_fma
+import interpreter
 import on_device
+import options as option_table
 import pytest
 import torch
 from pool import Pool
@@ -99,28 +100,16 @@ def _fma_that_rounds_once() -> None:
     if not on_device.interpreted():
         return
     pytest.importorskip("triton.runtime.interpreter")
-    interpreter_fma.round_once()
+    interpreter.round_once()
 
 
 @pytest.fixture(autouse=True, scope="session")
 def _interpreter_that_does_only_what_it_must() -> None:
-    """Triton's interpreter takes two thirds of its time to patch triton.language anew in every function that a kernel
-    calls, and to look for integer overflow; tests/test_kernels*.py do look."""
+    """Integer overflow is looked for by tests/test_kernels*.py only."""
     if not on_device.interpreted():
         return
-    interpreter = pytest.importorskip("triton.runtime.interpreter")
-    original, core = interpreter.InterpretedFunction.__call__, interpreter.tl.core
-    met: list[object] = []
-
-    def call(self, *args, **keywords):  # type: ignore[no-untyped-def]
-        if core in self.fn.__globals__.values() and not met:
-            met.append(self)  # a function of Triton's own, whose triton.language is another module
-            return original(self, *args, **keywords)
-        return self.rewrite()(*args, **keywords)
-
-    interpreter.InterpretedFunction.__call__ = call
-    builder = interpreter.interpreter_builder
-    builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
+    pytest.importorskip("triton.runtime.interpreter")
+    interpreter.skip_its_checks()
 
 
 @pytest.fixture
@@ -275,19 +264,9 @@ def fake_gpu() -> Callable[[], contextlib.AbstractContextManager[None]]:
 
 @pytest.fixture(scope="session")
 def every_option() -> Callable[..., dict[str, object]]:
-    """All options of what one loss computes, at once."""
+    """All options of what one loss computes, at once; see tests/options.py."""
 
-    def make(loss: object, num_classes: int, target: Tensor) -> dict[str, object]:
-        generator = torch.Generator().manual_seed(7)
-        keywords: dict[str, object] = {
-            "weight": torch.rand(num_classes, generator=generator) + 0.5,
-            "token_weight": torch.rand(target.shape, generator=generator) + 0.5,
-            "label_smoothing": 0.1,
-            "logit_scale": 0.7,
-            "softcap": 5.0,
-        }
-        if loss is fused_ppl.perplexity:
-            return {**keywords, "max_nll": 1.0}
-        return {**keywords, "z_loss": 1e-2}
+    def make(loss: Callable[..., object], num_classes: int, target: Tensor) -> dict[str, object]:
+        return option_table.keywords(option_table.together(loss), num_classes, target)
 
     return make

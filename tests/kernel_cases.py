@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import on_device
+import options as option_table
 import pytest
 import torch
 from torch import Tensor
@@ -63,6 +64,15 @@ def embed(values: Tensor, offset: int, pad: int) -> tuple[Tensor, Tensor]:
 def make(n, v, dtype, *, offset=0, pad=0, kind="random", ignored=0.2, **options) -> Case:
     logits, _ = embed(make_logits((n, v), dtype, kind=kind), offset, pad)
     return Case(logits, make_target((n,), v, ignored=ignored), **options)
+
+
+def options_of(names: list[str], n: int, v: int) -> dict[str, Any]:
+    """What `make` takes for these values of tests/options.py."""
+    keywords = option_table.keywords(names, v, make_target((n,), v))
+    tensors = {k: keywords.pop(k) for k in ("weight", "token_weight", "num_items") if k in keywords}
+    if "num_items" in tensors:
+        tensors["num_items"] = torch.as_tensor(tensors["num_items"])
+    return {"spec": LossSpec(**{k: float(number) for k, number in keywords.items()}), **tensors}
 
 
 def bytes_of(tensor: Tensor) -> Tensor:

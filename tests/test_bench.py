@@ -17,6 +17,7 @@ import gate
 import measure
 import pytest
 import record
+import record_tables
 import report
 import torch
 from bench_fakes import fake
@@ -224,8 +225,8 @@ def test_a_comparison_that_we_lose_stays_in_the_table_and_is_marked():
 def test_what_was_refused_on_one_kind_of_inputs_shows_no_time_of_the_other():
     wrong = [dataclasses.replace(rows("p", 1.0, 1)[0], note="wrong value", median=None, kind="random")]
     right = [dataclasses.replace(rows("p", 1.0, 1)[0], kind="peaked")]
-    (lines,) = report.tables([*wrong, *right]).values()
-    assert lines[0].timed == () and lines[0].note == "wrong value"
+    (found,) = record_tables.tables([*wrong, *right]).values()
+    assert found[0].timed == () and found[0].note == "wrong value"
 
 
 @pytest.mark.parametrize(("page", "blocks"), [("README.md", report.readme), ("docs/measured.md", report.measured)])

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Options in pairs and triples, with weights of any sign, against the float64 reference.
 
-Every case takes one value of each dimension. The tables have every pair of values, and every triple of those that say
-what a row weighs and what divides it; they are the same on each machine. `-m slow` has every triple.
+Every case takes one value of each dimension; the options and their values come from tests/options.py. The tables have
+every pair of values, and every triple of those that say what a row weighs and what divides it. They are the same on
+each machine. `-m slow` has every triple.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import options as option_table
 import pytest
 import torch
 from torch.testing import assert_close
@@ -19,20 +21,15 @@ from torch.testing import assert_close
 from fused_ppl import Options, cross_entropy_with_stats, linear_cross_entropy_with_stats
 
 N, V, D = 6, 19, 5
-SIGNED = (1.0, 1.0, -1.0, -1.0, 0.5, -0.5)  # exact in every dtype: they add up to 0, whatever the order
 
+# every option of the table but num_items, which is the denominator "items": the names of values; None is the default
+KEYWORDS = [keyword for keyword in option_table.ROW if keyword != "num_items"]
 DIMENSIONS: dict[str, tuple[object, ...]] = {
     "plan": ("logits", "head", "vocab", "none", "compact", "screen"),
     "denominator": ("mean", "items", "sum", "sequence", "tokens"),
-    "token_weight": (None, "positive", "signed", "cancel", "some zero", "zero"),
-    "weight": (None, "positive", "signed", "zero", "zero at targets"),
+    **{keyword: (None, *option_table.in_pairs(keyword)) for keyword in KEYWORDS},
     "ignored": ("no token", "some", "all"),
-    "label_smoothing": (0.0, 0.1, 1.0),
-    "z_loss": (0.0, 0.01),
-    "softcap": (None, 3.0),
-    "logit_scale": (1.0, 0.5),
     "bias": (False, True),
-    "max_nll": (None, 1.0),
     "upstream": ("loss", "perplexity", "both"),
     "target": (torch.int64, torch.int32),
 }
@@ -102,27 +99,14 @@ def make(case: dict[str, object], seed: int) -> Problem:
     hidden, head = torch.randn(2, N // 2, D, generator=g), torch.randn(V, D, generator=g)
     bias = torch.randn(V, generator=g) if case["bias"] else None
     target = torch.randint(V, (2, N // 2), generator=g)
-    of_class = {
-        "positive": torch.randint(1, 9, (V,), generator=g) / 4,
-        "signed": torch.randint(-4, 5, (V,), generator=g) / 4,
-        "zero": torch.zeros(V),
-        "zero at targets": torch.ones(V).index_fill(0, target.flatten(), 0.0),
-    }.get(str(case["weight"]))
-    of_token = {
-        "positive": torch.randint(1, 9, (N,), generator=g) / 4,
-        "signed": torch.randint(-4, 5, (N,), generator=g) / 4,
-        "cancel": torch.tensor(SIGNED),
-        "some zero": torch.tensor([0.0, 1.0, 0.0, 2.0, 1.0, 0.0]),
-        "zero": torch.zeros(N),
-    }.get(str(case["token_weight"]))
+    # weights that cancel, and those that are zero at targets, are of all tokens
+    names = [str(case[keyword]) for keyword in KEYWORDS if case[keyword] is not None]
+    keywords = option_table.keywords(names, V, target, seed=seed)
     if case["ignored"] == "some":
-        target.view(-1)[[1, 2]] = -100  # a 1 and a -1 of SIGNED: what is left cancels as well
+        target.view(-1)[[1, 2]] = -100  # a 1 and a -1 of the weights that cancel: what is left cancels as well
     elif case["ignored"] == "all":
         target.fill_(-100)
-    reductions = {"items": "mean", "tokens": "none"}
-    keywords = {k: case[k] for k in ("label_smoothing", "z_loss", "softcap", "logit_scale", "max_nll")}
-    keywords["reduction"] = reductions.get(str(case["denominator"]), case["denominator"])
-    keywords["weight"], keywords["token_weight"] = of_class, None if of_token is None else of_token.view(2, -1)
+    keywords["reduction"] = {"items": "mean", "tokens": "none"}.get(str(case["denominator"]), case["denominator"])
     if case["denominator"] == "items":
         keywords["num_items"] = 10.0
     return Problem(hidden, head, bias, target.to(case["target"]), keywords)

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import on_device
+import options as option_table
 import pytest
 import torch
 import torch._dynamo.utils
@@ -26,20 +27,9 @@ from fused_ppl.testing import make_logits, make_target
 
 ROOT = Path(__file__).parents[1]
 LOSSES = [cross_entropy, perplexity]
-OPTIONS = {
-    "weight": lambda: {"weight": torch.rand(11)},
-    "token_weight": lambda: {"token_weight": torch.rand(6)},
-    "label_smoothing": lambda: {"label_smoothing": 0.1},
-    "logit_scale": lambda: {"logit_scale": 0.3},
-    "softcap": lambda: {"softcap": 4.0},
-    "z_loss": lambda: {"z_loss": 0.01},
-    "num_items": lambda: {"num_items": 5},
-    "num_items as a tensor": lambda: {"num_items": torch.tensor(5)},
-    "ignore_index": lambda: {"ignore_index": None},
-    "none": lambda: {"reduction": "none"},
-    "sum": lambda: {"reduction": "sum"},
-    "sequence": lambda: {"reduction": "sequence"},
-}
+# every value of an option, and what is asked for of the tokens
+EACH = {name: None for name in option_table.alone(cross_entropy)}
+EACH |= {"ignore_index": {"ignore_index": None}} | {r: {"reduction": r} for r in ("none", "sum", "sequence")}
 
 
 @pytest.fixture(autouse=True)
@@ -125,11 +115,11 @@ def test_all_options_compile_together(options, every_option):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("name", EACH)
 def test_each_option_compiles_alone(name, options):
     x, target = make_logits((6, 11)), make_target((6,), 11)
     step, gradient = both(cross_entropy)
-    keywords = {**OPTIONS[name](), "options": options}
+    keywords = {**(EACH[name] or option_table.keywords([name], 11, target)), "options": options}
     compiled = torch.compile(step, backend="aot_eager", fullgraph=True, dynamic=True)
     for a, b in zip(*(gradient(f, x, target, **keywords) for f in (compiled, step)), strict=True):
         assert_close(a, b, rtol=0, atol=0)

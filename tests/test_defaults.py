@@ -8,6 +8,7 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
+import options as option_table
 import pytest
 import torch
 from torch.testing import assert_close
@@ -63,7 +64,7 @@ CONTEXTS = {
 }
 SETTINGS = {
     "plain": {},
-    "all": {"label_smoothing": 0.1, "softcap": 5.0, "logit_scale": 0.7, "max_nll": 3.0},
+    "all": option_table.numbers(fused_ppl.cross_entropy_with_stats),
     "each token": {"reduction": "none"},
     "vocab": {"options": {"memory_budget": 1}},
     "columns": {"options": {"gradient_columns": 9}},

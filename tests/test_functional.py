@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 
+import options as option_table
 import pytest
 import torch
 from torch.testing import assert_close
@@ -19,26 +20,6 @@ ROWS_OF = {1: 5, 2: 5, 3: 7, 127: 5, 129: 5, 1000: 7, 4099: 3, 50257: 3, 151643:
 REFERENCE = Options(backend="reference")
 LOSSES = [cross_entropy, perplexity]
 
-# one option alone; each names the losses that take it
-ONE_OPTION = {
-    "weight": {"weight": torch.linspace(0.2, 3, 37)},
-    "weight with zeros": {"weight": (torch.arange(37) % 3 > 0).float()},
-    "weight in bf16": {"weight": torch.linspace(0.2, 3, 37).bfloat16()},
-    "label_smoothing": {"label_smoothing": 0.1},
-    "label_smoothing 1": {"label_smoothing": 1.0},
-    "logit_scale": {"logit_scale": 0.3},
-    "softcap": {"softcap": 4.0},
-    "integers for numbers": {"logit_scale": 2, "softcap": 30, "label_smoothing": 1},
-    "token_weight": {"token_weight": torch.linspace(0, 2, 12).view(3, 4)},
-    "token_weight in fp16": {"token_weight": torch.linspace(0, 2, 12).view(3, 4).half()},
-    "negative token_weight": {"token_weight": torch.linspace(-1, 2, 12).view(3, 4)},
-    "z_loss": {"z_loss": 0.01},
-    "num_items": {"num_items": 5},
-    "num_items as a tensor": {"num_items": torch.tensor(5)},
-    "max_nll": {"max_nll": 1.5},
-    "max_nll not reached": {"max_nll": 50.0},
-}
-ONLY = {"z_loss": [cross_entropy], "num_items": [cross_entropy], "max_nll": [perplexity]}
 REDUCTIONS = {cross_entropy: ["mean", "sum", "none", "sequence"], perplexity: ["mean", "none", "sequence"]}
 
 
@@ -66,14 +47,16 @@ def upstream_of(reduction):
     ("loss", "name", "reduction"),
     [
         (loss, name, reduction)
-        for name in ONE_OPTION
-        for loss in ONLY.get(name.split()[0], LOSSES)
-        for reduction in (["mean"] if name.startswith("num_items") else REDUCTIONS[loss])
+        for loss in LOSSES
+        for name in option_table.alone(loss)
+        for reduction in REDUCTIONS[loss]
+        if reduction in option_table.VALUE[name][0].reductions
     ],
 )
 def test_each_option_alone(loss, name, reduction, judge):
     logits, target = make_logits((3, 4, 37)), make_target((3, 4), 37, ignored=0.2)
-    judge(loss, logits, target, upstream_of(reduction), class_dim=-1, reduction=reduction, **ONE_OPTION[name])
+    keywords = option_table.keywords([name], 37, target)
+    judge(loss, logits, target, upstream_of(reduction), class_dim=-1, reduction=reduction, **keywords)
 
 
 @pytest.mark.parametrize(("loss", "reduction"), [(loss, r) for loss in LOSSES for r in REDUCTIONS[loss]])

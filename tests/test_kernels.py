@@ -6,16 +6,19 @@ from __future__ import annotations
 import dataclasses
 import math
 
+import options as option_table
 import pytest
 import torch
 from torch.testing import assert_close
 
+from fused_ppl import cross_entropy_with_stats
 from fused_ppl.records import TokenInputs
 from fused_ppl.spec import LossSpec
 from fused_ppl.testing import make_logits, make_target
 
 tl = pytest.importorskip("triton.language")
 
+import kernel_cases  # noqa: E402
 import triton  # noqa: E402
 from kernel_cases import (  # noqa: E402
     DTYPES,
@@ -89,24 +92,12 @@ def test_a_slice_that_begins_behind_the_end_of_an_unaligned_row():
 
 
 V = 533
-ALL = {
-    "spec": LossSpec(label_smoothing=0.1, logit_scale=0.7, softcap=5.0, z_loss=1e-2, max_nll=3.0),
-    "weight": torch.linspace(0.2, 3, V),
-    "token_weight": torch.linspace(0.5, 2, 4),
-}
+ALL = kernel_cases.options_of(option_table.together(cross_entropy_with_stats), 4, V)
 OPTIONS = {
     "none": {},
     "sum": {"spec": LossSpec(reduction="sum")},
-    "num_items": {"num_items": torch.tensor(5)},
-    "label_smoothing": {"spec": LossSpec(label_smoothing=0.1)},
-    "logit_scale": {"spec": LossSpec(logit_scale=1.7)},
-    "softcap": {"spec": LossSpec(softcap=4.0)},
-    "z_loss": {"spec": LossSpec(z_loss=0.1)},
-    "max_nll": {"spec": LossSpec(max_nll=2.5)},
-    "weight": {"weight": ALL["weight"]},
-    "weight in bf16": {"weight": torch.linspace(0.2, 3, V).bfloat16()},
-    "weight and label_smoothing": {"weight": ALL["weight"], "spec": LossSpec(label_smoothing=0.1)},
-    "token_weight": {"token_weight": ALL["token_weight"]},
+    **{name: kernel_cases.options_of([name], 4, V) for name in option_table.alone(cross_entropy_with_stats)},
+    "weight and label_smoothing": kernel_cases.options_of(["weight", "label_smoothing"], 4, V),
     "all": ALL,
 }
 

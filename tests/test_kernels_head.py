@@ -9,12 +9,14 @@ from __future__ import annotations
 import math
 
 import kernel_cases
+import options as option_table
 import pytest
 import torch
 from kernel_cases import DTYPES, IGNORED, NAN, Case, bytes_of, config_of, count_bytes, embed, judge, unwritten_rows
 from torch import Tensor
 from torch.testing import assert_close
 
+from fused_ppl import linear_cross_entropy
 from fused_ppl.backends import torch_rows, triton_rows
 from fused_ppl.kernels import launch, nll_forward_backward
 from fused_ppl.kernels.launch import LaunchConfig, Rows
@@ -127,22 +129,15 @@ def test_nothing_outside_of_the_rows_is_written(v, offset, pad, dtype):
 
 
 V = 533
-ALL = {
-    "spec": LossSpec(label_smoothing=0.1, logit_scale=0.7, softcap=5.0, z_loss=1e-2),
-    "weight": torch.linspace(0.2, 3, V),
-    "token_weight": torch.linspace(0.5, 2, 4),
-}
 OPTIONS = {
     "none": {},
-    "label_smoothing": {"spec": LossSpec(label_smoothing=0.1)},
-    "logit_scale": {"spec": LossSpec(logit_scale=1.7)},
-    "softcap": {"spec": LossSpec(softcap=4.0)},
-    "z_loss": {"spec": LossSpec(z_loss=0.1)},
-    "weight": {"weight": ALL["weight"]},
-    "weight in bf16": {"weight": torch.linspace(0.2, 3, V).bfloat16()},
-    "weight and label_smoothing": {"weight": ALL["weight"], "spec": LossSpec(label_smoothing=0.1)},
-    "token_weight": {"token_weight": ALL["token_weight"]},
-    "all": ALL,
+    **{
+        name: kernel_cases.options_of([name], 4, V)
+        for name in option_table.alone(linear_cross_entropy)
+        if not name.startswith("num_items")  # which enters after the kernel
+    },
+    "weight and label_smoothing": kernel_cases.options_of(["weight", "label_smoothing"], 4, V),
+    "all": kernel_cases.options_of(option_table.together(linear_cross_entropy), 4, V),
 }
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 
 import on_device
+import options as option_table
 import pytest
 import torch
 import torch._dynamo.utils
@@ -77,31 +78,17 @@ def test_value_and_gradients(loss, shape, dtype, fits):
     judge(loss, tensors, target, -0.7 * 2**-6)
 
 
-OPTIONS = {
-    "weight": {"weight": torch.linspace(0.2, 3, 41)},
-    "label_smoothing": {"label_smoothing": 0.1},
-    "softcap": {"softcap": 2.0},
-    "logit_scale": {"logit_scale": 0.3},
-    "token_weight": {"token_weight": torch.linspace(0, 2, 12).view(3, 4)},
-    "z_loss": {"z_loss": 1e-2},
-    "num_items": {"num_items": 5},
-    "all": {
-        "weight": torch.linspace(0.2, 3, 41),
-        "token_weight": torch.linspace(0, 2, 12).view(3, 4),
-        "label_smoothing": 0.1,
-        "softcap": 3.0,
-        "logit_scale": 0.7,
-        "z_loss": 1e-2,
-    },
-}
+# one value of each option alone, and all of them together
+EACH = {name: [name] for name in option_table.one_each(linear_cross_entropy)}
+EACH["all"] = option_table.together(linear_cross_entropy)
 
 
 @pytest.mark.parametrize("kind", ["rows", "vocab"])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none", "sequence"])
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("name", EACH)
 def test_each_option_with_each_reduction_and_plan(name, reduction, kind, monkeypatch):
-    if name == "num_items" and reduction != "mean":
-        pytest.skip("num_items belongs to the mean")
+    if any(reduction not in option_table.VALUE[each][0].reductions for each in EACH[name]):
+        pytest.skip(f"{name} does not go with {reduction}")
     if kind == "vocab":
         monkeypatch.setattr(plan, "COLUMNS", 16)
         monkeypatch.setattr(plan, "linear_kind", lambda case, per_token: "vocab")
@@ -114,7 +101,7 @@ def test_each_option_with_each_reduction_and_plan(name, reduction, kind, monkeyp
         target,
         upstream,
         reduction=reduction,
-        **OPTIONS[name],
+        **option_table.keywords(EACH[name], 41, target),
     )
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import options as option_table
 import pytest
 import torch
 
@@ -31,7 +32,7 @@ def of_head(device, reduction, dtype, **keywords):
 
 CASES = {
     "plain": {},
-    "options": {"label_smoothing": 0.1, "softcap": 3.0, "z_loss": 0.1},
+    "options": option_table.numbers(fused_ppl.cross_entropy_with_stats),
     "vocab": {"options": Options(memory_budget=1)},
     "reference": {"options": Options(backend="reference")},
     "compact": {"options": Options(gradient_columns=3)},

@@ -8,6 +8,7 @@ import inspect
 import io
 import pickle
 
+import options as option_table
 import pytest
 import torch
 from torch.testing import assert_close
@@ -20,12 +21,8 @@ PAIRS = [(CrossEntropyLoss, fused_ppl.cross_entropy), (PerplexityLoss, fused_ppl
 KEYWORDS = {
     "ignore_index": 3,
     "reduction": "sequence",
-    "label_smoothing": 0.1,
     "class_dim": -1,
-    "logit_scale": 0.5,
-    "softcap": 4.0,
 }
-OWN = {CrossEntropyLoss: {"z_loss": 0.1}, PerplexityLoss: {"max_nll": 1.0}}
 
 
 def sample():
@@ -35,12 +32,12 @@ def sample():
 @pytest.mark.parametrize(("module", "function"), PAIRS)
 def test_every_keyword_reaches_the_function(module, function, options):
     x, target, weight = sample()
-    keywords = {**KEYWORDS, **OWN[module], "options": options}
+    keywords = {**KEYWORDS, **option_table.numbers(function), "options": options}
     token_weight = torch.rand(2, 5)
     expected = function(x, target, weight, token_weight=token_weight, **keywords)
     assert torch.equal(module(weight, **keywords)(x, target, token_weight=token_weight), expected)
-    for name in KEYWORDS:  # each has an effect: it is not lost on the way
-        if name not in ("reduction", "class_dim"):
+    for name in keywords:  # each has an effect: it is not lost on the way
+        if name not in ("reduction", "class_dim", "options"):
             fewer = {k: v for k, v in keywords.items() if k != name}
             if name == "ignore_index":
                 fewer[name] = -100
@@ -68,7 +65,7 @@ def test_num_items_is_given_with_each_call(options):
 )
 def test_copies_compute_the_same(clone, module, function, options):
     x, target, weight = sample()
-    original = module(weight, **KEYWORDS, **OWN[module], options=options)
+    original = module(weight, **KEYWORDS, **option_table.numbers(function), options=options)
     assert torch.equal(clone(original)(x, target), original(x, target))
 
 

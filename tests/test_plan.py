@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import options as option_table
 import pytest
 import torch
 from hypothesis import assume, given
@@ -116,7 +117,7 @@ LOSSES = {
     "perplexity": (perplexity, {}),
     "all options": (
         cross_entropy_with_stats,
-        {"label_smoothing": 0.1, "softcap": 5.0, "logit_scale": 0.5, "z_loss": 0.1, "max_nll": 9.0},
+        option_table.numbers(cross_entropy_with_stats),
     ),
 }
 
