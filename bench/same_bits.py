@@ -35,7 +35,7 @@ Results = dict[str, dict[str, Tensor]]
 class Difference:
     case: str  # backend | dtype | plan | options
     result: str
-    relative: float  # the largest difference over the largest value; inf where shapes or NaN differ
+    relative: float  # the largest difference over the largest value; inf where shapes, NaN or infinities differ
 
     @property
     def options(self) -> list[str]:
@@ -86,9 +86,9 @@ def distance(a: Tensor | None, b: Tensor | None) -> float:
     if a is None or b is None or a.shape != b.shape or a.dtype != b.dtype:
         return float("inf")
     a, b = a.double(), b.double()
-    if not torch.equal(a.isfinite(), b.isfinite()):
-        return float("inf")
     rest = a.isfinite()
+    if not torch.equal(rest, b.isfinite()) or not torch.equal(a[~rest].nan_to_num(), b[~rest].nan_to_num()):
+        return float("inf")
     largest = b[rest].abs().amax().item() if rest.any() else 0.0
     return (a - b)[rest].abs().amax().item() / max(largest, 1e-300) if rest.any() else 0.0
 

@@ -104,6 +104,8 @@ def test_what_one_checkout_lacks_is_a_difference():
     assert [d.result for d in same_bits.differences({}, head)] == ["not computed by the base"]
     minus = {"a | b | c | ": {"loss": -torch.zeros(())}}
     assert same_bits.differences(base, minus) != []  # equal numbers, other bits
+    infinite = torch.tensor([1.0, torch.inf])
+    assert same_bits.distance(infinite, -infinite) == torch.inf and same_bits.distance(infinite, infinite) == 0
 
 
 def test_two_checkouts_are_compared_in_processes_of_their_own(tmp_path):
