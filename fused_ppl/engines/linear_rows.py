@@ -10,8 +10,6 @@ The largest buffers are a chunk of logits, and the float32 gradient of the weigh
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -118,7 +116,8 @@ def scale(
     inputs: HeadInputs, unscaled: Unscaled, upstream: Upstream, spec: LossSpec, *, grads: Needed, last: bool = False
 ) -> Unscaled:
     """The op `linear_scale`; at the `last` use of the unscaled gradients, in their own memory."""
-    of_tokens, of_all = _factors(reduction.upstream_of_sum(upstream), inputs.target, spec.ignore_index)
+    dtype = unscaled.grad_hidden.dtype
+    of_tokens, of_all = _factors(reduction.upstream_of_sum(upstream), inputs.target, spec.ignore_index, dtype=dtype)
     likes = (inputs.hidden, inputs.linear_weight, inputs.linear_bias)
     reused = [
         last and needed and like is not None and made.dtype == like.dtype
@@ -139,12 +138,14 @@ def linear_scale(inputs: HeadInputs, unscaled: Unscaled, upstream: Upstream, spe
     return scale(inputs, unscaled, upstream, spec, grads=grads)
 
 
-def _factors(factor: Tensor, target: Tensor, ignore_index: int | None) -> tuple[Tensor, Tensor]:
+def _factors(
+    factor: Tensor, target: Tensor, ignore_index: int | None, *, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """The factor of each token, (*target.shape, 1), or of all; and that of a sum over tokens.
 
-    It is 0 where no token is counted: the zeros that stand there must stay zeros where the factor is inf.
+    It is 0 where no token is counted: the zeros that stand there must stay zeros where the factor is inf in `dtype`.
     """
-    if factor.device.type == "cpu" and math.isfinite(factor.item()):
+    if factor.device.type == "cpu" and abs(factor.item()) <= torch.finfo(dtype).max:
         return factor, factor
     counted = torch.ones_like(target, dtype=torch.bool) if ignore_index is None else target != ignore_index
     of_tokens = torch.where(counted, factor, 0).unsqueeze(-1)
