@@ -154,6 +154,32 @@ def test_a_file_can_be_held_in_the_head(file: str) -> None:
     assert {f.name: function_lines(f) for f in functions if function_lines(f) > 80} == {}
 
 
+def sliced_varargs(tree: ast.Module) -> list[int]:
+    """Lines where a function takes its `*args` apart by position."""
+    lines = []
+    for function in ast.walk(tree):
+        if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef)) and function.args.vararg is not None:
+            name = function.args.vararg.arg
+            lines += [
+                node.lineno
+                for node in ast.walk(function)
+                if isinstance(node, ast.Subscript) and isinstance(node.value, ast.Name) and node.value.id == name
+            ]
+    return lines
+
+
+@pytest.mark.parametrize("file", [f for f in PACKAGE if room(f) != "kernels"])
+def test_arguments_are_typed_and_passed_by_name(file: str) -> None:
+    assert sliced_varargs(parse(file)) == []
+    for line in (ROOT / file).read_text(encoding="utf-8").splitlines():
+        assert "no-untyped-def" not in line
+        assert "type: ignore" not in line or "]  # " in line, f"say why: {line.strip()}"
+
+
+def test_an_argument_tuple_that_is_sliced_would_be_seen() -> None:
+    assert sliced_varargs(ast.parse("def f(*args):\n    return args[6:14]")) == [2]
+
+
 @pytest.mark.parametrize("file", EVERYTHING)
 def test_the_licence_is_the_first_line(file: str) -> None:
     assert (ROOT / file).read_text(encoding="utf-8").splitlines()[:1] == ["# SPDX-License-Identifier: Apache-2.0"]
