@@ -2,7 +2,8 @@
 """What was measured, for people: a table on the terminal, Markdown, plots, and the tables of README.md and docs/.
 
 python bench/report.py bench/results/cpu.json            the table
-python bench/report.py bench/results/cpu.json --docs     README.md, docs/measured.md and the plots from that record
+python bench/report.py bench/results/cpu.json --docs     the plots from that record, and the blocks of README.md,
+                                                         docs/performance.md and docs/records/cpu.md
 """
 
 from __future__ import annotations
@@ -22,6 +23,15 @@ VALUE_FLOOR = 2e-6  # nats: fp32's roundings of a loss of ten
 GRADIENT_FLOOR = 2e-6
 MEMORY_NOISE = 2 * 2**20  # bytes by which resident memory scatters from process to process
 MISSING = ("needs a GPU", "is for a CPU", "not installed")
+PEERS = (
+    "eager",
+    "eager, fp32 logits",
+    "torch.compile",
+    "torch.compile, fp32 logits",
+    "cut-cross-entropy, torch_compile",
+    "F.linear_cross_entropy, chunked",
+)
+CLAIM = ("linear", "llama3-8b-cpu", "fp32")  # the comparison that the first lines of README.md name
 HEADS = ("", "fwd + bwd, ms", "of bare", "of ours", "peaked", "peak memory", "value error", "gradient error", "")
 
 
@@ -245,10 +255,11 @@ def write(record: Record, folder: Path, name: str) -> list[Path]:
 
 
 def write_docs(record: Record, root: Path = ROOT) -> None:
-    """Put the tables between their markers."""
-    for path, blocks in ((root / "README.md", readme(record)), (root / "docs" / "measured.md", measured(record))):
+    """Replace each generated block of the documentation."""
+    for page, blocks_of in PAGES.items():
+        path = root / page
         text = path.read_text()
-        for name, block in blocks.items():
+        for name, block in blocks_of(record).items():
             text = replaced(text, name, block)
         path.write_text(text)
 
@@ -260,15 +271,77 @@ def replaced(text: str, name: str, block: str) -> str:
 
 
 def readme(record: Record) -> dict[str, str]:
-    """One dtype, and the picture."""
-    picture = "![time and memory of every provider over fused_ppl's](bench/results/cpu_summary.png)"
-    return {"BENCH": "\n".join([head_line(record), "", *overview(record, ("bf16",)), "", picture])}
+    """The claim of the first lines, and the table of one dtype."""
+    table = "\n".join([head_line(record), "", *overview(record, ("bf16",))])
+    return {"CLAIM": claim(record), "BENCH": table}
 
 
-def measured(record: Record) -> dict[str, str]:
+def claim(record: Record) -> str:
+    """One comparison with eager PyTorch in two sentences."""
+    ours, eager = (_found(tables(record.rows)[CLAIM], name) for name in ("fused_ppl", "eager"))
+    row, machine = ours.timed[0], record.machine
+    shape = f"N = {row.num_tokens}, V = {row.num_classes}, D = {row.hidden_size}, {row.dtype}"
+    return (
+        f"Measured on a CPU ({machine['processor']}, {machine['threads']} threads; {shape}): `linear_perplexity` takes "
+        f"{milliseconds(row.median)} ms and {_mib(ours.peak)[1:]} for forward and backward. Eager PyTorch takes "
+        f"{_over_ours(eager):.2f} times as long and {_mib(eager.peak)[1:]}."
+    )
+
+
+def details(record: Record) -> dict[str, str]:
+    """The overview of both dtypes, and every comparison that fused_ppl loses."""
     words = [*absent(record), *disturbed(record)]
     said = [verdict(record).replace("\n  ", "\n- ").replace(":\n-", ":\n\n-"), "", *(f"- {w}" for w in words)]
     return {"BENCH": "\n".join([head_line(record), "", *overview(record, ("bf16", "fp32")), "", *said])}
+
+
+def performance(record: Record) -> dict[str, str]:
+    """Three tables with a row for each comparison and a column for each provider."""
+    fast, small, exact = [], [], []
+    for key, lines in tables(record.rows).items():
+        of = {line.provider: line for line in lines}
+        if "fused_ppl" not in of or not of["fused_ppl"].timed:
+            continue
+        ours, peers = of["fused_ppl"], [of.get(name) for name in PEERS]
+        row = ours.timed[0]
+        named = f"{'logits' if key[0] == 'logits' else 'head'}, {key[1]}, {key[2]}"
+        shape = ", ".join(map(str, (row.num_tokens, row.num_classes, *([row.hidden_size] * (key[0] == "linear")))))
+        fast.append([named, shape, f"{milliseconds(row.median)} ms", *(_times(peer, ours) for peer in peers)])
+        small.append([named, _mib(ours.peak), *(_mib(peer.peak) if peer else "" for peer in peers)])
+        exact.append([named, _errors(ours), *(_errors(peer) if peer else "" for peer in peers)])
+    return {
+        "MACHINE": head_line(record),
+        "FAST": _table(["forward + backward", "N, V, D", "fused_ppl", *PEERS], fast),
+        "SMALL": _table(["peak memory", "fused_ppl", *PEERS], small),
+        "EXACT": _table(["value error / gradient error", "fused_ppl", *PEERS], exact),
+    }
+
+
+PAGES = {"README.md": readme, "docs/performance.md": performance, "docs/records/cpu.md": details}
+
+
+def _table(heads: list[str], rows: list[list[str]]) -> str:
+    return "\n".join(["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads), *(_joined(row) for row in rows)])
+
+
+def _joined(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _found(lines: list[Line], provider: str) -> Line:
+    return next(line for line in lines if line.provider == provider)
+
+
+def _times(peer: Line | None, ours: Line) -> str:
+    """The time over ours; a star where the peer is less accurate."""
+    if peer is None or not peer.timed:
+        return ""
+    return f"{_over_ours(peer):.2f} x" + ("" if as_accurate(peer, ours) else " *")
+
+
+def _errors(line: Line) -> str:
+    errors = line.errors()
+    return "" if errors is None else " / ".join(f"{error:.0e}" for error in errors)
 
 
 def overview(record: Record, dtypes: tuple[str, ...]) -> list[str]:
