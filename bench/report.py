@@ -9,7 +9,7 @@ python bench/report.py bench/results/cpu.json --docs     the plots from that rec
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -229,13 +229,13 @@ def legend() -> str:
 
 
 def rows_of(lines: list[Line]) -> list[str]:
-    out = ["| " + " | ".join(HEADS) + " |", "|" + "---|" * len(HEADS)]
+    rows = []
     for line in lines:
         if line.timed or line.peak is not None or not line.note.startswith(MISSING):
             said = mark(line, lines)
             last = f"**{said}**" if said.startswith("LOST") else said or line.note
-            out.append("| " + " | ".join([*cells(line), last]) + " |")
-    return out
+            rows.append([*cells(line), last])
+    return _table(HEADS, rows)
 
 
 def write(record: Record, folder: Path, name: str) -> list[Path]:
@@ -311,21 +311,19 @@ def performance(record: Record) -> dict[str, str]:
         exact.append([named, _errors(ours), *(_errors(peer) if peer else "" for peer in peers)])
     return {
         "MACHINE": head_line(record),
-        "FAST": _table(["forward + backward", "N, V, D", "fused_ppl", *PEERS], fast),
-        "SMALL": _table(["peak memory", "fused_ppl", *PEERS], small),
-        "EXACT": _table(["value error / gradient error", "fused_ppl", *PEERS], exact),
+        "FAST": "\n".join(_table(["forward + backward", "N, V, D", "fused_ppl", *PEERS], fast)),
+        "SMALL": "\n".join(_table(["peak memory", "fused_ppl", *PEERS], small)),
+        "EXACT": "\n".join(_table(["value error / gradient error", "fused_ppl", *PEERS], exact)),
     }
 
 
 PAGES = {"README.md": readme, "docs/performance.md": performance, "docs/records/cpu.md": details}
 
 
-def _table(heads: list[str], rows: list[list[str]]) -> str:
-    return "\n".join(["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads), *(_joined(row) for row in rows)])
-
-
-def _joined(cells: list[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
+def _table(heads: Sequence[str], rows: list[list[str]]) -> list[str]:
+    """The lines of a Markdown table."""
+    first, *more = (f"| {' | '.join(cells)} |" for cells in (heads, *rows))
+    return [first, "|" + "---|" * len(heads), *more]
 
 
 def _found(lines: list[Line], provider: str) -> Line:
@@ -346,10 +344,7 @@ def _errors(line: Line) -> str:
 
 def overview(record: Record, dtypes: tuple[str, ...]) -> list[str]:
     """A row for each comparison: ours, eager (from fp32 logits), and the best of the others that passed the gate."""
-    out = [
-        "| forward + backward | fused_ppl | eager | fastest other | memory | eager | smallest other |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    rows = []
     for key, lines in tables(record.rows).items():
         of = {line.provider: line for line in lines}
         eager = of.get("eager, fp32 logits") or of.get("eager")
@@ -368,8 +363,10 @@ def overview(record: Record, dtypes: tuple[str, ...]) -> list[str]:
             _mib(eager.peak),
             f"{_mib(smallest.peak)}, {_named(smallest, ours)}" if smallest else "none",
         ]
-        out.append("| " + " | ".join(cells) + " |")
-    return out
+        rows.append(cells)
+    return _table(
+        ["forward + backward", "fused_ppl", "eager", "fastest other", "memory", "eager", "smallest other"], rows
+    )
 
 
 def _named(line: Line, ours: Line) -> str:
