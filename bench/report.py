@@ -2,13 +2,14 @@
 """What was measured, for people: a table on the terminal, Markdown, plots, and the tables of README.md and docs/.
 
 python bench/report.py bench/results/cpu.json            the table
-python bench/report.py bench/results/cpu.json --docs     README.md, docs/measured.md and the plots from that record
+python bench/report.py bench/results/cpu.json --docs     the plots from that record, and the blocks of README.md,
+                                                         docs/performance.md and docs/records/cpu.md
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from cases import Setting
@@ -19,6 +20,15 @@ from record_tables import Line, as_accurate, tables
 ROOT = Path(__file__).parents[1]
 MEMORY_NOISE = 2 * 2**20  # bytes by which resident memory scatters from process to process
 MISSING = ("needs a GPU", "is for a CPU", "not installed")
+PEERS = (
+    "eager",
+    "eager, fp32 logits",
+    "torch.compile",
+    "torch.compile, fp32 logits",
+    "cut-cross-entropy, torch_compile",
+    "F.linear_cross_entropy, chunked",
+)
+CLAIM = ("linear", "llama3-8b-cpu", "fp32")  # the comparison that the first lines of README.md name
 HEADS = ("", "fwd + bwd, ms", "of bare", "of ours", "peaked", "peak memory", "value error", "gradient error", "")
 
 
@@ -160,13 +170,13 @@ def legend() -> str:
 
 
 def rows_of(lines: list[Line]) -> list[str]:
-    out = ["| " + " | ".join(HEADS) + " |", "|" + "---|" * len(HEADS)]
+    rows = []
     for line in lines:
         if line.timed or line.peak is not None or not line.note.startswith(MISSING):
             said = mark(line, lines)
             last = f"**{said}**" if said.startswith("LOST") else said or line.note
-            out.append("| " + " | ".join([*cells(line), last]) + " |")
-    return out
+            rows.append([*cells(line), last])
+    return _table(HEADS, rows)
 
 
 def write(record: Record, folder: Path, name: str) -> list[Path]:
@@ -186,10 +196,11 @@ def write(record: Record, folder: Path, name: str) -> list[Path]:
 
 
 def write_docs(record: Record, root: Path = ROOT) -> None:
-    """Put the tables between their markers."""
-    for path, blocks in ((root / "README.md", readme(record)), (root / "docs" / "measured.md", measured(record))):
+    """Replace each generated block of the documentation."""
+    for page, blocks_of in PAGES.items():
+        path = root / page
         text = path.read_text()
-        for name, block in blocks.items():
+        for name, block in blocks_of(record).items():
             text = replaced(text, name, block)
         path.write_text(text)
 
@@ -201,23 +212,80 @@ def replaced(text: str, name: str, block: str) -> str:
 
 
 def readme(record: Record) -> dict[str, str]:
-    """One dtype, and the picture."""
-    picture = "![time and memory of every provider over fused_ppl's](bench/results/cpu_summary.png)"
-    return {"BENCH": "\n".join([head_line(record), "", *overview(record, ("bf16",)), "", picture])}
+    """The claim of the first lines, and the table of one dtype."""
+    table = "\n".join([head_line(record), "", *overview(record, ("bf16",))])
+    return {"CLAIM": claim(record), "BENCH": table}
 
 
-def measured(record: Record) -> dict[str, str]:
+def claim(record: Record) -> str:
+    """One comparison with eager PyTorch in two sentences."""
+    ours, eager = (_found(tables(record.rows)[CLAIM], name) for name in ("fused_ppl", "eager"))
+    row, machine = ours.timed[0], record.machine
+    shape = f"N = {row.num_tokens}, V = {row.num_classes}, D = {row.hidden_size}, {row.dtype}"
+    return (
+        f"Measured on a CPU ({machine['processor']}, {machine['threads']} threads; {shape}): `linear_perplexity` takes "
+        f"{milliseconds(row.median)} ms and {_mib(ours.peak)[1:]} for forward and backward. Eager PyTorch takes "
+        f"{_over_ours(eager):.2f} times as long and {_mib(eager.peak)[1:]}."
+    )
+
+
+def details(record: Record) -> dict[str, str]:
+    """The overview of both dtypes, and every comparison that fused_ppl loses."""
     words = [*absent(record), *disturbed(record)]
     said = [verdict(record).replace("\n  ", "\n- ").replace(":\n-", ":\n\n-"), "", *(f"- {w}" for w in words)]
     return {"BENCH": "\n".join([head_line(record), "", *overview(record, ("bf16", "fp32")), "", *said])}
 
 
+def performance(record: Record) -> dict[str, str]:
+    """Three tables with a row for each comparison and a column for each provider."""
+    fast, small, exact = [], [], []
+    for key, lines in tables(record.rows).items():
+        of = {line.provider: line for line in lines}
+        if "fused_ppl" not in of or not of["fused_ppl"].timed:
+            continue
+        ours, peers = of["fused_ppl"], [of.get(name) for name in PEERS]
+        row = ours.timed[0]
+        named = f"{'logits' if key[0] == 'logits' else 'head'}, {key[1]}, {key[2]}"
+        shape = ", ".join(map(str, (row.num_tokens, row.num_classes, *([row.hidden_size] * (key[0] == "linear")))))
+        fast.append([named, shape, f"{milliseconds(row.median)} ms", *(_times(peer, ours) for peer in peers)])
+        small.append([named, _mib(ours.peak), *(_mib(peer.peak) if peer else "" for peer in peers)])
+        exact.append([named, _errors(ours), *(_errors(peer) if peer else "" for peer in peers)])
+    return {
+        "MACHINE": head_line(record),
+        "FAST": "\n".join(_table(["forward + backward", "N, V, D", "fused_ppl", *PEERS], fast)),
+        "SMALL": "\n".join(_table(["peak memory", "fused_ppl", *PEERS], small)),
+        "EXACT": "\n".join(_table(["value error / gradient error", "fused_ppl", *PEERS], exact)),
+    }
+
+
+PAGES = {"README.md": readme, "docs/performance.md": performance, "docs/records/cpu.md": details}
+
+
+def _table(heads: Sequence[str], rows: list[list[str]]) -> list[str]:
+    """The lines of a Markdown table."""
+    first, *more = (f"| {' | '.join(cells)} |" for cells in (heads, *rows))
+    return [first, "|" + "---|" * len(heads), *more]
+
+
+def _found(lines: list[Line], provider: str) -> Line:
+    return next(line for line in lines if line.provider == provider)
+
+
+def _times(peer: Line | None, ours: Line) -> str:
+    """The time over ours; a star where the peer is less accurate."""
+    if peer is None or not peer.timed:
+        return ""
+    return f"{_over_ours(peer):.2f} x" + ("" if as_accurate(peer, ours) else " *")
+
+
+def _errors(line: Line) -> str:
+    errors = line.errors()
+    return "" if errors is None else " / ".join(f"{error:.0e}" for error in errors)
+
+
 def overview(record: Record, dtypes: tuple[str, ...]) -> list[str]:
     """A row for each comparison: ours, eager (from fp32 logits), and the best of the others that passed the gate."""
-    out = [
-        "| forward + backward | fused_ppl | eager | fastest other | memory | eager | smallest other |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    rows = []
     for key, lines in tables(record.rows).items():
         of = {line.provider: line for line in lines}
         eager = of.get("eager, fp32 logits") or of.get("eager")
@@ -236,8 +304,10 @@ def overview(record: Record, dtypes: tuple[str, ...]) -> list[str]:
             _mib(eager.peak),
             f"{_mib(smallest.peak)}, {_named(smallest, ours)}" if smallest else "none",
         ]
-        out.append("| " + " | ".join(cells) + " |")
-    return out
+        rows.append(cells)
+    return _table(
+        ["forward + backward", "fused_ppl", "eager", "fastest other", "memory", "eager", "smallest other"], rows
+    )
 
 
 def _named(line: Line, ours: Line) -> str:

@@ -229,7 +229,7 @@ def test_what_was_refused_on_one_kind_of_inputs_shows_no_time_of_the_other():
     assert found[0].timed == () and found[0].note == "wrong value"
 
 
-@pytest.mark.parametrize(("page", "blocks"), [("README.md", report.readme), ("docs/measured.md", report.measured)])
+@pytest.mark.parametrize(("page", "blocks"), report.PAGES.items())
 def test_the_tables_of_the_documentation_are_those_of_the_record(page, blocks):
     made = record.load(ROOT / "bench" / "results" / "cpu.json")
     text = (ROOT / page).read_text()

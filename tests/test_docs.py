@@ -16,7 +16,8 @@ import fused_ppl
 
 ROOT = Path(__file__).parents[1]
 ON_RANKS = "distributed.md"  # test_distributed_docs.py runs it
-PAGES = ["README.md", *(f"docs/{p.name}" for p in sorted((ROOT / "docs").glob("*.md")) if p.name != ON_RANKS)]
+DOCS = [path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = ["README.md", *(page for page in DOCS if page != f"docs/{ON_RANKS}")]
 
 
 def modules():
@@ -56,9 +57,22 @@ def test_python_blocks_run_one_after_another(page, tmp_path, monkeypatch):
         exec(compile(block, f"{page}, block {i}", "exec"), namespace)
 
 
-def test_links_of_the_readme_lead_to_files():
-    if not (ROOT / "README.md").exists():
-        pytest.skip("README.md is not written yet")
-    for link in re.findall(r"\]\(([^)#]+)\)", (ROOT / "README.md").read_text()):
-        if not link.startswith("http"):
-            assert (ROOT / link).exists(), link
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", *DOCS])
+def test_links_lead_to_files_and_headings(page):
+    if not (ROOT / page).exists():
+        pytest.skip(f"{page} is not written yet")
+    text = (ROOT / page).read_text()
+    for link, anchor in re.findall(r"\]\(([^)#]*)(?:#([^)]+))?\)", re.sub(r"```.*?```", "", text, flags=re.DOTALL)):
+        if link.startswith("http"):
+            continue
+        path = (ROOT / page).parent / link if link else ROOT / page
+        assert path.exists(), link
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", path.read_text(), re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings}, f"{link}#{anchor}"
+
+
+def test_every_trap_of_a_test_is_in_the_list():
+    numbers = set(re.findall(r"def test_(\d\d)_", (ROOT / "tests" / "test_traps.py").read_text()))
+    listed = set(re.findall(r"^\| (\d+) \|", (ROOT / "docs" / "traps.md").read_text(), re.MULTILINE))
+    assert {str(int(number)) for number in numbers} <= listed
