@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What two ranks run in test_deepspeed.py: a few steps of a Llama under ZeRO-3, native or patched. Prints the losses."""
+"""Two ranks of test_deepspeed.py: a few steps of a Llama under ZeRO-3, native or patched. Prints the losses."""
 
 from __future__ import annotations
 
