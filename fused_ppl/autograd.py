@@ -34,27 +34,35 @@ _read_head_results = reader(HeadResults)
 
 
 def logits_loss(inputs: LogitsInputs, request: LogitsRequest) -> LossResults:
-    return LossResults(*_run(LogitsLoss, request, inputs))
+    apply = _apply_of(LogitsLoss, inputs)
+    return loss.logits_loss(inputs, request) if apply is None else LossResults(*apply(request, *inputs))
 
 
 def head_loss(inputs: HeadInputs, request: HeadRequest) -> HeadResults:
-    results: HeadResults = _read_head_results(iter(_run(HeadLoss, request, inputs)))
+    apply = _apply_of(HeadLoss, inputs)
+    if apply is None:
+        return loss.head_loss(inputs, request)
+    results: HeadResults = _read_head_results(iter(apply(request, *inputs)))
     return results
 
 
-def _run(function: Any, request: LogitsRequest | HeadRequest, inputs: LogitsInputs | HeadInputs) -> tuple[Any, ...]:
-    """`function.apply`, or its forward alone where nothing records a gradient."""
-    compiling, transformed = torch.compiler.is_compiling(), torch._C._are_functorch_transforms_active()
-    if compiling and (transformed or _exporting()):
-        # the autograd of the ops is the one that stays: Dynamo takes a Function apart, and may lose what it has left
-        return function.forward(request, *inputs)  # type: ignore[no-any-return]
-    if not compiling and torch._C._len_torch_dispatch_stack():
-        flops.register()
-    if not compiling and (transformed or torch.autograd.forward_ad._current_level >= 0):
-        return _transformed(function).apply(request, *inputs)  # type: ignore[no-any-return]
-    if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in inputs):
-        return function.forward(request, *inputs)  # type: ignore[no-any-return]
-    return (function if compiling else _eager(function)).apply(request, *inputs)  # type: ignore[no-any-return]
+def _apply_of(function: Any, inputs: LogitsInputs | HeadInputs) -> Any:
+    """`apply` of the Function in the form that this call needs, or None where nothing records a gradient."""
+    if torch.compiler.is_compiling():
+        if torch._C._are_functorch_transforms_active() or _exporting():
+            # the autograd of the ops is the one that stays: Dynamo takes a Function apart, and may lose what it has left
+            return None
+    else:
+        if torch._C._len_torch_dispatch_stack():
+            flops.register()
+        if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
+            return _transformed(function).apply
+        function = _eager(function)
+    if torch.is_grad_enabled():
+        for tensor in inputs:
+            if tensor is not None and tensor.requires_grad:
+                return function.apply
+    return None
 
 
 def _exporting() -> bool:
@@ -106,7 +114,7 @@ class LogitsLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(request: LogitsRequest, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-        return tuple(loss.logits_loss(LogitsInputs(*tensors), request))  # type: ignore[arg-type]  # from `_run`
+        return loss.logits_loss(LogitsInputs(*tensors), request)  # type: ignore[arg-type]  # in order
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
@@ -143,7 +151,7 @@ class HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(request: HeadRequest, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-        return tuple(flatten(loss.head_loss(HeadInputs(*tensors), request)))  # type: ignore[arg-type]  # from `_run`
+        return tuple(flatten(loss.head_loss(HeadInputs(*tensors), request)))  # type: ignore[arg-type]  # in order
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:

@@ -170,13 +170,11 @@ def check_device(name: str, value: Tensor, input: Tensor) -> None:
         )
 
 
-def check_constant(name: str, value: object, shape: Sequence[int], what: str, input: Tensor) -> None:
-    """Check an optional float tensor of the given shape that the loss treats as a constant.
+def check_constant(name: str, value: object, shape: Sequence[int], what: str, *, input: Tensor) -> None:
+    """Check a float tensor of the given shape that the loss treats as a constant.
 
     It must not require a gradient: the loss would leave that gradient at zero without saying so.
     """
-    if value is None:
-        return
     constant = check_tensor(name, value)
     if not constant.dtype.is_floating_point:
         raise TypeError(f"{name} must be a floating-point tensor; got {constant.dtype}. Convert it with .float().")
@@ -192,9 +190,7 @@ def check_no_grad(name: str, value: Tensor) -> None:
 
 
 def check_num_items(value: object, reduction: str) -> None:
-    """Check that `num_items` is None, a number, or a tensor of one element."""
-    if value is None:
-        return
+    """Check that `num_items` is a number or a tensor of one element."""
     if reduction != "mean":
         raise ValueError(
             f"num_items replaces the denominator of reduction='mean'; got reduction={reduction!r}. "
@@ -246,8 +242,8 @@ def check_sum_output(output: Any) -> None:
         )
 
 
-def check_sequence(reduction: str, target: Tensor) -> None:
-    if reduction == "sequence" and target.ndim == 0:
+def check_sequence(target: Tensor) -> None:
+    if target.ndim == 0:
         raise ValueError(
             "target must have at least one dimension for reduction='sequence', which takes the mean over the last "
             "dimension; got a 0-d target. Use reduction='mean'."

@@ -50,14 +50,13 @@ class Extras(NamedTuple):
 
 
 def from_logits(input: Tensor, target: Tensor, spec: LossSpec, *, class_dim: int, extras: Extras) -> LossOutput:
-    options = _DEFAULT if extras.options is None else extras.options
-    checks.check_options(options, Options)
+    options = _options(extras)
     checks.check_logits(input, class_dim)
     if options.inplace_backward:
         checks.check_inplace_backward(input)
-    ranks, vocab_group = groups.token_group(extras.group, spec.reduction), extras.vocab_group
-    if vocab_group is not None or not dtensors.all_plain(input, target):
-        input, ranks = dtensors.local_logits(input, class_dim, vocab_group, ranks)
+    ranks = None if extras.group is None else groups.token_group(extras.group, spec.reduction)
+    if extras.vocab_group is not None or not dtensors.all_plain(input, target):
+        input, ranks = dtensors.local_logits(input, class_dim, extras.vocab_group, ranks)
         target, extras = _whole(target, extras)
     logits = input if input.ndim == 1 or class_dim in (-1, input.ndim - 1) else input.movedim(class_dim, -1)
     checks.check_classes(logits.shape[-1])
@@ -78,9 +77,8 @@ def from_logits(input: Tensor, target: Tensor, spec: LossSpec, *, class_dim: int
 def from_hidden(
     input: Tensor, linear_weight: Tensor, target: Tensor, spec: LossSpec, *, linear_bias: Tensor | None, extras: Extras
 ) -> LossOutput:
-    options = _DEFAULT if extras.options is None else extras.options
-    checks.check_options(options, Options)
-    ranks, vocab_group = groups.token_group(extras.group, spec.reduction), extras.vocab_group
+    options, vocab_group = _options(extras), extras.vocab_group
+    ranks = None if extras.group is None else groups.token_group(extras.group, spec.reduction)
     optional = [t for t in (linear_bias, extras.token_weight) if t is not None]
     if vocab_group is not None or not dtensors.all_plain(input, linear_weight, target, *optional):
         input, linear_weight, linear_bias, ranks = dtensors.local_head(
@@ -112,6 +110,13 @@ def from_hidden(
     return LossOutput(loss, perplexity, nll, lse, entropy, predicted, total_weight, *errors)
 
 
+def _options(extras: Extras) -> Options:
+    if extras.options is None:
+        return _DEFAULT
+    checks.check_options(extras.options, Options)
+    return extras.options
+
+
 def _whole(target: Tensor, extras: Extras) -> tuple[Tensor, Extras]:
     """Targets, weights and num_items that are not DTensors."""
     num_items = dtensors.whole(extras.num_items) if isinstance(extras.num_items, Tensor) else extras.num_items
@@ -123,13 +128,17 @@ def _whole(target: Tensor, extras: Extras) -> tuple[Tensor, Extras]:
 
 def _check_extras(input: Tensor, target: Tensor, spec: LossSpec, *, extras: Extras, num_classes: int) -> Tensor | None:
     """Raises where an argument breaks its rule; num_items on the device of the input, without waiting for it."""
-    checks.check_sequence(spec.reduction, target)
-    checks.check_constant("weight", extras.weight, (num_classes,), "one number for each class", input)
-    checks.check_constant("token_weight", extras.token_weight, target.shape, "the shape of target", input)
+    if spec.reduction == "sequence":
+        checks.check_sequence(target)
+    if extras.weight is not None:
+        checks.check_constant("weight", extras.weight, (num_classes,), "one number for each class", input=input)
+    if extras.token_weight is not None:
+        shape = tuple(target.shape)
+        checks.check_constant("token_weight", extras.token_weight, shape, "the shape of target", input=input)
     num_items = extras.num_items
-    checks.check_num_items(num_items, spec.reduction)
     if num_items is None:
         return None
+    checks.check_num_items(num_items, spec.reduction)
     if isinstance(num_items, Tensor):
         return num_items.detach().reshape(()).to(input.device, non_blocking=True)
     return torch.full((), float(num_items), dtype=sum_dtype(input.device), device=input.device)

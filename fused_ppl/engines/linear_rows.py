@@ -138,9 +138,7 @@ def linear_scale(inputs: HeadInputs, unscaled: Unscaled, upstream: Upstream, spe
     return scale(inputs, unscaled, upstream, spec, grads=grads)
 
 
-def _factors(
-    factor: Tensor, target: Tensor, ignore_index: int | None, *, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+def _factors(factor: Tensor, target: Tensor, ignore_index: int | None, *, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The factor of each token, (*target.shape, 1), or of all; and that of a sum over tokens.
 
     It is 0 where no token is counted: the zeros that stand there must stay zeros where the factor is inf in `dtype`.
