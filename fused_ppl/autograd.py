@@ -96,17 +96,20 @@ def new_function(name: str, base: Any, methods: dict[str, Any]) -> Any:
     return metaclass(name, (base,), methods)
 
 
-def _gradients(inputs: Any, **given: Tensor | None) -> tuple[Tensor | None, ...]:
-    """What backward returns: None for the request, and a gradient or None for each tensor of the inputs."""
-    return (None, *(given.get(name) for name in inputs._fields))
+# what backward returns for the inputs after the differentiable ones, which are the first fields
+_REST_OF_LOGITS = (None,) * (len(LogitsInputs._fields) - 1)
+_REST_OF_HEAD = (None,) * (len(HeadInputs._fields) - len(DIFFERENTIABLE))
 
 
 def _batched(*upstream: Tensor | None) -> bool:
     """True if upstream gradients are a batch, by is_grads_batched. torch.func does not call that a transform."""
     functorch: Any = torch._C._functorch
-    return not torch.compiler.is_compiling() and any(
-        g is not None and (functorch.is_batchedtensor(g) or functorch.is_legacy_batchedtensor(g)) for g in upstream
-    )
+    if torch.compiler.is_compiling():
+        return False
+    for g in upstream:
+        if g is not None and (functorch.is_batchedtensor(g) or functorch.is_legacy_batchedtensor(g)):
+            return True
+    return False
 
 
 class LogitsLoss(torch.autograd.Function):
@@ -118,28 +121,27 @@ class LogitsLoss(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        ctx.request, *tensors = inputs
-        given, results = LogitsInputs(*tensors), LossResults(*output)
-        ctx.set_materialize_grads(False)
+        ctx.request, logits, target, weight, token_weight, _ = inputs
         _, _, *detached = output
-        ctx.mark_non_differentiable(*(t for t in detached if t is not None))
-        saved = Saved(given.logits, given.target, given.weight, given.token_weight, results.lse, results.nll)
-        ctx.save_for_backward(results.loss_factor, results.perplexity_factor, *saved)
+        _, loss_factor, perplexity_factor, nll, lse, *_ = detached
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*[t for t in detached if t is not None])
+        ctx.save_for_backward(loss_factor, perplexity_factor, logits, target, weight, token_weight, lse, nll)
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None, grad_perplexity: Tensor | None, *_: None) -> Any:
         if grad_loss is None and grad_perplexity is None:
-            return _gradients(LogitsInputs)
+            return None, None, *_REST_OF_LOGITS
         loss_factor, perplexity_factor, *tensors = ctx.saved_tensors
         saved, upstream = Saved(*tensors), Upstream(loss_factor, perplexity_factor, grad_loss, grad_perplexity)
         batched = _batched(grad_loss, grad_perplexity)
         if batched and ctx.request.inplace_backward:
             transform_checks.fail_batched_inplace()
         if not torch.is_grad_enabled():
-            return _gradients(LogitsInputs, logits=loss.logits_gradient(saved, upstream, ctx.request, batched=batched))
+            return None, loss.logits_gradient(saved, upstream, ctx.request, batched=batched), *_REST_OF_LOGITS
         with torch.no_grad():
             gradient = loss.logits_gradient(saved, upstream, ctx.request, batched=batched)
-        return _gradients(LogitsInputs, logits=_first_order(gradient, grad_loss, grad_perplexity, saved.logits))
+        return None, _first_order(gradient, grad_loss, grad_perplexity, saved.logits), *_REST_OF_LOGITS
 
 
 class HeadLoss(torch.autograd.Function):
@@ -169,7 +171,7 @@ class HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None, grad_perplexity: Tensor | None, *_: None) -> Any:
         if grad_loss is None and grad_perplexity is None:
-            return _gradients(HeadInputs)
+            return None, None, None, None, *_REST_OF_HEAD
         request: HeadRequest = ctx.request
         loss_factor, perplexity_factor, lse, nll, hidden, linear_weight, linear_bias, *tensors = ctx.saved_tensors
         inputs, unscaled = HeadInputs(*tensors), Unscaled(hidden, linear_weight, linear_bias)
@@ -183,7 +185,7 @@ class HeadLoss(torch.autograd.Function):
         if torch.is_grad_enabled():
             parents = (grad_loss, grad_perplexity, inputs.hidden, inputs.linear_weight, inputs.linear_bias)
             gradients = [None if g is None else _first_order(g, *parents) for g in gradients]
-        return _gradients(HeadInputs, **dict(zip(DIFFERENTIABLE, gradients, strict=True)))
+        return None, *gradients, *_REST_OF_HEAD
 
 
 def _kept() -> bool:
