@@ -117,7 +117,7 @@ class LogitsLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(request: LogitsRequest, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-        return loss.logits_loss(LogitsInputs(*tensors), request)  # type: ignore[arg-type]  # in order
+        return tuple(loss.logits_loss(LogitsInputs(*tensors), request))  # type: ignore[arg-type]  # in order
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:

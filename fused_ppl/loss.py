@@ -4,7 +4,7 @@
 Collectives are functional ones between opaque ops, so that torch.compile sees them. One process is the case without
 collectives; there forward is one op, or a plain call of its function where nothing watches what is dispatched.
 
-No record is changed by `_replace` here: torch 2.6 cannot trace it.
+No record is changed by `_replace` here, and none has a property: torch 2.6 traces neither.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def logits_loss(inputs: LogitsInputs, request: LogitsRequest) -> LossResults:
         if may_skip_name(inputs.logits):
             return logits.forward(inputs, spec, execution, keep_lse=False)
         return logits_forward(inputs, spec, execution)
-    shard = groups.shard
+    shard = _shard_of(groups)
     if shard is None:
         return _finish(logits_sums(inputs, spec, execution), inputs.num_items, spec, groups=groups)
     stats = shard_logits(inputs, spec, execution, shard, groups.layout)
@@ -70,7 +70,7 @@ def logits_loss(inputs: LogitsInputs, request: LogitsRequest) -> LossResults:
 def logits_gradient(saved: Saved, upstream: Upstream, request: LogitsRequest, *, batched: bool) -> Tensor:
     """The gradient of the logits; with `inplace_backward` it is written over them."""
     spec, execution = request.spec, request.execution
-    shard = None if request.groups is None else request.groups.shard
+    shard = _shard_of(request.groups)
     if request.inplace_backward:
         if shard is None:
             logits_backward_(saved, upstream, spec, execution)
@@ -86,7 +86,7 @@ def logits_gradient(saved: Saved, upstream: Upstream, request: LogitsRequest, *,
 def head_loss(inputs: HeadInputs, request: HeadRequest) -> HeadResults:
     """The results over the batch and the vocabulary of all ranks, with the unscaled gradients that forward makes."""
     spec, execution, groups = request.spec, request.execution, request.groups
-    shard = None if groups is None else groups.shard
+    shard = _shard_of(groups)
     if request.plan == "compact" and shard is None:
         found = linear_compact(inputs, spec, execution, request.compact)
         losses = _finish(found.tokens, inputs.num_items, spec, groups=groups)
@@ -118,7 +118,7 @@ def head_gradients(
     """The gradients of hidden states, weight and bias. At the `last` use of the unscaled ones their memory is taken."""
     (normalizers, unscaled), spec, execution, groups = known, request.spec, request.execution, request.groups
     grads = execution.grads
-    shard = None if groups is None else groups.shard
+    shard = _shard_of(groups)
     if request.plan == "vocab":
         every = Shard(0, inputs.linear_weight.shape[0])
         gradients = linear_vocab_backward(inputs, normalizers, upstream, spec, execution, shard or every)
@@ -131,6 +131,11 @@ def head_gradients(
         hidden, linear_weight, linear_bias = gradients
         gradients = Unscaled(all_reduce(hidden, "sum", groups.vocab), linear_weight, linear_bias)
     return gradients
+
+
+def _shard_of(groups: Groups | None) -> Shard | None:
+    """The part of the vocabulary that this rank holds; None if it holds all classes."""
+    return Shard(groups.first, groups.num_classes) if groups is not None and groups.vocab else None
 
 
 def _merge(stats: ShardStats, tokens: TokenInputs, spec: LossSpec, *, groups: Groups, dtype: torch.dtype) -> TokenSums:

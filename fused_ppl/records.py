@@ -91,10 +91,6 @@ class Groups(NamedTuple):
     layout: int = 0  # a number that differs where ranks mean different shards
     sum_hidden: bool = False  # whether backward adds up the gradient of the hidden states
 
-    @property
-    def shard(self) -> Shard | None:
-        return Shard(self.first, self.num_classes) if self.vocab else None
-
 
 class LogitsRequest(NamedTuple):
     """One call of a loss from logits, without its tensors."""

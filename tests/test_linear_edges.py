@@ -204,7 +204,7 @@ def test_no_hook_sees_a_saved_tensor_change(plan, when, backend):
         loss = linear_cross_entropy(*leaves[:2], target, linear_bias=leaves[2], options=options)
     if when == "afterwards":
         for saved in loss.grad_fn._raw_saved_tensors:
-            if saved.data is not None:
+            with contextlib.suppress(RuntimeError):  # what was saved as None takes no hooks
                 saved.register_hooks(pack, unpack)
     gradients = torch.autograd.grad(loss * 3, leaves)
     assert len(seen) >= 6
