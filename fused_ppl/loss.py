@@ -96,9 +96,11 @@ def head_loss(inputs: HeadInputs, request: HeadRequest) -> HeadResults:
     if groups is None:
         function = linear_rows.forward if may_skip_name(inputs.hidden) else linear_forward
         return function(inputs, spec, execution)
+    # an autograd.Function that torch 2.6 traces returns no None
+    no_errors = [inputs.hidden.new_empty(0) for _ in range(2)]
     if shard is None:
         sums = linear_sums(inputs, spec, execution)
-        return HeadResults(_finish(sums.tokens, inputs.num_items, spec, groups=groups), sums.unscaled, None, None)
+        return HeadResults(_finish(sums.tokens, inputs.num_items, spec, groups=groups), sums.unscaled, *no_errors)
     stats = shard_hidden(inputs, spec, execution, shard, groups.layout)
     tokens = TokenInputs(inputs.target, inputs.weight, inputs.token_weight)
     wide = reduction.wide_dtype(execution.dtype)
@@ -109,7 +111,7 @@ def head_loss(inputs: HeadInputs, request: HeadRequest) -> HeadResults:
         losses = _finish(merged, inputs.num_items, spec, groups=groups)
         return HeadResults(losses, unscaled, residual, residual.new_zeros(residual.shape))
     unscaled = Unscaled(*(inputs.hidden.new_empty(0, dtype=wide) for _ in range(3)))
-    return HeadResults(_finish(merged, inputs.num_items, spec, groups=groups), unscaled, None, None)
+    return HeadResults(_finish(merged, inputs.num_items, spec, groups=groups), unscaled, *no_errors)
 
 
 def head_gradients(

@@ -19,6 +19,11 @@ import torch
 
 pytest.importorskip("triton", reason="the kernels run in triton's interpreter; it is in the extra `test`")
 
+from fused_ppl.backends import presence
+
+if presence.TRITON_PROBLEM is not None:
+    pytest.skip(presence.TRITON_PROBLEM, allow_module_level=True)
+
 import gpu_checks
 import gpu_device
 import gpu_peers
