@@ -50,7 +50,7 @@ def _apply_of(function: Any, inputs: LogitsInputs | HeadInputs) -> Any:
     """`apply` of the Function in the form that this call needs, or None where nothing records a gradient."""
     if torch.compiler.is_compiling():
         if torch._C._are_functorch_transforms_active() or _exporting():
-            # the autograd of the ops is the one that stays: Dynamo takes a Function apart, and may lose what it has left
+            # the autograd of the ops stays: Dynamo takes a Function apart, and may lose what it has left
             return None
     else:
         if torch._C._len_torch_dispatch_stack():
