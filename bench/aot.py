@@ -29,6 +29,21 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
     "gfx950": GPUTarget("hip", "gfx950", 64),
 }
+
+
+def links_for_amd() -> bool:
+    """False where Triton, before 3.5, looks for the linker of ROCm and the machine has none."""
+    from triton.backends.amd.compiler import HIPBackend
+
+    find = getattr(HIPBackend, "path_to_rocm_lld", None)
+    try:
+        return find is None or bool(find())
+    except Exception:
+        return False
+
+
+if not links_for_amd():
+    TARGETS = {name: target for name, target in TARGETS.items() if target.backend != "hip"}
 TOOLS = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
 _TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}
 _TYPES |= {torch.int32: "i32", torch.int64: "i64", torch.uint32: "u32"}

@@ -26,6 +26,10 @@ NEEDS_FSDP2 = pytest.mark.skipif(
     reason="FSDP2 of this torch needs a GPU: its streams of the CPU record no event",
 )
 FSDP = pytest.param("fsdp", marks=NEEDS_FSDP2)
+NEEDS_UNEVEN_FSDP = pytest.mark.skipif(
+    torch.__version__ < (2, 8), reason="before torch 2.8, FSDP2 shards a tensor-parallel weight into even parts only"
+)
+FSDP_OVER_SHARDS = pytest.param("fsdp", marks=[NEEDS_FSDP2, NEEDS_UNEVEN_FSDP])
 PATIENCE = 60.0  # seconds; a collective that hangs ends by the group's timeout before
 
 

@@ -5,6 +5,7 @@ its plan; its kernels' machine code."""
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import os
 import subprocess
 import sys
@@ -55,6 +56,8 @@ def test_the_kernels_keep_their_budgets(target):
     """In a process of its own: the interpreter, where it is on, replaces the compiler."""
     if presence.TRITON_PROBLEM:
         pytest.skip(presence.TRITON_PROBLEM)
+    if target not in importlib.import_module("aot").TARGETS:
+        pytest.skip("this Triton compiles for AMD with the linker of ROCm, which is not here")
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, str(BUDGETS), "--check", "--target", target]
     done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=600, check=False)

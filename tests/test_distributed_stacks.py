@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 import stack_cases as cases
-from pool import FSDP, NEEDS_FSDP2, Pool
+from pool import FSDP_OVER_SHARDS, NEEDS_FSDP2, NEEDS_UNEVEN_FSDP, Pool
 
 
 @NEEDS_FSDP2
@@ -26,7 +26,7 @@ def test_a_weight_that_fsdp_has_sharded_is_not_taken_for_a_shard_of_the_vocabula
 
 
 @pytest.mark.parametrize("kind", ["unequal", "all ignored", "empty"])
-@pytest.mark.parametrize("wrapper", ["none", FSDP])
+@pytest.mark.parametrize("wrapper", ["none", FSDP_OVER_SHARDS])
 @pytest.mark.parametrize("fused", [False, True], ids=["logits", "head"])
 @pytest.mark.parametrize("name", ["cross_entropy", "perplexity"])
 def test_data_times_tensor_parallel(pool: Pool, name: str, fused: bool, wrapper: str, kind: str) -> None:
@@ -53,5 +53,6 @@ def test_a_copy_of_a_module_trains_in_the_same_group(pool: Pool) -> None:
 
 
 @NEEDS_FSDP2
+@NEEDS_UNEVEN_FSDP
 def test_micro_batches_over_data_ranks_and_shards(pool: Pool) -> None:
     pool.run(4, cases.accumulated_over_shards)
