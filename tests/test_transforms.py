@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import traceback
-
 import pytest
 import torch
 from torch.autograd import forward_ad
@@ -93,8 +91,7 @@ def test_compiled_func_grad_of_the_compact_plan_is_near_or_a_sentence(asked, opt
     try:
         got = compiled(WEIGHT)
     except Exception as error:
-        said = "".join(traceback.format_exception(error))  # Dynamo of torch 2.15 says it in the cause
-        assert "linear_compact has a gradient only as a part of its loss" in said
+        assert "has a gradient only as a part of its loss" in str(error)
     else:
         expected = torch.func.grad(truth())(WEIGHT)
         assert (got - expected).norm() <= 0.5 * expected.norm()
