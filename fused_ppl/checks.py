@@ -36,7 +36,7 @@ def check_choice(name: str, value: object, choices: Sequence[str], hint: str = "
         raise ValueError(f"{name} must be one of {allowed}; got {value!r}. {hint}".rstrip())
 
 
-def check_number(name: str, value: object, rule: str, ok: Callable[[float], bool], hint: str = "") -> float:
+def check_number(name: str, value: object, rule: str, ok: Callable[[float], bool], *, hint: str = "") -> float:
     """Return `value`, a number for which `ok` is true. `rule` says in words what `ok` tests."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number {rule}; got {type(value).__name__}. {hint}".rstrip())
@@ -61,11 +61,11 @@ def check_memory_budget(value: object) -> None:
 def check_compact(tolerance: object, columns: object, screen: object) -> None:
     if tolerance is not None:
         hint = "1e-3 is smaller than the rounding error of bf16."
-        check_number("gradient_tolerance", tolerance, "in (0, 1), or None", lambda a: 0 < a < 1, hint)
+        check_number("gradient_tolerance", tolerance, "in (0, 1), or None", lambda a: 0 < a < 1, hint=hint)
     if columns is not None:
         hint = "1/8 keeps an eighth of the vocabulary."
         allowed = "a finite count >= 1 or a share below 1, or None"
-        count = check_number("gradient_columns", columns, allowed, lambda a: 0 < a < float("inf"), hint)
+        count = check_number("gradient_columns", columns, allowed, lambda a: 0 < a < float("inf"), hint=hint)
         if count >= 1 and count != int(count):
             raise ValueError(f"gradient_columns must be a whole number of columns from 1 on; got {columns!r}. {hint}")
     if tolerance is not None and columns is not None:
@@ -81,7 +81,9 @@ def check_compact(tolerance: object, columns: object, screen: object) -> None:
             )
 
 
-def check_screen(screen: str | None, dtype: torch.dtype, device_type: str, shape: Sequence[int], shards: int) -> None:
+def check_screen(
+    screen: str | None, dtype: torch.dtype, device_type: str, *, shape: Sequence[int], shards: int
+) -> None:
     """Check that a head with a weight of shape (V, D) and products in `dtype` can use this screen.
 
     `shards` is the number of classes on all ranks if each rank holds a part of them, else 0.

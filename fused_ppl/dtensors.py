@@ -48,6 +48,7 @@ def local_head(
     hidden: Tensor,
     linear_weight: Tensor,
     linear_bias: Tensor | None,
+    *,
     vocab_group: VocabGroup | None,
     groups: Groups | None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Groups | None]:
@@ -97,7 +98,7 @@ def _add_shards_of(
     coordinate = mesh.get_coordinate()
     rank = 0 if coordinate is None else coordinate[0]
     rank_checks.check_shard_sizes(sizes, rank, ranks, tensor.to_local().shape[dim])
-    return add_shards(groups, group.group_name, rank, sizes, sum_hidden)
+    return add_shards(groups, group.group_name, rank, sizes, sum_hidden=sum_hidden)
 
 
 def _shard_sizes(size: int, ranks: int) -> Sequence[int]:

@@ -327,7 +327,7 @@ def linear_perplexity(
         50.0
     """
     checks.check_reduction_for_perplexity(reduction)
-    groups.warn_without_group(reduction, group, vocab_group, input, linear_weight)
+    groups.warn_without_group(reduction, group, vocab_group, input, linear_weight=linear_weight)
     spec = LossSpec.of(
         reduction=reduction,
         ignore_index=ignore_index,

@@ -40,7 +40,7 @@ def token_group(group: Group | None, reduction: str) -> Groups | None:
     return None if resolved.size() == 1 else Groups(resolved.group_name, resolved.size())
 
 
-def add_shards(groups: Groups | None, name: str, rank: int, sizes: Sequence[int], sum_hidden: bool) -> Groups | None:
+def add_shards(groups: Groups | None, name: str, rank: int, sizes: Sequence[int], *, sum_hidden: bool) -> Groups | None:
     """With the ranks that hold `sizes` classes each."""
     if len(sizes) == 1:
         return groups
@@ -59,7 +59,7 @@ def plain_shards(groups: Groups | None, vocab_group: VocabGroup, local: int, sum
     rank, ranks = resolved.rank(), resolved.size()
     sizes = [local] * ranks if sizes is None else list(sizes)
     rank_checks.check_shard_sizes(sizes, rank, ranks, local)
-    return add_shards(groups, resolved.group_name, rank, sizes, sum_hidden)
+    return add_shards(groups, resolved.group_name, rank, sizes, sum_hidden=sum_hidden)
 
 
 def process_group(name: str, group: Group | None) -> ProcessGroup:
@@ -89,7 +89,7 @@ def compare_ranks(name: str, facts: Mapping[str, object]) -> None:
     """
     if torch.compiler.is_compiling():
         return
-    group: Any = torch._C._distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
+    group: Any = torch._C._distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]  # it takes a name
     store = torch.distributed.distributed_c10d._get_process_group_store(group)
     rank, ranks = group.rank(), group.size()
     patience = group._get_backend(group._device_types[0]).options._timeout
@@ -110,7 +110,7 @@ def all_reduce(values: Tensor, operation: str, name: str) -> Tensor:
 
 
 def warn_without_group(
-    reduction: str, group: object, vocab_group: object, input: object, linear_weight: object = None
+    reduction: str, group: object, vocab_group: object, input: object, *, linear_weight: object = None
 ) -> None:
     """Once: the perplexities of ranks do not average to that of the batch. Ranks that hold shards of the vocabulary may
     all have the same tokens."""

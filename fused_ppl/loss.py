@@ -61,7 +61,7 @@ def logits_loss(inputs: LogitsInputs, request: LogitsRequest) -> LossResults:
     shard = _shard_of(groups)
     if shard is None:
         return _finish(logits_sums(inputs, spec, execution), inputs.num_items, spec, groups=groups)
-    stats = shard_logits(inputs, spec, execution, shard, groups.layout)
+    stats = shard_logits(inputs, spec, execution, shard=shard, layout=groups.layout)
     tokens = TokenInputs(inputs.target, inputs.weight, inputs.token_weight)
     dtype = reduction.wide_dtype(inputs.logits.dtype)
     return _finish(_merge(stats, tokens, spec, groups=groups, dtype=dtype), inputs.num_items, spec, groups=groups)
@@ -75,10 +75,10 @@ def logits_gradient(saved: Saved, upstream: Upstream, request: LogitsRequest, *,
         if shard is None:
             logits_backward_(saved, upstream, spec, execution)
         else:
-            shard_logits_backward_(saved, upstream, spec, execution, shard)
+            shard_logits_backward_(saved, upstream, spec, execution, shard=shard)
         return saved.logits.detach()  # the logits themselves would bring their graph along
     if shard is not None:
-        return shard_logits_backward(saved, upstream, spec, execution, shard)
+        return shard_logits_backward(saved, upstream, spec, execution, shard=shard)
     function = logits.backward if not batched and may_skip_name(saved.logits) else logits_backward
     return function(saved, upstream, spec, execution)
 
@@ -101,13 +101,15 @@ def head_loss(inputs: HeadInputs, request: HeadRequest) -> HeadResults:
     if shard is None:
         sums = linear_sums(inputs, spec, execution)
         return HeadResults(_finish(sums.tokens, inputs.num_items, spec, groups=groups), sums.unscaled, *no_errors)
-    stats = shard_hidden(inputs, spec, execution, shard, groups.layout)
+    stats = shard_hidden(inputs, spec, execution, shard=shard, layout=groups.layout)
     tokens = TokenInputs(inputs.target, inputs.weight, inputs.token_weight)
     wide = reduction.wide_dtype(execution.dtype)
     merged = _merge(stats, tokens, spec, groups=groups, dtype=wide)
     if request.plan == "compact":
         normalizers = Normalizers(merged.lse, merged.nll)
-        unscaled, residual = linear_compact_shard(inputs, normalizers, spec, execution, request.compact, shard)
+        unscaled, residual = linear_compact_shard(
+            inputs, spec, execution, request.compact, normalizers=normalizers, shard=shard
+        )
         losses = _finish(merged, inputs.num_items, spec, groups=groups)
         return HeadResults(losses, unscaled, residual, residual.new_zeros(residual.shape))
     unscaled = Unscaled(*(inputs.hidden.new_empty(0, dtype=wide) for _ in range(3)))
@@ -123,11 +125,13 @@ def head_gradients(
     shard = _shard_of(groups)
     if request.plan == "vocab":
         every = Shard(0, inputs.linear_weight.shape[0])
-        gradients = linear_vocab_backward(inputs, normalizers, upstream, spec, execution, shard or every)
+        gradients = linear_vocab_backward(
+            inputs, upstream, spec, execution, normalizers=normalizers, shard=shard or every
+        )
     elif last and may_skip_dispatch(inputs.hidden):
         gradients = linear_rows.scale(inputs, unscaled, upstream, spec, grads=grads, last=True)
     else:
-        gradients = linear_scale(inputs, unscaled, upstream, spec, grads)
+        gradients = linear_scale(inputs, unscaled, upstream, spec, grads=grads)
     if groups is not None and groups.sum_hidden and grads[0]:
         # each shard of the vocabulary has made its part, by whatever plan
         hidden, linear_weight, linear_bias = gradients
@@ -144,7 +148,7 @@ def _merge(stats: ShardStats, tokens: TokenInputs, spec: LossSpec, *, groups: Gr
     """The rows of all shards of the vocabulary: a maximum, then sums relative to it."""
     maxima = all_reduce(stats.maxima, "max", groups.vocab)
     added = all_reduce(shard_sums(ShardStats(stats.fields, maxima), spec), "sum", groups.vocab)
-    return shard_merge(maxima, added, tokens, spec, groups.num_classes, dtype)
+    return shard_merge(maxima, added, tokens, spec, num_classes=groups.num_classes, dtype=dtype)
 
 
 def _finish(tokens: TokenSums, num_items: Tensor | None, spec: LossSpec, *, groups: Groups | None) -> LossResults:
@@ -152,5 +156,5 @@ def _finish(tokens: TokenSums, num_items: Tensor | None, spec: LossSpec, *, grou
     if groups is not None and groups.tokens:
         sums = all_reduce(sums, "sum", groups.tokens)
     ranks = 1 if groups is None else groups.ranks
-    totals = finish(sums, num_items, spec, tokens.nll.dtype, ranks)
+    totals = finish(sums, num_items, spec, dtype=tokens.nll.dtype, ranks=ranks)
     return LossResults(*totals, tokens.nll, tokens.lse, tokens.entropy, tokens.predicted)

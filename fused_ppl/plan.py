@@ -16,7 +16,9 @@ CPU_BUFFER = 16 * 2**20
 GPU_BUFFER = 64 * 2**20
 
 
-def rows_per_chunk(num_classes: int, itemsize: int, device_type: str, threads: int, memory_budget: int | None) -> int:
+def rows_per_chunk(
+    num_classes: int, itemsize: int, device_type: str, *, threads: int, memory_budget: int | None
+) -> int:
     """Rows whose buffer stays in cache, as many for each thread, and within the budget (never below one row)."""
     row = num_classes * itemsize
     if device_type == "cpu":
@@ -211,7 +213,7 @@ def linear_plan(case: LinearCase, kind: str) -> LinearPlan:
     # accumulators of the right type are handed over themselves, else they are there until the gradients are
     gradients = size * d * (n * case.grads[0] + v * case.grads[1]) if not made_in_forward or wide != size else 0
     if kind == "compact":
-        return _compact_plan(case, rows, saved, gradients, reason)
+        return _compact_plan(case, rows, saved=saved, handed_over=gradients, reason=reason)
     at_once = max(rows * v * logit + weight, backward + gradients)
     if kind == "vocab":  # the buffer of forward waits for backward, which takes it if it is as large
         at_once = fixed + max(rows * v * logit, columns * column) + gradients
@@ -226,7 +228,7 @@ def _over(case: LinearCase, size: int) -> str:
     return f", over the budget of {case.memory_budget / 2**20:.0f} MiB: its fixed part alone does not fit"
 
 
-def _compact_plan(case: LinearCase, rows: int, saved: int, handed_over: int, reason: str) -> LinearPlan:
+def _compact_plan(case: LinearCase, rows: int, *, saved: int, handed_over: int, reason: str) -> LinearPlan:
     """That of "rows", in groups of about GROUP_ROWS and of equal size: 2NVD FLOPs and 2NKD for each gradient."""
     assert case.compact is not None
     n, v, d, size = case.num_tokens, case.num_classes, case.hidden_size, case.itemsize
@@ -248,7 +250,9 @@ def _compact_plan(case: LinearCase, rows: int, saved: int, handed_over: int, rea
     return LinearPlan("compact", rows, count, buffers, saved, flops, reason, peak, cheap, group)
 
 
-def whole_chunks(group: int, num_classes: int, row_bytes: int, case: LinearCase, threads: int) -> int:
+def whole_chunks(group: int, row_bytes: int, case: LinearCase, threads: int) -> int:
     """A group of whole walks of the row formula: what a row gives does not depend on its group then."""
-    step = rows_per_chunk(num_classes, row_bytes, case.device_type, threads, case.memory_budget)
+    step = rows_per_chunk(
+        case.num_classes, row_bytes, case.device_type, threads=threads, memory_budget=case.memory_budget
+    )
     return math.ceil(group / step) * step

@@ -82,7 +82,7 @@ def from_hidden(
     optional = [t for t in (linear_bias, extras.token_weight) if t is not None]
     if vocab_group is not None or not dtensors.all_plain(input, linear_weight, target, *optional):
         input, linear_weight, linear_bias, ranks = dtensors.local_head(
-            input, linear_weight, linear_bias, vocab_group, ranks
+            input, linear_weight, linear_bias, vocab_group=vocab_group, groups=ranks
         )
         target, extras = _whole(target, extras)
     checks.check_head(input, linear_weight, linear_bias)
@@ -163,7 +163,8 @@ def _head_request(
     compact = None
     if any(asked):
         shards = ranks.num_classes if ranks is not None else 0
-        checks.check_screen(options.screen, dtype, inputs.hidden.device.type, inputs.linear_weight.shape, shards)
+        shape = inputs.linear_weight.shape
+        checks.check_screen(options.screen, dtype, inputs.hidden.device.type, shape=shape, shards=shards)
         # under a cap the smoothing's part of the gradient is no product: there nothing is left out
         if not (spec.softcap and spec.label_smoothing):
             compact = asked
@@ -178,9 +179,8 @@ def _reference(inputs: LogitsInputs, spec: LossSpec, ranks: Groups | None) -> Lo
     rank_checks.check_no_group(ranks)
     if checks.readable(inputs.target):
         checks.check_target_range(inputs.target, inputs.logits.shape[-1], spec.ignore_index)
-    return reference.logits_loss(
-        inputs.logits, inputs.target, spec, inputs.weight, inputs.token_weight, inputs.num_items
-    )
+    weights = {"weight": inputs.weight, "token_weight": inputs.token_weight}
+    return reference.logits_loss(inputs.logits, inputs.target, spec, **weights, num_items=inputs.num_items)
 
 
 def _output(losses: LossResults, spec: LossSpec) -> LossOutput:

@@ -18,6 +18,7 @@ def logits_loss(
     logits: Tensor,  # (..., V)
     target: Tensor,  # (...)
     spec: LossSpec,
+    *,
     weight: Tensor | None = None,  # (V,)
     token_weight: Tensor | None = None,  # (...)
     num_items: Tensor | None = None,  # ()

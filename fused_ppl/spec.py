@@ -52,7 +52,7 @@ def _validated(**fields: Any) -> LossSpec:
     checks.check_ignore_index(spec.ignore_index)
     checks.check_number("label_smoothing", spec.label_smoothing, "in [0, 1]", lambda a: 0 <= a <= 1)
     hint = "To scale by a tensor, scale the hidden states."
-    checks.check_number("logit_scale", spec.logit_scale, "> 0 and finite", _positive, hint)
+    checks.check_number("logit_scale", spec.logit_scale, "> 0 and finite", _positive, hint=hint)
     if spec.softcap is not None:
         checks.check_number("softcap", spec.softcap, "> 0 and finite, or None for no cap", _positive)
     checks.check_number("z_loss", spec.z_loss, ">= 0 and finite", lambda a: 0 <= a < float("inf"))

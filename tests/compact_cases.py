@@ -86,9 +86,10 @@ def dense(
     keep = target != -100
     names = ("label_smoothing", "logit_scale", "softcap", "z_loss")
     spec = LossSpec.of(reduction="sum", **{name: keywords[name] for name in names if name in keywords})
-    weights = [None if keywords.get(k) is None else keywords[k].double() for k in ("weight", "token_weight")]
+    given = {k: None if keywords.get(k) is None else keywords[k].double() for k in ("weight", "token_weight")}
+    weights = list(given.values())
     logits = (wide[0] @ wide[1].T + wide[2]).requires_grad_()
-    (full,) = torch.autograd.grad(fused_ppl.reference.logits_loss(logits, target, spec, *weights).loss, logits)
+    (full,) = torch.autograd.grad(fused_ppl.reference.logits_loss(logits, target, spec, **given).loss, logits)
     pull = torch.zeros(N, dtype=torch.float64)
     w = torch.ones(V, dtype=torch.float64) if weights[0] is None else weights[0]
     if spec.label_smoothing:
@@ -207,7 +208,7 @@ ERRORS = [
     ("check_compact", lambda: Options(screen="int8"), ValueError, "nothing asks", "'int8'", "gradient_tolerance"),
     (
         "check_screen",
-        lambda: checks.check_screen("int8", torch.float64, "cpu", (8, 8), 0),
+        lambda: checks.check_screen("int8", torch.float64, "cpu", shape=(8, 8), shards=0),
         NotImplementedError,
         "None for float64",
         "'int8'",
@@ -215,7 +216,7 @@ ERRORS = [
     ),
     (
         "check_screen",
-        lambda: checks.check_screen("fp8", torch.float32, "cuda", (50257, 768), 0),
+        lambda: checks.check_screen("fp8", torch.float32, "cuda", shape=(50257, 768), shards=0),
         NotImplementedError,
         "multiples of 16",
         "50257",
@@ -223,7 +224,7 @@ ERRORS = [
     ),
     (
         "check_screen",
-        lambda: checks.check_screen("fp8", torch.float32, "cpu", (16, 16), 0),
+        lambda: checks.check_screen("fp8", torch.float32, "cpu", shape=(16, 16), shards=0),
         NotImplementedError,
         "need a GPU",
         "cpu",
@@ -232,7 +233,7 @@ ERRORS = [
     ("check_compact", lambda: Options(gradient_columns=float("inf")), ValueError, "finite count", "inf", "an eighth"),
     (
         "check_screen",
-        lambda: checks.check_screen("int8", torch.float32, "cpu", (8, 8), 9),
+        lambda: checks.check_screen("int8", torch.float32, "cpu", shape=(8, 8), shards=9),
         NotImplementedError,
         "in full",
         "'int8'",

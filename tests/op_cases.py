@@ -11,8 +11,8 @@ import fused_ppl.op_autograd  # noqa: F401  (it registers)
 from fused_ppl.engines.ops import OPS, flatten
 
 
-def checked_op(name: str, *records: Any) -> Any:
+def checked_op(name: str, *records: Any, **keywords: Any) -> Any:
     """The result of an op, whose schema, fake and autograd keep the rules of torch.library."""
     op = OPS[name]
-    torch.library.opcheck(op.overload, tuple(flatten(records)))
-    return op(*records)
+    torch.library.opcheck(op.overload, tuple(flatten([*records, *keywords.values()])))
+    return op(*records, **keywords)

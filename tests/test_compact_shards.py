@@ -117,7 +117,8 @@ def test_a_shard_of_each_backend(keywords, count, backend, fits, monkeypatch):
         tokens = (target, keywords.get("weight"), keywords.get("token_weight"))
         inputs = HeadInputs(hidden, weight[shard], bias[shard], *tokens, None)
         how = (HeadExecution(backend, None, torch.float32, (True,) * 3), Compact(None, float(count), None))
-        made.append(flatten(linear_compact_shard(inputs, Normalizers(lse, nll), spec, *how, Shard(first, V))))
+        known = {"normalizers": Normalizers(lse, nll), "shard": Shard(first, V)}
+        made.append(flatten(linear_compact_shard(inputs, spec, *how, **known)))
         first += size
     dh, *others = zip(*made, strict=True)
     for mine, true in zip((sum(dh), *(torch.cat(o) for o in others[:2])), truth, strict=True):

@@ -305,10 +305,10 @@ def run_head_on(device: str, spec: LossSpec, dtype: torch.dtype, backend: str) -
     one = torch.ones(losses.loss.shape, device=device)
     upstream = Upstream(losses.loss_factor, losses.perplexity_factor, one, one)
     if any(grads):  # one factor for all tokens, as this plan has it
-        linear_rows.linear_scale.function(inputs, unscaled, upstream, spec, grads)
+        linear_rows.linear_scale.function(inputs, unscaled, upstream, spec, grads=grads)
     known, execution = Normalizers(losses.lse, losses.nll), HeadExecution(backend, None, dtype, (True, True, True))
     vocab = linear_vocab.linear_vocab_backward.function
-    return vocab(inputs, known, upstream, spec, execution, Shard(0, 11)).grad_hidden
+    return vocab(inputs, upstream, spec, execution, normalizers=known, shard=Shard(0, 11)).grad_hidden
 
 
 ENGINES = {run_logits_on: (2, 3, 11), run_head_on: (2, 3, 5)}

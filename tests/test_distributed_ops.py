@@ -43,7 +43,7 @@ def inputs():
 def test_ops_keep_the_rules_of_torch_library(name, backend):
     x, *tokens = inputs()
     tokens = checked_op("logits_sums", LogitsInputs(x, *tokens, None), SPECS[name], Execution(backend, None))
-    checked_op("finish", tokens.sums, torch.tensor(3.0), SPECS[name], tokens.nll.dtype, 2)
+    checked_op("finish", tokens.sums, torch.tensor(3.0), SPECS[name], dtype=tokens.nll.dtype, ranks=2)
     head = (torch.randn(2, 3, 5), torch.randn(11, 5), torch.randn(11))
     execution = HeadExecution(backend, None, torch.float32, TRUE if name in ("plain", "all") else (False,) * 3)
     checked_op("linear_sums", HeadInputs(*head, *inputs()[1:], None), SPECS[name], execution)
@@ -54,10 +54,10 @@ def test_sums_that_are_finished_at_once_are_the_loss_of_one_process(name, backen
     given, spec, execution = LogitsInputs(*inputs(), None), SPECS[name], Execution(backend, None)
     sums, *tokens = logits.logits_sums(given, spec, execution)
     assert sums.dtype == torch.float64
-    totals = finish(sums, None, spec, tokens[0].dtype, 1)
+    totals = finish(sums, None, spec, dtype=tokens[0].dtype, ranks=1)
     for a, b in zip((*totals, *tokens), logits.logits_forward(given, spec, execution), strict=True):
         assert_close(a, b, rtol=1e-6, atol=0)
-    twice = finish(sums, None, spec, tokens[0].dtype, 2)
+    twice = finish(sums, None, spec, dtype=tokens[0].dtype, ranks=2)
     for a, b, times in zip(twice, totals, (1, 1, 1, 2, 2), strict=True):
         assert_close(a, b * times, rtol=0, atol=0)
 
@@ -67,17 +67,18 @@ def shard_calls(given: LogitsInputs, head: HeadInputs, spec, execution: HeadExec
     shard, layout, simple = Shard(4, 11), 12345, Execution(execution.backend, None)  # columns 4 and on of 11 classes
     tokens, dtype = TokenInputs(given.target, given.weight, given.token_weight), execution.dtype
     for stats in (
-        ops("shard_logits", given, spec, simple, shard, layout),
-        ops("shard_hidden", head, spec, execution, shard, layout),
+        ops("shard_logits", given, spec, simple, shard=shard, layout=layout),
+        ops("shard_hidden", head, spec, execution, shard=shard, layout=layout),
     ):
         added = ops("shard_sums", stats, spec)
-        merged = ops("shard_merge", stats.maxima, added, tokens, spec, 11, dtype)
-        totals = ops("finish", merged.sums, None, spec, dtype, 1)
+        merged = ops("shard_merge", stats.maxima, added, tokens, spec, num_classes=11, dtype=dtype)
+        totals = ops("finish", merged.sums, None, spec, dtype=dtype, ranks=1)
         one = torch.ones(totals.loss.shape, device=given.logits.device)
         upstream = Upstream(totals.loss_factor, totals.perplexity_factor, one, one)
         for name, x in (("shard_logits_backward", given.logits), ("shard_logits_backward_", given.logits.clone())):
-            ops(name, logits.Saved(x, *tokens, merged.lse, merged.nll), upstream, spec, simple, shard)
-        ops("linear_vocab_backward", head, Normalizers(merged.lse, merged.nll), upstream, spec, execution, shard)
+            ops(name, logits.Saved(x, *tokens, merged.lse, merged.nll), upstream, spec, simple, shard=shard)
+        known = Normalizers(merged.lse, merged.nll)
+        ops("linear_vocab_backward", head, upstream, spec, execution, normalizers=known, shard=shard)
 
 
 @pytest.mark.parametrize("name", SPECS)
@@ -104,12 +105,12 @@ def test_nothing_waits_for_a_gpu(name, fake_gpu):
         y = torch.zeros(2, 3, dtype=torch.long, device="cuda")
         spec, tokens = SPECS[name], (y, weight, token_weight)
         found = logits.logits_sums.function(LogitsInputs(x, *tokens, None), spec, Execution("torch", None))
-        finish.function(found.sums, None, spec, found.nll.dtype, 2)
+        finish.function(found.sums, None, spec, dtype=found.nll.dtype, ranks=2)
         head = (torch.empty(2, 3, 5, device="cuda"), torch.empty(11, 5, device="cuda"), None)
         execution = HeadExecution("torch", None, torch.float32, (True, True, False))
         linear_rows.linear_sums.function(HeadInputs(*head, *tokens, None), spec, execution)
         x, weight_, bias = (torch.empty(s, device="cuda") for s in ((2, 3, 7), (7, 5), (7,)))
         given, head = LogitsInputs(x, *tokens, None), HeadInputs(head[0], weight_, bias, *tokens, None)
         execution = HeadExecution("torch", None, torch.float32, TRUE)
-        shard_calls(given, head, spec, execution, lambda op, *args: OPS[op].function(*args))
+        shard_calls(given, head, spec, execution, lambda op, *args, **keywords: OPS[op].function(*args, **keywords))
     assert found.nll.device.type == "cuda"

@@ -43,20 +43,20 @@ def played(x, y, rows, columns, spec, backend, **tensors):
         u = None if token_weight is None else token_weight[a:b]
         tokens = TokenInputs(y[a:b], weight, u)
         parts = [
-            shard_logits(LogitsInputs(x[a:b, c:d], *tokens, None), spec, execution, Shard(c, V), layout)
+            shard_logits(LogitsInputs(x[a:b, c:d], *tokens, None), spec, execution, shard=Shard(c, V), layout=layout)
             for c, d in itertools.pairwise(columns)
         ]
         maxima = torch.stack([part.maxima for part in parts]).amax(0)
         added = sum(shard_sums(part._replace(maxima=maxima), spec) for part in parts)
-        merged = shard_merge(maxima, added, tokens, spec, V, torch.float32)
+        merged = shard_merge(maxima, added, tokens, spec, num_classes=V, dtype=torch.float32)
         sums = sums + merged.sums
         kept.append((a, b, tokens, merged))
-    loss, ppl, _, *factors = finish(sums, None, spec, torch.float32, 1)
+    loss, ppl, _, *factors = finish(sums, None, spec, dtype=torch.float32, ranks=1)
     gradient, upstream = torch.full_like(x, torch.nan), Upstream(*factors, torch.ones(()), torch.ones(()))
     for a, b, tokens, merged in kept:
         for c, d in itertools.pairwise(columns):
             saved = Saved(x[a:b, c:d].contiguous(), *tokens, merged.lse, merged.nll)
-            gradient[a:b, c:d] = shard_logits_backward(saved, upstream, spec, execution, Shard(c, V))
+            gradient[a:b, c:d] = shard_logits_backward(saved, upstream, spec, execution, shard=Shard(c, V))
     return loss, ppl, torch.cat([merged.predicted for *_, merged in kept]), gradient
 
 

@@ -32,6 +32,8 @@ LAYERS = (
     {"cli"},
 )
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
+# these take the arguments of Liger-Kernel and cut-cross-entropy, in their order
+PEERS_SIGNATURES = {"fused_ppl/integrations/liger.py", "fused_ppl/integrations/cut_cross_entropy.py"}
 TRITON_BACKEND = {"fused_ppl/backends/triton_rows.py", "fused_ppl/backends/triton_compact.py"}
 
 # one of these outside its room is a second copy of the row formula, or an exp of a mean
@@ -168,6 +170,19 @@ def sliced_varargs(tree: ast.Module) -> list[int]:
     return lines
 
 
+def long_signatures(tree: ast.Module) -> list[str]:
+    """Functions that run on the host and take more than four arguments by position, `self` apart."""
+    functions = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)]
+    on_host = [f for f in functions if not any("jit" in ast.unparse(d) for d in f.decorator_list)]
+    taken = {f.name: [a.arg for a in f.args.posonlyargs + f.args.args if a.arg not in ("self", "cls")] for f in on_host}
+    return [name for name, arguments in taken.items() if len(arguments) > 4]
+
+
+@pytest.mark.parametrize("file", [f for f in PACKAGE if f not in PEERS_SIGNATURES])
+def test_no_function_takes_more_than_four_arguments_by_position(file: str) -> None:
+    assert long_signatures(parse(file)) == []
+
+
 @pytest.mark.parametrize("file", [f for f in PACKAGE if room(f) != "kernels"])
 def test_arguments_are_typed_and_passed_by_name(file: str) -> None:
     assert sliced_varargs(parse(file)) == []
@@ -178,6 +193,7 @@ def test_arguments_are_typed_and_passed_by_name(file: str) -> None:
 
 def test_an_argument_tuple_that_is_sliced_would_be_seen() -> None:
     assert sliced_varargs(ast.parse("def f(*args):\n    return args[6:14]")) == [2]
+    assert long_signatures(ast.parse("def f(a, b, c, d, e): ...")) == ["f"]
 
 
 @pytest.mark.parametrize("file", EVERYTHING)

@@ -94,7 +94,7 @@ def test_row_chunks_cover_every_row_once_in_order(outer, inner, rows):
 
 @given(st.integers(1, 10**6), st.sampled_from([4, 8]), st.integers(1, 64), st.none() | st.integers(1, 10**9))
 def test_a_chunk_of_rows_feeds_every_thread_and_keeps_to_the_budget(v, itemsize, threads, budget):
-    rows = plan.rows_per_chunk(v, itemsize, "cpu", threads, budget)
+    rows = plan.rows_per_chunk(v, itemsize, "cpu", threads=threads, memory_budget=budget)
     assert rows >= (1 if budget is not None else threads)
     assert budget is None or rows == 1 or rows * v * itemsize <= budget
 

@@ -212,6 +212,6 @@ def test_every_op_has_autograd_or_says_that_it_has_none():
 
 def test_a_part_of_a_loss_alone_has_no_gradient():
     sums = torch.zeros(3, dtype=torch.float64, requires_grad=True)
-    loss = finish(sums, None, LossSpec(), torch.float32, 1).loss
+    loss = finish(sums, None, LossSpec(), dtype=torch.float32, ranks=1).loss
     with pytest.raises(NotImplementedError, match="only as a part of its loss"):
         loss.backward()

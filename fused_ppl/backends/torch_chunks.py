@@ -62,7 +62,9 @@ class Chunks:
         self.weight = None if tokens.weight is None else tokens.weight.to(self.dtype)  # of all classes
         # entropy and the derivative of a cap take a second buffer
         row = self.dtype.itemsize * (1 + (spec.stats or spec.softcap is not None))
-        rows = plan.rows_per_chunk(v, row, logits.device.type, torch.get_num_threads(), memory_budget)
+        rows = plan.rows_per_chunk(
+            v, row, logits.device.type, threads=torch.get_num_threads(), memory_budget=memory_budget
+        )
         self._buffer: Tensor | None = None
         self.shape = (1, logits.shape[0]) if logits.ndim == 2 else logits.shape[:2]
         self.rows = min(rows, max(1, self.shape[0] * self.shape[1]))

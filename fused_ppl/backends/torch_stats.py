@@ -100,7 +100,7 @@ def stats_of_others(chunks: Chunks, parts: list[Others], z_y: Tensor) -> RowStat
     """The statistics of all rows."""
     if not parts:
         return chunks.zeros(None)
-    found = Others(*(None if c[0] is None else torch.cat(c) for c in zip(*parts, strict=True)))  # type: ignore[arg-type]
+    found = Others(*(None if c[0] is None else torch.cat(c) for c in zip(*parts, strict=True)))  # type: ignore[arg-type]  # of one kind
     lse, w = found.lse(chunks, z_y), chunks.weight
     smooth = None
     if found.plain_sum is not None:
@@ -169,7 +169,7 @@ def product(first: Tensor | float, *factors: Tensor | None) -> Tensor:
     for factor in factors:
         if factor is not None:
             first = first * factor
-    return first  # type: ignore[return-value]
+    return first  # type: ignore[return-value]  # a tensor, as one of the factors is
 
 
 def shard_stats(chunks: Chunks, z: Tensor, y: Tensor, *, owned: Tensor) -> Tensor:

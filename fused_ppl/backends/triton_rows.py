@@ -44,7 +44,7 @@ def nll_forward(
         tokens.target.contiguous(),
         weights(tokens, spec),
         numbers(spec),
-        rows=launch.Rows(*stats),  # type: ignore[arg-type]
+        rows=launch.Rows(*stats),  # type: ignore[arg-type]  # lse is there
         totals=None if totals is None else launch.Totals(*totals, num_items),
         workspace=_workspace(n, config, totals is not None, device),
         config=config,
@@ -77,7 +77,7 @@ def nll_backward(
         lse=normalizers.lse.to(torch.float64).contiguous(),
         nll=normalizers.nll.contiguous(),
         upstream=launch.Upstream(
-            *(None if g is None else g.to(torch.float32).expand(target.shape) for g in upstream)  # type: ignore[arg-type]
+            *(None if g is None else g.to(torch.float32).expand(target.shape) for g in upstream)  # type: ignore[arg-type]  # grad_s is there
         ),
         out=out,
         config=_config(logits, heavy=spec.softcap is not None or weighted),
@@ -109,7 +109,7 @@ def nll_forward_backward(
         weights(tokens, spec),
         scalars,
         target_logit=target_logit.contiguous(),
-        rows=launch.Rows(*stats),  # type: ignore[arg-type]
+        rows=launch.Rows(*stats),  # type: ignore[arg-type]  # lse is there
         upstream=upstream,
         config=launch.choose_two_pass_config(logits.shape[1], logits.itemsize, size, register_pressure=pressure),
         ignore_index=spec.ignore_index,
@@ -193,7 +193,7 @@ def nll_forward_shard(
         target.contiguous(),
         weights(tokens._replace(token_weight=None), spec),
         scalars,
-        rows=launch.Rows(*(None,) * 6),  # type: ignore[arg-type]
+        rows=launch.Rows(*(None,) * 6),  # type: ignore[arg-type]  # a shard writes none
         totals=None,
         workspace=_workspace(n, config, False, device),
         config=config,

@@ -12,12 +12,12 @@ from fused_ppl.records import Totals
 from fused_ppl.spec import LossSpec
 
 
-def _fake(sums: Tensor, num_items: Tensor | None, spec: LossSpec, dtype: torch.dtype, ranks: int) -> Totals:
+def _fake(sums: Tensor, num_items: Tensor | None, spec: LossSpec, *, dtype: torch.dtype, ranks: int) -> Totals:
     return reduction.empty_totals(sums, sums.shape[1:], dtype)
 
 
 @op(_fake)
-def finish(sums: Tensor, num_items: Tensor | None, spec: LossSpec, dtype: torch.dtype, ranks: int) -> Totals:
+def finish(sums: Tensor, num_items: Tensor | None, spec: LossSpec, *, dtype: torch.dtype, ranks: int) -> Totals:
     """`ranks` multiplies the gradient, because data parallelism averages it over them."""
     s, m, *z = (part.clone() for part in sums.unbind())
     parts = reduction.Sums(s, m, z[0] if z else None)

@@ -48,7 +48,7 @@ def _has_bf16(kind: str) -> bool:
 
 
 # what torch.compiler.assume_constant_result does, without the second that importing Dynamo takes
-_has_bf16._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_has_bf16._dynamo_marked_constant = True  # type: ignore[attr-defined]  # functions take any
 
 
 def linear_case(
@@ -113,7 +113,7 @@ def slices(columns: int, step: int) -> Iterator[slice]:
         yield slice(v, min(v + step, columns))
 
 
-def logits_into(out: Tensor, h: Tensor, weight: Tensor, bias: Tensor | None, step: int = SLICE) -> None:
+def logits_into(out: Tensor, h: Tensor, weight: Tensor, bias: Tensor | None, *, step: int = SLICE) -> None:
     """h W^T + bias in the dtype of h. By slices of `step` columns where the weight is to be converted, and in bf16 on a
     CPU, which is faster so."""
     columns, dtype = out.shape[1], h.dtype
@@ -180,7 +180,7 @@ class Head:
     def logits(self, h: Tensor, out: Tensor, first: int = 0) -> None:
         """h W^T + bias over the columns from `first` on, into a buffer."""
         here = slice(first, first + out.shape[1])
-        logits_into(out, h, self.weight[here], None if self.bias is None else self.bias[here], self.step)
+        logits_into(out, h, self.weight[here], None if self.bias is None else self.bias[here], step=self.step)
 
     def target_logits(self, h: Tensor, label: Tensor) -> Tensor:
         """The logit of each row's class as an fp32 dot, not rounded to the dtype of the products."""

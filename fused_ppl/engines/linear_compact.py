@@ -61,7 +61,7 @@ def linear_compact(inputs: HeadInputs, spec: LossSpec, execution: HeadExecution,
 
 
 def _shard_fake(
-    inputs: HeadInputs, _: Normalizers, __: LossSpec, execution: HeadExecution, *___: object
+    inputs: HeadInputs, spec: LossSpec, execution: HeadExecution, asked: Compact, **_: object
 ) -> CompactGradient:
     return CompactGradient(empty_unscaled(inputs, execution), inputs.hidden.new_empty((), dtype=torch.float32))
 
@@ -69,10 +69,11 @@ def _shard_fake(
 @op(_shard_fake)
 def linear_compact_shard(
     inputs: HeadInputs,
-    normalizers: Normalizers,
     spec: LossSpec,
     execution: HeadExecution,
     asked: Compact,
+    *,
+    normalizers: Normalizers,
     shard: Shard,
 ) -> CompactGradient:
     """The gradients of a shard of the vocabulary, whose lse and nll over all classes are known."""
@@ -141,7 +142,7 @@ class _GroupLoop:
         self.screen = None if asked.screen is None else Screen(asked.screen, inputs.linear_weight, inputs.linear_bias)
         self.choice = compact.Choice(inputs.linear_weight, asked.gradient_tolerance, plan.kept_columns(asked, v))
         row_bytes = max(4, self.head.dtype.itemsize) * (1 + (spec.stats or spec.softcap is not None))
-        size = plan.whole_chunks(self.loop.plan.group, v, row_bytes, self.loop.case, torch.get_num_threads())
+        size = plan.whole_chunks(self.loop.plan.group, row_bytes, self.loop.case, torch.get_num_threads())
         self.group_rows = size
         self.parts: list[RowStats] = []
         self.products: list[Product] = []

@@ -133,8 +133,10 @@ def scale(
     return Unscaled(*results)
 
 
-@op(lambda inputs, unscaled, upstream, spec, grads: empty_gradients(inputs, grads, fake=True))
-def linear_scale(inputs: HeadInputs, unscaled: Unscaled, upstream: Upstream, spec: LossSpec, grads: Needed) -> Unscaled:
+@op(lambda inputs, unscaled, upstream, spec, *, grads: empty_gradients(inputs, grads, fake=True))
+def linear_scale(
+    inputs: HeadInputs, unscaled: Unscaled, upstream: Upstream, spec: LossSpec, *, grads: Needed
+) -> Unscaled:
     return scale(inputs, unscaled, upstream, spec, grads=grads)
 
 

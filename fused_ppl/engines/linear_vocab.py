@@ -19,19 +19,18 @@ from fused_ppl.records import HeadExecution, HeadInputs, Normalizers, RowUpstrea
 from fused_ppl.spec import LossSpec
 
 
-def _fake(
-    inputs: HeadInputs, normalizers: Normalizers, upstream: Upstream, spec: LossSpec, execution: HeadExecution, *_: int
-) -> Unscaled:
+def _fake(inputs: HeadInputs, upstream: Upstream, spec: LossSpec, execution: HeadExecution, **_: object) -> Unscaled:
     return empty_gradients(inputs, execution.grads, fake=True)
 
 
 @op(_fake)
 def linear_vocab_backward(
     inputs: HeadInputs,
-    normalizers: Normalizers,
     upstream: Upstream,
     spec: LossSpec,
     execution: HeadExecution,
+    *,
+    normalizers: Normalizers,
     shard: Shard,
 ) -> Unscaled:
     """The gradients, scaled. The weight is that of the shard; where no other rank has classes, of all of them."""

@@ -30,7 +30,7 @@ _lock = threading.RLock()  # a buffer may come back, by garbage collection, whil
 
 
 def empty(
-    shape: Sequence[int], dtype: torch.dtype, device: torch.device, least: int | None = None, brief: bool = False
+    shape: Sequence[int], dtype: torch.dtype, device: torch.device, *, least: int | None = None, brief: bool = False
 ) -> Tensor:
     """`torch.empty`, out of the buffers that wait where that pays: from LARGE on, or `least`. What lives for the length
     of a call is `brief`, and may lie in a buffer that is much larger."""

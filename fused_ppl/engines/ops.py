@@ -9,6 +9,7 @@ schema, the fake, the implementation and the call are all made from the function
 from __future__ import annotations
 
 import functools
+import inspect
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Generic, ParamSpec, TypeVar
@@ -40,7 +41,7 @@ _TYPES: dict[object, str] = {
 
 
 class Op(Generic[P, R]):
-    """An op that is called with the records of its function, and returns the record that its function returns.
+    """An op that is called as its function is, and returns the record that its function returns.
 
     The first tensor of the first record is the one that a function may write to, where `mutates` is True.
     """
@@ -51,6 +52,8 @@ class Op(Generic[P, R]):
         self.function = without_autocast(function)
         self.name, self.returns_record = function.__name__, _is_record(returned)
         self._read_result = reader(returned)
+        parameters = inspect.signature(function).parameters
+        self._keywords = [name for name, p in parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY]
         self._readers = [reader(kind) for kind in hints.values()]
         arguments = [f for name, kind in hints.items() for f in _fields(name, kind)]
         if mutates:
@@ -65,7 +68,7 @@ class Op(Generic[P, R]):
 
     def __call__(self, *args: P.args, **keywords: P.kwargs) -> R:
         """Through the dispatcher."""
-        result: R = self.overload(*flatten(args))
+        result: R = self.overload(*flatten([*args, *[keywords[name] for name in self._keywords]]))
         return self._read_result(iter(result)) if self.returns_record else result  # type: ignore[call-overload]  # it is a tuple
 
     def records(self, values: Sequence[Any]) -> list[Any]:
@@ -75,7 +78,9 @@ class Op(Generic[P, R]):
 
     def _over_fields(self, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*values: Any) -> Any:
-            result = function(*self.records(values))
+            keywords = self.records(values)
+            positional = [keywords.pop(0) for _ in range(len(keywords) - len(self._keywords))]
+            result = function(*positional, **dict(zip(self._keywords, keywords, strict=True)))
             return tuple(flatten(result)) if self.returns_record else result
 
         return call
@@ -142,7 +147,7 @@ def without_autocast(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def call(*args: P.args, **keywords: P.kwargs) -> R:
-        first: Any = args[0]
+        first: Any = next(iter(args))
         device = (first if isinstance(first, Tensor) else first[0]).device.type
         if not checks.autocast(device):
             return function(*args, **keywords)

@@ -32,14 +32,16 @@ from fused_ppl.spec import LossSpec
 FIELDS = 6  # numbers that a shard says of a row
 
 
-def _stats_fake(inputs: LogitsInputs | HeadInputs, spec: LossSpec, *_: object) -> ShardStats:
+def _stats_fake(inputs: LogitsInputs | HeadInputs, spec: LossSpec, *_: object, **__: object) -> ShardStats:
     like, n, dtype = inputs.target, inputs.target.numel(), reduction.sum_dtype(inputs.target.device)
     maxima = (n + shards.CHECKS, 2 if spec.stats else 1)
     return ShardStats(like.new_empty((n, FIELDS), dtype=dtype), like.new_empty(maxima, dtype=dtype))
 
 
 @op(_stats_fake)
-def shard_logits(inputs: LogitsInputs, spec: LossSpec, execution: Execution, shard: Shard, layout: int) -> ShardStats:
+def shard_logits(
+    inputs: LogitsInputs, spec: LossSpec, execution: Execution, *, shard: Shard, layout: int
+) -> ShardStats:
     tokens = logits.token_inputs(inputs)
     fields = backends.load(execution.backend).nll_forward_shard(
         logits.as_rows(inputs.logits),
@@ -53,7 +55,9 @@ def shard_logits(inputs: LogitsInputs, spec: LossSpec, execution: Execution, sha
 
 
 @op(_stats_fake)
-def shard_hidden(inputs: HeadInputs, spec: LossSpec, execution: HeadExecution, shard: Shard, layout: int) -> ShardStats:
+def shard_hidden(
+    inputs: HeadInputs, spec: LossSpec, execution: HeadExecution, *, shard: Shard, layout: int
+) -> ShardStats:
     """The logits of a chunk of rows at a time, as the forward of one process."""
     backend = backends.load(execution.backend)
     loop = HeadLoop(inputs, spec, execution._replace(grads=(False, False, False)), kind="forward", shard=shard)
@@ -87,14 +91,14 @@ def shard_sums(stats: ShardStats, spec: LossSpec) -> Tensor:
 
 
 def _merge_fake(
-    maxima: Tensor, added: Tensor, tokens: TokenInputs, spec: LossSpec, num_classes: int, dtype: torch.dtype
+    maxima: Tensor, added: Tensor, tokens: TokenInputs, spec: LossSpec, *, num_classes: int, dtype: torch.dtype
 ) -> TokenSums:
     return reduction.empty_token_sums(maxima, tokens.target, spec, dtype)
 
 
 @op(_merge_fake)
 def shard_merge(
-    maxima: Tensor, added: Tensor, tokens: TokenInputs, spec: LossSpec, num_classes: int, dtype: torch.dtype
+    maxima: Tensor, added: Tensor, tokens: TokenInputs, spec: LossSpec, *, num_classes: int, dtype: torch.dtype
 ) -> TokenSums:
     """The sums of one process with all of the classes. `tokens` has the shape of the target."""
     shape, rows = (
@@ -105,18 +109,18 @@ def shard_merge(
     return reduction.token_sums(stats, spec, shape)
 
 
-@op(lambda saved, *_: logits.empty_gradient(saved.logits))
+@op(lambda saved, *_, **__: logits.empty_gradient(saved.logits))
 def shard_logits_backward(
-    saved: logits.Saved, upstream: Upstream, spec: LossSpec, execution: Execution, shard: Shard
+    saved: logits.Saved, upstream: Upstream, spec: LossSpec, execution: Execution, *, shard: Shard
 ) -> Tensor:
     out = logits.empty_gradient(saved.logits)
     logits.backward_into(out, saved, upstream, spec, execution=execution, shard=shard)
     return out
 
 
-@op(lambda *_: None, mutates=True)
+@op(lambda *_, **__: None, mutates=True)
 def shard_logits_backward_(
-    saved: logits.Saved, upstream: Upstream, spec: LossSpec, execution: Execution, shard: Shard
+    saved: logits.Saved, upstream: Upstream, spec: LossSpec, execution: Execution, *, shard: Shard
 ) -> None:
     """`shard_logits_backward` over the logits."""
     logits.write_over_logits(saved, upstream, spec, execution=execution, shard=shard)

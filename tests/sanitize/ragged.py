@@ -42,7 +42,7 @@ def inputs(n, v, dtype, offset, pad):
 def check(n, v, dtype, spec, offset=0, pad=0, weight=None, token_weight=None):
     logits, target = inputs(n, v, dtype, offset, pad)
     x = logits[0].double().requires_grad_()
-    truth = logits_loss(x, target, spec, weight, token_weight)
+    truth = logits_loss(x, target, spec, weight=weight, token_weight=token_weight)
     (gradient,) = torch.autograd.grad(truth.loss.sum(), x)
     tokens = TokenInputs(target, weight, token_weight)
     stats, totals = triton_rows.nll_forward(logits, tokens, spec, num_items=None, memory_budget=None)
