@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Groups of ranks: which one is meant, and what is said where none was given.
+"""Process groups: which one an argument means, whether its ranks agree, and a warning if it is missing.
 
 A group travels as its name, because torch.compile and torch.library carry strings.
 """
@@ -28,11 +28,11 @@ if TYPE_CHECKING:
     VocabGroup: TypeAlias = Group | tuple[Group, Sequence[int]]
 
 _warned = False
-_calls: dict[str, int] = {}  # that compared ranks, by group
+_calls: dict[str, int] = {}  # how many calls have compared ranks, by group
 
 
 def token_group(group: Group | None, reduction: str) -> Groups | None:
-    """The group over which S and M are summed; None where this process is all there is."""
+    """The group over which S and M are summed; None if it has one rank."""
     if group is None:
         return None
     rank_checks.check_group_reduction(reduction)
@@ -41,11 +41,11 @@ def token_group(group: Group | None, reduction: str) -> Groups | None:
 
 
 def add_shards(groups: Groups | None, name: str, rank: int, sizes: Sequence[int], *, sum_hidden: bool) -> Groups | None:
-    """With the ranks that hold `sizes` classes each."""
+    """`groups` extended by the ranks of a vocabulary group, which hold `sizes` classes each."""
     if len(sizes) == 1:
         return groups
     layout = 0
-    for size in sizes:  # a polynomial hash: torch.compile traces it, and float64 holds it
+    for size in sizes:  # a polynomial hash, which torch.compile can trace and float64 can hold
         layout = (layout * 1_000_003 + size + 1) % (2**32 - 5)
     groups = Groups() if groups is None else groups
     # no _replace: torch 2.6 does not trace it
@@ -53,7 +53,7 @@ def add_shards(groups: Groups | None, name: str, rank: int, sizes: Sequence[int]
 
 
 def plain_shards(groups: Groups | None, vocab_group: VocabGroup, local: int, sum_hidden: bool) -> Groups | None:
-    """Of ordinary tensors: all of one size, or as the caller says."""
+    """`groups` extended by `vocab_group`. Without sizes every rank holds as many classes as this one."""
     group, sizes = vocab_group if isinstance(vocab_group, tuple) else (vocab_group, None)
     resolved = process_group("vocab_group", group)
     rank, ranks = resolved.rank(), resolved.size()
@@ -63,7 +63,7 @@ def plain_shards(groups: Groups | None, vocab_group: VocabGroup, local: int, sum
 
 
 def process_group(name: str, group: Group | None) -> ProcessGroup:
-    """The process group that is meant, of which this rank is a member."""
+    """The process group of an argument. This rank must be a member of it."""
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
 
@@ -76,16 +76,16 @@ def process_group(name: str, group: Group | None) -> ProcessGroup:
 
 
 def group_or_world(group: Group | None) -> tuple[str, str]:
-    """The name of the group, or of that of all ranks; and a type of device it reduces on, the same for all of them."""
+    """The name of the group, or of the group of all ranks, and a device type that it reduces on."""
     resolved: Any = process_group("group", torch.distributed.group.WORLD if group is None else group)
     devices = [device.type for device in resolved._device_types]
     return resolved.group_name, "cpu" if "cpu" in devices else devices[0]
 
 
 def compare_ranks(name: str, facts: Mapping[str, object]) -> None:
-    """FUSED_PPL_DEBUG=1, before the first collective: every rank of the group is here, and means the same loss.
+    """Check, before the first collective, that all ranks of the group call the same loss (FUSED_PPL_DEBUG=1).
 
-    Through the group's store, which needs no collective: a rank that is not there can be named.
+    The comparison uses the group's store and no collective, so that the message can name a rank that is missing.
     """
     if torch.compiler.is_compiling():
         return
@@ -100,7 +100,7 @@ def compare_ranks(name: str, facts: Mapping[str, object]) -> None:
         store.wait(keys, patience)
     rank_checks.check_ranks([json.loads(store.get(key)) if store.check([key]) else None for key in keys])
     if call > 1:
-        store.delete_key(f"fused_ppl/{name}/{call - 2}/{rank}")  # all have read it, or they had not come to the last
+        store.delete_key(f"fused_ppl/{name}/{call - 2}/{rank}")  # every rank has read it by now
 
 
 def all_reduce(values: Tensor, operation: str, name: str) -> Tensor:
@@ -112,8 +112,10 @@ def all_reduce(values: Tensor, operation: str, name: str) -> Tensor:
 def warn_without_group(
     reduction: str, group: object, vocab_group: object, input: object, *, linear_weight: object = None
 ) -> None:
-    """Once: the perplexities of ranks do not average to that of the batch. Ranks that hold shards of the vocabulary may
-    all have the same tokens."""
+    """Warn once that the perplexities of ranks do not average to the perplexity of the batch.
+
+    Ranks that hold shards of the vocabulary get no warning, because they may have the same tokens.
+    """
     global _warned
     if torch.compiler.is_compiling() or _warned or group is not None or vocab_group is not None or reduction != "mean":
         return
@@ -135,7 +137,7 @@ def warn_without_group(
 
 
 def _caller() -> int:
-    """The stack level, seen from `warn_without_group`, of the first frame outside this package and torch."""
+    """The stack level of the first frame outside this package and torch, as `warn_without_group` counts."""
     inside = tuple(os.path.dirname(module.__file__ or "") + os.sep for module in (checks, torch))
     level, frame = 1, sys._getframe(1)
     while frame.f_back is not None and frame.f_code.co_filename.startswith(inside):

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How memory is walked: pure functions of shape, dtype, budget and device."""
+"""Chunk sizes, bytes and FLOPs: pure functions of shape, dtype, budget and device.
+
+A chunk is as large as a cache or a budget allows, because small chunks read the weight more often.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,8 @@ from dataclasses import dataclass
 
 from fused_ppl.records import Compact, Needed
 
-# bytes of the buffer of rows that a chunk works on. On a CPU it stays in the shared cache; smaller ones cost more
-# barriers between threads, which are slow where other programs want the cores. On a GPU it is enough to fill it
+# Bytes of the buffer of a chunk of rows. On a CPU the buffer stays in the shared cache. Smaller buffers cost more
+# barriers between threads, which are slow if other programs use the cores. On a GPU the buffer fills the device.
 CPU_BUFFER_PER_THREAD = 2**20
 CPU_BUFFER = 16 * 2**20
 GPU_BUFFER = 64 * 2**20
@@ -19,11 +22,14 @@ GPU_BUFFER = 64 * 2**20
 def rows_per_chunk(
     num_classes: int, itemsize: int, device_type: str, *, threads: int, memory_budget: int | None
 ) -> int:
-    """Rows whose buffer stays in cache, as many for each thread, and within the budget (never below one row)."""
+    """The rows of a chunk: the buffer stays in cache and within the budget, and every thread gets as many rows.
+
+    A chunk has at least one row.
+    """
     row = num_classes * itemsize
     if device_type == "cpu":
         rows = min(CPU_BUFFER_PER_THREAD * threads, CPU_BUFFER) // row
-        rows = max(1, rows // threads) * threads  # the same for each
+        rows = max(1, rows // threads) * threads
     else:
         rows = max(1, GPU_BUFFER // row)
     if memory_budget is not None:
@@ -32,7 +38,7 @@ def rows_per_chunk(
 
 
 def row_chunks(outer: int, inner: int, rows: int) -> Iterator[tuple[slice, slice, slice]]:
-    """Cover (outer, inner) rows by chunks of at most `rows`, each a rectangle and a run of the flat rows.
+    """Cover (outer, inner) rows by chunks of at most `rows`. A chunk is a rectangle, and consecutive in the flat rows.
 
     Yields (outer slice, inner slice, flat slice): whole outer indices where they are small, parts of one otherwise.
     """
@@ -50,20 +56,20 @@ def row_chunks(outer: int, inner: int, rows: int) -> Iterator[tuple[slice, slice
             yield slice(b, b + 1), slice(r, e), slice(b * inner + r, b * inner + e)
 
 
-# A chunk of the fused LM head reads the weight, and reads and writes its gradient, once: below these rows that is no
-# longer little beside the products. By bytes of an element: bf16 products are faster, and need more rows.
+# Each chunk of the fused LM head reads the weight once, and reads and writes its gradient once. Chunks of fewer rows
+# spend too much of their time on that. The keys are bytes per element: bf16 products are faster and need more rows.
 MIN_ROWS = {"cpu": {2: 512, 4: 128, 8: 128}, "gpu": {2: 1024, 4: 1024, 8: 1024}}
 MAX_ROWS = {"cpu": 1024, "gpu": 4096}
 CHUNK_BYTES = {"cpu": 256 * 2**20, "gpu": 512 * 2**20}
-COLUMNS = 8192  # of a slice of the vocabulary
+COLUMNS = 8192  # of a slice of the vocabulary, at most
 LEAST_COLUMNS = 256
-CONVERTED = 4096  # columns of the weight at most, in fp32 products: as many as stay in cache
+CONVERTED = 4096  # classes of the weight that float32 products convert at once: they stay in cache
 
 
-# that share their kept columns, at most: fewer need fewer columns, and read and write more of the weight; the products
-# of more than these are slow in bf16 on a CPU
+# Maximum rows in a group. Smaller groups keep fewer columns, but read and write the weight more often. Products of
+# larger groups are slow in bf16 on a CPU.
 GROUP_ROWS = {"cpu": 640, "gpu": 1024}
-MOST_COLUMNS = 4  # above a share of 1 / 4 kept columns save little
+MOST_COLUMNS = 4  # a group keeps at most 1 / 4 of the vocabulary, because more columns save little time
 
 
 def kept_columns(compact: Compact, num_classes: int) -> int:
@@ -76,7 +82,7 @@ def kept_columns(compact: Compact, num_classes: int) -> int:
 
 @dataclass(frozen=True)
 class LinearCase:
-    """What the walk of the fused LM head depends on."""
+    """What a plan of the fused LM head depends on."""
 
     num_tokens: int  # N
     num_classes: int  # V
@@ -86,11 +92,11 @@ class LinearCase:
     grads: Needed  # whether hidden states, weight and bias need a gradient
     memory_budget: int | None = None
     compact: Compact | None = None
-    converts: bool = False  # the weight to the dtype of the products, as under autocast
+    converts: bool = False  # whether the products have another dtype than the weight, as under autocast
 
     @property
     def converted_bytes(self) -> int:
-        """Of the weight, in the dtype of the products where it has another."""
+        """Bytes of the converted weight, or of the part that is converted at once; 0 if it needs no conversion."""
         if not self.converts:
             return 0
         columns = converted_columns(self.num_classes, self.hidden_size, self.itemsize, self.memory_budget)
@@ -102,28 +108,28 @@ class LinearCase:
 
     @property
     def accumulator_bytes(self) -> int:
-        """The fp32 gradient of weight and bias."""
+        """Bytes of the float32 gradients of weight and bias."""
         _, grad_weight, grad_bias = self.grads
         return max(4, self.itemsize) * self.num_classes * ((self.hidden_size if grad_weight else 0) + int(grad_bias))
 
 
 @dataclass(frozen=True)
 class LinearPlan:
-    """How the fused LM head walks, with its bytes and FLOPs."""
+    """The chunk sizes of the fused LM head, with its bytes and FLOPs."""
 
     kind: str  # "rows", "compact", "vocab" or "forward"
-    rows: int  # of a chunk of logits in forward
-    columns: int  # of a slice of the vocabulary in backward, or kept by "compact"; 0 for none
-    temporary_bytes: int  # the larger of what forward and backward hold for themselves
+    rows: int  # in a chunk of logits in forward
+    columns: int  # in a slice of the vocabulary in backward, or kept by "compact"; else 0
+    temporary_bytes: int  # buffers of forward or of backward, whichever holds more
     saved_bytes: int  # kept from forward to backward
     flops: int
     reason: str
-    peak_bytes: int  # the most that is held at once, the gradients included that are handed over
-    cheap_flops: int = 0  # of a screen, in its low precision
+    peak_bytes: int  # the most that is held at once, including the returned gradients
+    cheap_flops: int = 0  # of the screen, in low precision
     group: int = 0  # rows that share their kept columns
 
     def explain(self) -> str:
-        """The choice in words and numbers."""
+        """Say the choice in words and numbers."""
         walk = f"{self.rows} rows at a time"
         if self.group:
             walk += f", at most {self.columns} columns kept for each {self.group} of them"
@@ -138,14 +144,19 @@ class LinearPlan:
 
 
 def _within(wanted: int, room: int, size: int, least: int) -> int:
-    """How many of `size` bytes fit. Where nothing does, the budget is lost: less than `least` would save little more
-    and cost everything."""
+    """How many items of `size` bytes fit into `room`, at most `wanted`.
+
+    If not even one fits, the budget cannot be met; use `least`, because smaller chunks are much slower.
+    """
     return min(wanted, room // size) if room >= size else min(wanted, least)
 
 
 def converted_columns(num_classes: int, hidden_size: int, itemsize: int, memory_budget: int | None) -> int:
-    """Columns of the weight that are converted at once. All, because every chunk of rows needs them, unless they take
-    over half of the budget; in fp32, which is fast to convert to, no more than stay in cache."""
+    """The classes of the weight that are converted at once.
+
+    All are, because every chunk of rows needs them, unless they take over half of the budget. Conversion to float32 is
+    fast: there only as many are converted as stay in cache.
+    """
     column = max(1, hidden_size * itemsize)
     most = num_classes if itemsize == 2 else min(num_classes, CONVERTED)
     if memory_budget is None or 2 * most * column <= memory_budget:
@@ -154,7 +165,7 @@ def converted_columns(num_classes: int, hidden_size: int, itemsize: int, memory_
 
 
 def _even(rows: int, n: int) -> int:
-    """At most `rows`, so that the last chunk is as large as the others."""
+    """The rows of n / ceil(n / rows) equal chunks, so that the last chunk is as large as the others."""
     return math.ceil(n / math.ceil(n / rows)) if n else rows
 
 
@@ -175,7 +186,7 @@ def linear_kind(case: LinearCase, per_token: bool) -> str:
 
 
 def linear_plan(case: LinearCase, kind: str) -> LinearPlan:
-    """The chunk sizes of a kind of plan, within the budget where that is possible."""
+    """The chunk sizes of a kind of plan, within the budget if that is possible."""
     n, v, d, size = case.num_tokens, case.num_classes, case.hidden_size, case.itemsize
     wide, product = max(4, size), 2 * n * v * d
     least, most = MIN_ROWS[case.place][size], MAX_ROWS[case.place]
@@ -183,8 +194,8 @@ def linear_plan(case: LinearCase, kind: str) -> LinearPlan:
     logit = 2 if screened else size
     rows = CHUNK_BYTES[case.place] // (v * logit)
     if case.place == "cpu":
-        # larger than half of the fp32 gradient of the weight it would cost more memory than it saves time; the cheap
-        # product of a screen gains more
+        # A buffer over half of the size of the weight's float32 gradient costs more memory than it saves time. With a
+        # screen a larger buffer is worth it.
         rows = min(rows, wide * d // (logit * (1 if screened else 2)))
     rows = min(max(rows, least), most)
     made_in_forward = kind in ("rows", "compact")
@@ -199,7 +210,7 @@ def linear_plan(case: LinearCase, kind: str) -> LinearPlan:
     weight = case.converted_bytes
     reason, columns, backward, fixed = reasons[kind], 0, 0, wide * n * d * case.grads[0] + weight
     if kind == "vocab":
-        column = n * size + d * size * (case.converts and case.grads[1])  # a product that is rounded on its way into dW
+        column = n * size + d * size * (case.converts and case.grads[1])  # a product that is rounded into dW
         columns = max(1, min(COLUMNS, v, CHUNK_BYTES[case.place] // max(1, n * size)))
         if case.memory_budget is not None:
             columns = _within(columns, case.memory_budget - fixed, max(1, column), LEAST_COLUMNS)
@@ -210,12 +221,12 @@ def linear_plan(case: LinearCase, kind: str) -> LinearPlan:
     if case.place == "cpu":
         rows = _even(rows, n)
     temporary = max(rows * v * logit + weight, backward)
-    # accumulators of the right type are handed over themselves, else they are there until the gradients are
+    # an accumulator of the right dtype is returned itself; another one is held until the gradient is there
     gradients = size * d * (n * case.grads[0] + v * case.grads[1]) if not made_in_forward or wide != size else 0
     if kind == "compact":
         return _compact_plan(case, rows, saved=saved, handed_over=gradients, reason=reason)
     at_once = max(rows * v * logit + weight, backward + gradients)
-    if kind == "vocab":  # the buffer of forward waits for backward, which takes it if it is as large
+    if kind == "vocab":  # backward reuses the buffer of forward if it is large enough
         at_once = fixed + max(rows * v * logit, columns * column) + gradients
     products = {"forward": 1, "rows": 1, "vocab": 2}[kind] + case.grads[0] + case.grads[1]
     reason += _over(case, temporary + saved)
@@ -229,7 +240,7 @@ def _over(case: LinearCase, size: int) -> str:
 
 
 def _compact_plan(case: LinearCase, rows: int, *, saved: int, handed_over: int, reason: str) -> LinearPlan:
-    """That of "rows", in groups of about GROUP_ROWS and of equal size: 2NVD FLOPs and 2NKD for each gradient."""
+    """The chunks of plan "rows", cut into equal groups of about GROUP_ROWS: 2NVD FLOPs, and 2NKD for each gradient."""
     assert case.compact is not None
     n, v, d, size = case.num_tokens, case.num_classes, case.hidden_size, case.itemsize
     gradients, screened = case.grads[0] + case.grads[1], case.compact.screen is not None
@@ -237,7 +248,7 @@ def _compact_plan(case: LinearCase, rows: int, *, saved: int, handed_over: int, 
     count = kept_columns(case.compact, v)
     if case.compact.gradient_tolerance is None:
         count = max(count, min(group, v))  # the targets are kept
-    # the chunk of logits, kept columns of the weight, of a group's logits and of what adds to dW; sums of columns
+    # the chunk of logits; the kept columns of the weight, of the group's logits and of the product for dW; column sums
     buffers = rows * v * (2 if screened else size) + count * (d + group * (1 + screened)) * size
     buffers += max(4, size) * v * (math.ceil(n / group) + 4) + case.converted_bytes
     flops = 2 * n * count * d * (gradients + screened)
@@ -245,13 +256,13 @@ def _compact_plan(case: LinearCase, rows: int, *, saved: int, handed_over: int, 
     if screened:
         saved += v * d * (2 if case.compact.screen == "bf16" else 1)
     peak = saved + max(buffers, handed_over)
-    reason += _over(case, buffers + saved)  # the chunk is that of "rows", with the same loss bit for bit
+    reason += _over(case, buffers + saved)  # the chunk is the one of "rows", so the loss has the same bits
     flops, cheap = (flops, dense) if screened else (dense + flops, 0)
     return LinearPlan("compact", rows, count, buffers, saved, flops, reason, peak, cheap, group)
 
 
 def whole_chunks(group: int, row_bytes: int, case: LinearCase, threads: int) -> int:
-    """A group of whole walks of the row formula: what a row gives does not depend on its group then."""
+    """The next multiple of the backend's chunk: the result of a row then does not depend on its group."""
     step = rows_per_chunk(
         case.num_classes, row_bytes, case.device_type, threads=threads, memory_budget=case.memory_budget
     )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""(S, M, Z) -> value and factor. The only place outside the kernels that takes exp of a mean.
+"""From the sums S, M and Z to the value and its derivative. Only this file and the kernels take exp of a mean.
 
     loss       = (S + z_loss * Z) / D,   D = num_items, or M for "mean" and "sequence", or 1 for "sum" and "none"
     perplexity = exp(L),                 L = S / M, or S for "none";  exp(c) * (1 + L - c) where L > max_nll = c
@@ -25,11 +25,11 @@ class Sums(NamedTuple):
 
     s: Tensor  # of the loss
     m: Tensor  # of the weight
-    z: Tensor | None  # of weight * lse^2; None where nothing asks for it
+    z: Tensor | None  # of weight * lse^2; None without z_loss
 
 
 def sum_dtype(device: torch.device) -> torch.dtype:
-    """float64 where the device has it: M in fp32 stops counting at 2**24."""
+    """The dtype of sums: float64 if the device has it, because M in float32 stops counting at 2**24."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
@@ -61,13 +61,13 @@ def sum_rows(rows: RowStats, spec: LossSpec, target_shape: torch.Size) -> Sums:
 
 
 def token_sums(rows: RowStats, spec: LossSpec, target_shape: torch.Size) -> TokenSums:
-    """S, M and Z in one tensor, to be summed over ranks at once, and the statistics of every token."""
+    """S, M and Z in one tensor, so that one collective adds them over ranks, and the statistics of every token."""
     sums = torch.stack([t for t in sum_rows(rows, spec, target_shape) if t is not None])
     return TokenSums(sums, *token_stats(rows, target_shape))
 
 
 def token_stats(rows: RowStats, target_shape: torch.Size) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """nll, lse, entropy and predicted in the shape of the target; 0 elements of what was not asked for."""
+    """nll, lse, entropy and predicted in the shape of the target. Without `stats` the last two have no elements."""
     assert rows.lse is not None
     nll, lse = rows.nll.view(target_shape), rows.lse.view(target_shape)
     if rows.entropy is None or rows.predicted is None:
@@ -76,7 +76,7 @@ def token_stats(rows: RowStats, target_shape: torch.Size) -> tuple[Tensor, Tenso
 
 
 def or_empty(entropy: Tensor | None, predicted: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Entropy and argmax as an op returns them: without elements where they were not asked for."""
+    """Entropy and argmax as an op returns them: without elements if they are None."""
     if entropy is None or predicted is None:
         return like.new_empty(0), like.new_empty(0, dtype=torch.int64)
     return entropy, predicted
@@ -99,9 +99,9 @@ def empty_token_sums(like: Tensor, target: Tensor, spec: LossSpec, dtype: torch.
 def finish(sums: Sums, spec: LossSpec, *, num_items: Tensor | None, dtype: torch.dtype) -> Totals:
     """Values and factors from the sums.
 
-    What is divided by M, a mean and the perplexity, is NaN with the factor 0 where M = 0. What is not is the sum, and
-    the loss of `num_items`: signed weights may add up to 0 there. No factor says that a token is not counted: the
-    gradient of its row is 0 by itself.
+    If M = 0, a mean and the perplexity are NaN, and their factors are 0. The sum, and the loss with `num_items`, do not
+    divide by M and stay as they are: signed weights may add up to 0 there. A factor never marks an ignored token, whose
+    gradient is 0 by itself.
     """
     s, m, z = sums
     total = s if z is None else s + spec.z_loss * z
@@ -109,8 +109,8 @@ def finish(sums: Sums, spec: LossSpec, *, num_items: Tensor | None, dtype: torch
         perplexity, slope = _exp(s, spec.max_nll)
         return Totals(total.to(dtype), perplexity.to(dtype, copy=True), m, torch.ones_like(s), slope)
     inverse = no_mean = m.reciprocal()
-    if m.ndim or m.device.type != "cpu" or m.item() == 0:  # one number of a CPU may be looked at
-        # with label smoothing S need not be 0 where M is, so that S / M would not be NaN by itself
+    if m.ndim or m.device.type != "cpu" or m.item() == 0:  # reading one number on a CPU is cheap
+        # with label smoothing S may differ from 0 although M is 0, and then S / M is inf and not NaN
         no_mean = inverse.nan_to_num(nan=math.nan, posinf=math.nan, neginf=math.nan)
         inverse = inverse.nan_to_num_(nan=math.nan, posinf=0.0, neginf=0.0)
     mean = s * no_mean
@@ -127,7 +127,7 @@ def finish(sums: Sums, spec: LossSpec, *, num_items: Tensor | None, dtype: torch
 
 
 def _exp(mean: Tensor, max_nll: float | None) -> tuple[Tensor, Tensor]:
-    """exp and its derivative; beyond max_nll the tangent there."""
+    """exp(mean) and its derivative. Above max_nll the value goes on along the tangent."""
     if max_nll is None:
         value = mean.exp()
         return value, value

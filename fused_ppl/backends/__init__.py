@@ -44,7 +44,7 @@ class RowBackend(Protocol):
         memory_budget: int | None,
         keep_lse: bool,
     ) -> tuple[RowStats, Totals | None]:
-        """The statistics of every row, and Totals where the same launch has already summed and finished them."""
+        """The statistics of every row, and Totals if the same launch has summed and finished them, else None."""
 
     def nll_backward(
         self,
@@ -96,7 +96,7 @@ class RowBackend(Protocol):
 
 
 class CompactBackend(Protocol):
-    """What the compact fused head asks of logits (R, V), or (R, K) in the kept columns."""
+    """The row formula for the compact fused head, over logits (R, V), or (R, K) in the kept columns."""
 
     def nll_columns(
         self,
@@ -138,7 +138,7 @@ class CompactBackend(Protocol):
         out: Tensor,
         memory_budget: int | None,
     ) -> Tensor:
-        """The softmax part of the gradient in the kept columns; returns what is left of the row sums, (R,)."""
+        """Write the softmax part of the gradient in the kept columns; return the row sums of the rest, (R,)."""
 
     def nll_rescreen(
         self,
@@ -154,13 +154,13 @@ class CompactBackend(Protocol):
     ) -> tuple[RowStats, Tensor, Tensor]:
         """`nll_kept` where statistics and factors come from a screen (R, V), which the exact `logits` (R, K) correct.
 
-        The logits become their gradient. Returns the statistics, what is left of the row sums, and an estimate of the
-        error of nll, (R,).
+        The logits become their gradient. Returns the statistics, the row sums of the rest, and an estimate of the error
+        of nll, (R,).
         """
 
 
 def choose(name: str | None, device: torch.device, dtype: torch.dtype) -> str:
-    """The backend for this call. A name is that one or an error; None is the best that can run.
+    """The backend for this call. A name gives that backend or an error; None gives the best that can run.
 
     Raises:
         NotImplementedError: a named backend cannot run here; the message says why and which can.
@@ -184,7 +184,7 @@ def choose(name: str | None, device: torch.device, dtype: torch.dtype) -> str:
 
 
 def _best(device: torch.device, dtype: torch.dtype) -> str:
-    """On a GPU, Triton where it can run. An installation that keeps it from running is told of once."""
+    """Triton if it can run on this GPU, else torch, with one warning if the installation is the reason."""
     if refusal("triton", device, dtype) is None:
         return "triton"
     problem = presence.TRITON_PROBLEM or presence.compiler_problem(device)
@@ -203,7 +203,7 @@ def _warn_once(kind: str, problem: str) -> None:
 
 
 def refusal(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why a backend cannot run here, or None where it can."""
+    """Why a backend cannot run here, or None if it can."""
     if name != "triton":
         return None
     if presence.TRITON_PROBLEM is not None:

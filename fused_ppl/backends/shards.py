@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows from the statistics of shards of the vocabulary, by a maximum and a sum over the ranks that hold them.
+"""Merges the row statistics of vocabulary shards, by a maximum and a sum over the ranks that hold them.
 
     M = max m,    s = sum_r s_r e^(m_r - M),    nll = log(1 + s e^(M - z_y)),    lse = log(s e^M + e^z_y)
 
@@ -16,17 +16,17 @@ from fused_ppl.records import RowStats, TokenInputs
 from fused_ppl.spec import LossSpec
 
 LOWEST = -1e30  # the maximum of a shard that holds nothing but -inf; a difference of two is finite
-_INDEX_BITS = 29  # that float32 does not use of a float64
+_INDEX_BITS = 29  # the bits of a float64 that a float32 does not use
 
 
-CHECKS = 4  # rows behind the N
+CHECKS = 4  # rows after the N rows
 
 
 def maxima(shards: Tensor, target: Tensor, spec: LossSpec, *, first: int, layout: int) -> Tensor:
-    """(N + 4, 1 or 2), to be maximised over ranks: m, and with it the class that holds it.
+    """(N + 4, 1 or 2): the largest z of each row and, packed with it, its class. Ranks take the maximum.
 
-    The last rows hold `layout` and a sum of the targets, and the negatives of both: their maxima are of one size where
-    all ranks mean the same shards, and the same tokens.
+    The last four rows hold `layout`, a sum of the targets, and the negatives of both. If all ranks mean the same shards
+    and the same tokens, the maxima of a value and of its negative cancel.
     """
     m = shards[:, 0]
     columns = [m] if not spec.stats else [m, _pack(m, shards[:, 5] + first)]
@@ -38,13 +38,13 @@ def maxima(shards: Tensor, target: Tensor, spec: LossSpec, *, first: int, layout
 
 
 def same(top: Tensor) -> Tensor:
-    """(2,) bool: whether all ranks mean the same shards, and the same tokens."""
+    """(2,) bool: True if all ranks mean the same shards; True if they mean the same tokens."""
     check = top[-CHECKS:, 0]
     return check[:2] == -check[2:]
 
 
 def sums(shards: Tensor, top: Tensor, spec: LossSpec) -> Tensor:
-    """(N, 2 to 4), to be added up over ranks: s and z_y; with smoothing sum w z; with statistics the entropy's sum."""
+    """(N, 2 to 4), which ranks add: s, z_y, sum w z with smoothing, and the sum of the entropy with statistics."""
     m, s, z, d, q, _ = shards.unbind(1)
     shift = m - top[:-CHECKS, 0]
     scale = shift.exp()
@@ -65,14 +65,14 @@ def merge(
     num_classes: int,
     dtype: torch.dtype,
 ) -> RowStats:
-    """What one process with all of the classes says of its rows."""
+    """The statistics of rows over all classes."""
     (target, weight, token_weight), (others, z, *rest) = tokens, added.unbind(1)
     m = top[:-CHECKS, 0]
     log_others = others.log() + m
     nll = torch.nn.functional.softplus(log_others - z, threshold=40.0)
     lse = torch.logaddexp(log_others, z)
     counted = torch.ones_like(target, dtype=torch.bool) if spec.ignore_index is None else target != spec.ignore_index
-    # as in PyTorch; a target out of range, and ranks that do not mean the same, which a CPU has refused
+    # NaN for +inf as in PyTorch, for a target out of range, and if ranks disagree; a CPU has raised for the last two
     wrong = (z == torch.inf) | (target < 0) | (target >= num_classes) | ~same(top).all()
     nll, lse = (t.masked_fill(wrong, torch.nan) for t in (nll, lse))
     label = (target.long() * counted).clamp(0, num_classes - 1)
@@ -85,7 +85,7 @@ def merge(
         loss = (1 - a) * loss + a / num_classes * (total * lse - rest[0] - of_target * z)
     entropy = predicted = None
     if spec.stats:
-        below = (z - m).clamp(min=-1e3)  # e^ of it is 0 there, and 0 * -inf would be NaN
+        below = (z - m).clamp(min=-1e3)  # e^-1000 is 0, and 0 * -inf would be NaN
         share = below.exp()
         entropy = (lse - m) - (rest[-1] + share * below) / (others + share)
         predicted = _unpack(top[:-CHECKS, 1])
@@ -98,11 +98,11 @@ def merge(
 def _pack(value: Tensor, column: Tensor) -> Tensor:
     """One float64 that is larger for a larger value, and among equal ones for a lower column.
 
-    The value is rounded to float32, whose 29 bits less hold the column: as they are where the number is below zero,
-    and so grows away from it, else counted down.
+    The value is rounded to float32, which leaves 29 bits for the column. A positive number grows with these bits, so
+    they hold the column counted down. A negative number shrinks, so they hold the column itself.
     """
     rounded = value.clamp(-3e38, 3e38).float().double()
-    rounded = torch.where(rounded == 0, 2.0**-160, rounded)  # of 0 and -0 the bits differ
+    rounded = torch.where(rounded == 0, 2.0**-160, rounded)  # the bits of 0 and -0 differ
     low = 2**_INDEX_BITS - 1
     index = column.long()
     return (rounded.view(torch.int64) | torch.where(rounded < 0, index, low - index)).view(torch.float64)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the PyTorch backend goes over rows: in chunks that stay in cache, on the caller's own memory where it can.
+"""The loop of the PyTorch backend over chunks of rows that stay in cache, and the transform z = cap(scale * x).
 
-A chunk is computed in place where the memory is of the right dtype and contiguous, else in one buffer for all chunks.
+A chunk is computed in the caller's memory if that is contiguous and of the right dtype, else in a shared buffer.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ class Rows(NamedTuple):
 
     span: slice  # of the flat rows
     source: Tensor  # (b, r, V) or (n, V), n = b * r: the caller's logits
-    out: Tensor | None  # the same place in the gradient
-    counted: Tensor | None  # (n,) bool, or None where all rows are known to be counted
-    label: Tensor  # (n,) int64: the class, 0 where ignored, inside the range everywhere
-    target: Tensor  # (n, 1) int64: its column in the source, 0 where it is elsewhere
-    owned: Tensor | None  # (n,) bool: whether that column is in the source; None where the source is all classes
-    bad: Tensor | None  # (n,) bool: whether the target is out of range; None on a CPU, which has raised
-    skipped: bool  # known to hold no counted row
-    whole: bool  # all rows are in this chunk
+    out: Tensor | None  # the same rows of the gradient
+    counted: Tensor | None  # (n,) bool, or None if all rows are counted
+    label: Tensor  # (n,) int64: the class, 0 if ignored; always inside the range
+    target: Tensor  # (n, 1) int64: its column in the source, 0 if another shard has it
+    owned: Tensor | None  # (n,) bool: True if the source has that column; None if it has all classes
+    bad: Tensor | None  # (n,) bool: True if the target is out of range; None on a CPU, which has raised
+    skipped: bool  # True if no row is counted
+    whole: bool  # True if this chunk is all rows
 
     def of(self, values: Tensor) -> Tensor:
-        """The part of (N,) values that belongs to these rows. To slice costs as much as a small loss."""
+        """The values (N,) of these rows. One chunk is not sliced, because that takes as long as a small loss."""
         return values if self.whole or values.ndim == 0 else values[self.span]
 
 
 class Chunks:
-    """Goes over the rows of (B, R, V) or (N, V) in chunks, and holds the buffer that a chunk is computed in."""
+    """Iterates over the rows of (B, R, V) or (N, V) in chunks, and holds the buffer of a chunk."""
 
     def __init__(
         self,
@@ -60,7 +60,7 @@ class Chunks:
         v = logits.shape[-1]
         self.num_classes = v if shard is None else shard.num_classes
         self.weight = None if tokens.weight is None else tokens.weight.to(self.dtype)  # of all classes
-        # entropy and the derivative of a cap take a second buffer
+        # entropy and the derivative of the softcap need a second buffer
         row = self.dtype.itemsize * (1 + (spec.stats or spec.softcap is not None))
         rows = plan.rows_per_chunk(
             v, row, logits.device.type, threads=torch.get_num_threads(), memory_budget=memory_budget
@@ -71,7 +71,7 @@ class Chunks:
 
     @property
     def buffer(self) -> Tensor:
-        """(rows, V), made when it is first asked for: a small fp32 loss has no use for it."""
+        """(rows, V), allocated at the first use: a small float32 loss does not need it."""
         if self._buffer is None:
             self._buffer = torch.empty(self.rows, self.logits.shape[-1], dtype=self.dtype, device=self.logits.device)
         return self._buffer
@@ -88,7 +88,7 @@ class Chunks:
         return None if self.weight is None else self.weight[rows.label]
 
     def token_weight(self, rows: Rows) -> Tensor | None:
-        """(n,)"""
+        """(n,): the token weight of each row."""
         weight = self.tokens.token_weight
         return None if weight is None else rows.of(weight).to(self.dtype)
 
@@ -137,7 +137,7 @@ class Chunks:
         return bad if self.spec.ignore_index is None else bad & (target != self.spec.ignore_index)
 
     def load(self, rows: Rows, derivative: Tensor | None = None) -> Tensor:
-        """z of the rows, (n, V): the caller's own memory, which stays as it is, where nothing has to be done to it."""
+        """z of the rows, (n, V). It is the caller's own memory, and read only, if x needs no transform."""
         if self.spec.logit_scale == 1 and self.spec.softcap is None and _is_matrix(rows.source, self.dtype):
             return _matrix(rows.source)
         x = self._buffer_of(rows)
@@ -146,15 +146,14 @@ class Chunks:
         return x
 
     def copy(self, rows: Rows) -> Tensor:
-        """The logits of the rows where they can be computed in: in place in a buffer of the right type that is to be
-        used up."""
+        """The logits of the rows in memory that may be written to: in place if the caller gave its buffer away."""
         x = self.work(rows)
         if self.out is not self.logits or not _is_matrix(rows.source, self.dtype):
             x.view(rows.source.shape).copy_(rows.source)
         return x
 
     def work(self, rows: Rows) -> Tensor:
-        """(n, V) to compute in: the gradient's own memory where it has the right type and layout."""
+        """(n, V) to compute in: the memory of the gradient if its dtype and layout allow it, else the buffer."""
         if rows.out is not None and _is_matrix(rows.out, self.dtype):
             return _matrix(rows.out)
         return self._buffer_of(rows)
@@ -169,7 +168,7 @@ class Chunks:
             rows.out.copy_(value.view(rows.out.shape))
 
     def zeros(self, rows: Rows | None) -> RowStats:
-        """What is said of rows that are all ignored."""
+        """The statistics of rows that are all ignored."""
         n = 0 if rows is None else rows.target.shape[0]
         loss, weight, nll = (self.buffer.new_zeros(n) for _ in range(3))
         lse = self.buffer.new_zeros(n, dtype=self.wide) if self.keep_lse else None
@@ -179,7 +178,10 @@ class Chunks:
 
 
 def transform(x: Tensor, spec: LossSpec, derivative: Tensor | None = None) -> Tensor:
-    """z = cap(scale * x) in place; `derivative` takes dz/dx where a cap makes it depend on x."""
+    """z = cap(scale * x) in place, cap(a) = softcap * tanh(a / softcap). `derivative` takes dz/dx under a softcap.
+
+    dz/dx = scale * (1 - tanh(scale * x / softcap)^2)
+    """
     scale, cap = spec.logit_scale, spec.softcap
     if cap is None:
         return x if scale == 1 else x.mul_(scale)
@@ -194,5 +196,5 @@ def _matrix(chunk: Tensor) -> Tensor:
 
 
 def _is_matrix(chunk: Tensor, dtype: torch.dtype) -> bool:
-    """Whether (b, r, V) is (n, V) in memory, in the dtype of the computation."""
+    """True if (b, r, V) is (n, V) in memory, in the dtype of the computation."""
     return chunk.dtype == dtype and chunk.is_contiguous()

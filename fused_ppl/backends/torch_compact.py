@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the compact fused head asks of its rows, in chunked PyTorch. Interface: `fused_ppl.backends`.
+"""The row formula for the compact fused head, in chunked PyTorch: `CompactBackend` of `fused_ppl.backends`.
 
 The gradient of a row is its softmax part, dz[v] = (a * p[v] - (a - rest) * [v = y]) * dz/dx, and
 -smoothing * w[v] where labels are smoothed. The second part is a product already, and left to the engine.
@@ -22,7 +22,7 @@ from fused_ppl.spec import LossSpec
 
 
 def nll_columns(
-    logits: Tensor,  # (R, V): left as they are
+    logits: Tensor,  # (R, V): they are not changed
     tokens: TokenInputs,
     spec: LossSpec,
     *,
@@ -50,7 +50,7 @@ def nll_columns(
 
 
 def nll_columns_shard(
-    logits: Tensor,  # (R, V of this shard): left as they are
+    logits: Tensor,  # (R, V of this shard): they are not changed
     tokens: TokenInputs,
     spec: LossSpec,
     *,
@@ -79,14 +79,14 @@ def nll_columns_shard(
 
 
 class _Part(NamedTuple):
-    """A chunk of rows, on its way into sums over the columns."""
+    """A chunk of rows whose gradient is added to the column sums."""
 
     rows: Rows
-    p: Tensor  # (n, V): of the classes that are not the target, up to the factor; used up
+    p: Tensor  # (n, V): p of the classes that are not the target, up to the factor; it is overwritten
     factor: Tensor  # (n,)
     others: Tensor  # (n,): 1 - p_y
-    lse: Tensor | None  # (n,): where z_loss asks for it
-    derivative: Tensor | None  # (n, V): under a cap
+    lse: Tensor | None  # (n,), with z_loss
+    derivative: Tensor | None  # (n, V), under a softcap
 
 
 def _sums(chunks: Chunks, parts: Iterator[_Part], signed: bool) -> tuple[ColumnSums, RowFactors]:
@@ -106,7 +106,7 @@ def _sums(chunks: Chunks, parts: Iterator[_Part], signed: bool) -> tuple[ColumnS
         if rows.counted is not None:
             of_row = torch.where(rows.counted, of_row, 0)
         slope_y = None if derivative is None else derivative.gather(1, rows.target).squeeze(1)
-        # all of a row, and not a shard, sums to what is known
+        # without a softcap, the sum over a whole row is known already
         others_sum = p.sum(1) * of_row if derivative is not None or rows.owned is not None else None
         known.append(_Known(c.a, c.rest, c.c, others, slope_y, others_sum))
         adds.add(p, of_row)
@@ -119,11 +119,11 @@ def _sums(chunks: Chunks, parts: Iterator[_Part], signed: bool) -> tuple[ColumnS
 
 
 class _Accumulated:
-    """Sums over rows of factor * p, chunk after chunk, in units of about the largest factor, whose square may be no
-    float32.
+    """Sums over rows of factor * p, of its absolute value and of its square.
 
-    On a CPU each thread adds up the rows that it has just computed: the halves of the columns, which a matrix-vector
-    product would give to threads, lie in the caches of all of them.
+    The sums are in units of about the largest factor, because its square may leave float32. On a CPU each thread adds
+    the rows that it has just computed. A matrix-vector product would give each thread some columns, which lie in the
+    caches of all threads.
     """
 
     def __init__(self, chunks: Chunks, signed: bool) -> None:
@@ -135,7 +135,7 @@ class _Accumulated:
         self.total = torch.zeros_like(self.size) if signed else None
 
     def add(self, p: Tensor, factor: Tensor) -> None:
-        """`p` is used up."""
+        """Add a chunk. `p` is overwritten."""
         factor = factor / self._unit(factor)
         if self.total is not None:
             self._add(self.total, p, factor)
@@ -148,7 +148,7 @@ class _Accumulated:
         sums[:parts].baddbmm_(factor.view(parts, 1, -1), p.view(parts, -1, v))
 
     def _unit(self, factor: Tensor) -> float:
-        """A power of two: no digit is lost. A GPU would have to wait for it."""
+        """The unit, a power of two, so that no digit is lost. It is 1 on a GPU, which would have to be waited for."""
         largest = float(factor.abs().max()) if self.on_cpu and factor.numel() else 0.0
         if 2.0**20 * self.unit < largest < math.inf:
             old, self.unit = self.unit, 2.0 ** math.floor(math.log2(largest))
@@ -173,8 +173,8 @@ class _Known(NamedTuple):
     rest: Tensor | None
     c: Tensor | None
     others: Tensor  # (R,): 1 - p_y
-    slope_y: Tensor | None  # (R,): of the cap, at the target
-    others_sum: Tensor | None  # (R,): the row sum without the target, where it has been summed
+    slope_y: Tensor | None  # (R,): dz/dx at the target, under a softcap
+    others_sum: Tensor | None  # (R,): the row sum without the target, if it is not known already
 
 
 def _factors(spec: LossSpec, rows: Rows, known: _Known) -> RowFactors:
@@ -193,7 +193,7 @@ def _factors(spec: LossSpec, rows: Rows, known: _Known) -> RowFactors:
 
 
 def nll_kept(
-    logits: Tensor,  # (R, V): left as they are
+    logits: Tensor,  # (R, V): they are not changed
     kept: KeptColumns,
     spec: LossSpec,
     *,
@@ -222,17 +222,17 @@ def nll_kept(
 
 
 def nll_rescreen(
-    logits: Tensor,  # (R, K): those of the kept columns, made into their gradient
+    logits: Tensor,  # (R, K): of the kept columns; they become their gradient
     kept: KeptColumns,
     spec: LossSpec,
     *,
-    screened: Tensor,  # (R, V): what the screen says of all
+    screened: Tensor,  # (R, V): the logits of the screen
     stats: RowStats,  # of the screened logits
     factors: RowFactors,  # of the screened logits
     weight_sum: float | Tensor,  # over all classes
     memory_budget: int | None,
 ) -> tuple[RowStats, Tensor, Tensor]:
-    """`nll_kept` where the statistics come from a screen, which the kept columns correct.
+    """`nll_kept` with statistics from a screen, which the kept columns correct.
 
         1 - p_y  ~  rest of the screen's mass + sum of the kept columns' mass, over exp(lse) of the screen
         nll       = log(1 + that / p_y)
@@ -261,7 +261,7 @@ def nll_rescreen(
         mass = p.sum(1) * scale
         rest = (others_mass(old) - mass_before).clamp_min_(0)
         nll = torch.nn.functional.softplus((rest + mass).log() + old, threshold=40.0)
-        change = torch.where(nll == old, 0, nll - old)  # both are inf where the target is masked
+        change = torch.where(nll == old, 0, nll - old)  # both are inf if the target is masked
         shrink = 1 - others_mass(change)
         p.mul_((factors.a[i] * shrink * scale).unsqueeze(1))
         c = Coefficients(factors.a[i], factors.rest[i], None)
@@ -280,14 +280,14 @@ def nll_rescreen(
 
 
 def _gather(logits: Tensor, index: Tensor, out: Tensor) -> Tensor:
-    """The columns `index`. Of two bytes as integers: a gather of bf16 works in a copy, on fresh memory (torch 2.13)."""
+    """Gather the columns. Two-byte values are gathered as int16, because torch 2.13 gathers bf16 through a copy."""
     bits = torch.int16 if logits.element_size() == 2 else logits.dtype
     torch.gather(logits.view(bits), 1, index.expand(out.shape), out=out.view(bits))
     return out
 
 
 def _kept_chunks(logits: Tensor, kept: KeptColumns, spec: LossSpec, memory_budget: int | None) -> Chunks:
-    """In place, over rows that are all taken: those which are not counted have factors of 0."""
-    rows, shard = logits.unsqueeze(0), Shard(0, logits.shape[1] + 1)  # in which K is a class that is elsewhere
+    """The chunks of the kept columns, in place. All rows are taken, because ignored rows have factors of 0."""
+    rows, shard = logits.unsqueeze(0), Shard(0, logits.shape[1] + 1)  # column K stands for a target in another shard
     tokens = TokenInputs(kept.place, None, None)
     return Chunks(rows, tokens, spec._replace(ignore_index=None), memory_budget=memory_budget, out=rows, shard=shard)

@@ -38,7 +38,7 @@ def nll_forward(
     memory_budget: int | None,
     keep_lse: bool = True,
 ) -> tuple[RowStats, Totals | None]:
-    """nll, lse and the rows' parts of S and M; entropy and argmax on request."""
+    """nll, lse and the parts of S and M of every row; entropy and argmax with `stats`."""
     chunks = Chunks(logits, tokens, spec, memory_budget=memory_budget, keep_lse=keep_lse)
     return collect(chunks, [chunks.zeros(rows) if rows.skipped else chunk_stats(chunks, rows) for rows in chunks]), None
 
@@ -85,10 +85,10 @@ def probabilities(z: Tensor, lse: Tensor, nll: Tensor, *, factor: Tensor, out: T
 
 
 def exponentials(z: Tensor, lse: Tensor, nll: Tensor, out: Tensor) -> Tensor:
-    """exp(z - lse) up to a factor of each row, which is returned: the low part of lse, lost by an fp32 lse.
+    """exp(z - lse) into `out`, up to a factor of each row, which is returned: it holds the low part of lse.
 
-    Where neighbours are over 60 nats apart, the largest logits share all of the mass, and `high` is what they are. What
-    they share it among a float64 soon does not hold: it is in nll, if the target is one of them.
+    If |lse| is so large that neighbouring float32 numbers are over 60 nats apart, only the largest logits have mass,
+    and they equal `high`. lse - high is then not exact in float64 either, and nll is used if the target is one of them.
     """
     high = lse.to(z.dtype)
     torch.sub(z, high.unsqueeze(1), out=out).exp_()
@@ -97,7 +97,7 @@ def exponentials(z: Tensor, lse: Tensor, nll: Tensor, out: Tensor) -> Tensor:
 
 
 def nll_forward_backward(
-    logits: Tensor,  # (R, V): a buffer of the caller's, used up
+    logits: Tensor,  # (R, V): a buffer, which becomes the gradient
     tokens: TokenInputs,
     spec: LossSpec,
     *,
@@ -105,7 +105,7 @@ def nll_forward_backward(
     upstream: float | None,
     memory_budget: int | None,
 ) -> RowStats:
-    """The chunk primitive of the fused LM head: statistics, and `upstream` times the gradient of l over the logits.
+    """The statistics of a chunk of the fused LM head; its logits become `upstream` times the gradient of l.
 
     The target is left out of the sum, so that nothing of it is lost where it holds nearly all of the mass:
 
@@ -140,14 +140,14 @@ def nll_forward_backward(
 
 
 class Coefficients(NamedTuple):
-    """Of one row each: dz[v] = p_v * a - c * w[v] - b * [v = y], a = b + rest."""
+    """The coefficients of each row: dz[v] = p_v * a - c * w[v] - b * [v = y], a = b + rest."""
 
     a: Tensor
     rest: Tensor | None
     c: Tensor | None
 
     def at_target(self, p_minus_one: Tensor) -> Tensor:
-        """p_y * a - b, with a - b kept apart so that a target with p -> 1 loses no digits."""
+        """p_y * a - b = (p_y - 1) * a + rest, so that a target with p near 1 loses no digits."""
         value = p_minus_one * self.a
         return value if self.rest is None else value.add_(self.rest)
 
@@ -174,7 +174,7 @@ def coefficients(
 def finish_gradient(
     chunks: Chunks,
     rows: Rows,
-    p: Tensor,  # (n, V): p * a, made into the gradient
+    p: Tensor,  # (n, V): p * a; it becomes the gradient
     *,
     c: Coefficients,
     at_target: Tensor,
@@ -198,7 +198,7 @@ def finish_gradient(
 
 
 def _column(of_rows: Tensor) -> Tensor:
-    """(n, 1) from (n,); one number stays one."""
+    """(n, 1) from (n,); a 0-d tensor stays 0-d."""
     return of_rows.unsqueeze(1) if of_rows.ndim else of_rows
 
 
@@ -211,8 +211,7 @@ def nll_forward_shard(
     memory_budget: int | None,
     shard: Shard,
 ) -> Tensor:
-    """(N, 6) float64: of a shard, the largest z; sum e^(z - largest), the target left out; the target's z, or 0; sum
-    w z and sum e^(z - largest) (z - largest), the target left out; the column of the largest. 0 where ignored."""
+    """(N, 6) float64, the fields that `RowBackend` names."""
     chunks = Chunks(logits, tokens, spec, memory_budget=memory_budget, shard=shard)
     parts = [torch.zeros(0, 6, dtype=chunks.wide, device=logits.device)]
     for rows in chunks:

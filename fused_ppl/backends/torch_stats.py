@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the rows of a chunk say: nll, lse and their parts of S and M, entropy and argmax. For `torch_rows`."""
+"""The statistics of a chunk of rows: nll, lse, the parts of S and M, entropy and argmax.
+
+from logits        log_softmax, then nll = -logp[y]
+in the fused head  the target is left out of the sum: nll = log(1 + exp(lse_others - z_y)), accurate near 0
+"""
 
 from __future__ import annotations
 
@@ -16,10 +20,10 @@ from fused_ppl.records import RowStats
 def chunk_stats(chunks: Chunks, rows: Rows) -> RowStats:
     spec, y, w = chunks.spec, rows.target, chunks.weight
     z = chunks.load(rows)
-    # lse = z - logp in any column; in the largest nothing cancels, and a target of probability zero does no harm
+    # lse = z - logp in every column; in the column of the largest z nothing cancels and logp is finite
     top = z.argmax(1, keepdim=True) if spec.stats or spec.z_loss else y
     top_logit = z.gather(1, top) if chunks.keep_lse else None
-    # one chunk leaves its memory to the allocator; many share theirs
+    # several chunks share one buffer
     logp = torch.log_softmax(z, 1) if rows.whole else torch.log_softmax(z, 1, out=chunks.work(rows))
     lse = None if top_logit is None else (top_logit.to(chunks.wide) - logp.gather(1, top)).squeeze(1)
     nll = logp.gather(1, y).squeeze(1).neg_()
@@ -48,7 +52,7 @@ def row_stats(
     entropy: Tensor | None,
     predicted: Tensor | None,
 ) -> RowStats:
-    """l and u * w[y] of the rows beside what is known of them; 0 where ignored."""
+    """The statistics of rows, with l and u * w[y]; 0 in ignored rows."""
     a = chunks.spec.label_smoothing
     of_target, u = chunks.target_weight(rows), chunks.token_weight(rows)
     loss = nll if not a and of_target is None else product(1 - a, of_target) * nll
@@ -64,15 +68,18 @@ def row_stats(
 
 
 def target_z(chunks: Chunks, target_logit: Tensor) -> Tensor:
-    """(N,): z of each row's target, NaN in the place of +inf as in PyTorch."""
+    """(N,): z of the target of each row; +inf becomes NaN, as in PyTorch."""
     z_y = target_logit.to(chunks.dtype, copy=True)
     transform(z_y, chunks.spec)
     return z_y.masked_fill_(z_y == torch.inf, torch.nan)
 
 
 class Others(NamedTuple):
-    """Of each row, what the classes that are not its target say: their log-sum-exp is top + excess, kept in two parts,
-    because rounded to one it would lose what a large logit covers."""
+    """The statistics of the classes that are not the target.
+
+    Their log-sum-exp is top + excess. It is kept in two parts, because one rounded number would lose the excess beside
+    a large top.
+    """
 
     nll: Tensor  # (n,)
     top: Tensor  # (n,)
@@ -83,14 +90,17 @@ class Others(NamedTuple):
 
     @classmethod
     def none(cls, chunks: Chunks, rows: Rows) -> Others:
-        """Of rows that are all ignored."""
+        """The fields of rows that are all ignored."""
         zeros = chunks.buffer.new_zeros(rows.target.shape[0])
         entropy, predicted = (zeros, rows.label) if chunks.spec.stats else (None, None)
         return cls(zeros, zeros, zeros, zeros if chunks.spec.label_smoothing else None, entropy, predicted)
 
     def lse(self, chunks: Chunks, z_y: Tensor) -> Tensor:
-        """(n,) of all classes. aten computes vectors and what is left over with different roundings: filled up, so that
-        a row says the same wherever it stands."""
+        """(n,): lse over all classes.
+
+        The rows are padded to whole vectors, because aten rounds a last partial vector in another way. So the result of
+        a row does not depend on its place.
+        """
         pairs = torch.stack([self.top.to(chunks.wide) + self.excess, z_y.to(chunks.wide)])
         filled = torch.nn.functional.pad(pairs, (0, -z_y.shape[0] % 64))
         return torch.logaddexp(*filled)[: z_y.shape[0]]
@@ -113,8 +123,7 @@ def stats_of_others(chunks: Chunks, parts: list[Others], z_y: Tensor) -> RowStat
 def without_target(
     chunks: Chunks, rows: Rows, *, target_logit: Tensor, z_y: Tensor, derivative: Tensor | None
 ) -> tuple[Others, Tensor, Tensor, Tensor]:
-    """What is known of the rows; p of the classes that are not the target, up to a factor of the row; that factor; and
-    the mass of those classes, 1 - p_y."""
+    """(statistics, p of the classes that are not the target up to a factor, that factor of each row, 1 - p_y)."""
     spec, y, z_y = chunks.spec, rows.target, rows.of(z_y)
     x = chunks.copy(rows)
     if spec.softcap is not None or spec.label_smoothing or spec.stats:
@@ -124,9 +133,9 @@ def without_target(
     if spec.label_smoothing:
         plain_sum = x.sum(1) if chunks.weight is None else x @ chunks.weight
     predicted = x.argmax(1) if spec.stats else None
-    # the largest of the others takes the target's place: its share then tells the others' sum, which is not less
+    # the largest of the others takes the place of the target: softmax then gives its share of a sum that it is part of
     x.scatter_(1, y, -torch.inf)
-    top = x.amax(1, keepdim=True).clamp_min_(torch.finfo(x.dtype).min)  # others that are all masked have no mass
+    top = x.amax(1, keepdim=True).clamp_min_(torch.finfo(x.dtype).min)  # if all others are masked they have no mass
     x.scatter_(1, y, top)
     torch.softmax(x, 1, out=x)
     share = x.gather(1, y).squeeze(1)
@@ -137,7 +146,7 @@ def without_target(
     if rows.bad is not None:
         nll = nll.masked_fill(rows.bad, torch.nan)
     others = others_mass(nll)
-    left.clamp_min_(0.25)  # from 0.5 on, unless no other class has any mass
+    left.clamp_min_(0.25)  # it is at least 0.5, unless no other class has any mass
     entropy = None
     if spec.stats:
         rest = torch.special.entr(others) + others * (torch.special.entr(x).sum(1) / left + left.log())
@@ -146,12 +155,12 @@ def without_target(
 
 
 def others_mass(nll: Tensor) -> Tensor:
-    """1 - p_y, accurate relative to the result."""
+    """1 - p_y = -expm1(-nll), with a small relative error also near 0."""
     return -torch.expm1(-nll)
 
 
 def _mark_out_of_range(stats: RowStats, chunks: Chunks) -> RowStats:
-    """NaN where a target is out of range; a CPU has raised already."""
+    """NaN in rows whose target is out of range. On a CPU the range check has raised."""
     bad = chunks.out_of_range()
     loss, nll = (t.masked_fill(bad, torch.nan) for t in (stats.loss, stats.nll))
     lse = None if stats.lse is None else stats.lse.masked_fill(bad, torch.nan)
@@ -159,13 +168,13 @@ def _mark_out_of_range(stats: RowStats, chunks: Chunks) -> RowStats:
 
 
 def _entropy(logp: Tensor) -> Tensor:
-    """-sum p log p, 0 where p is; `logp` is used up."""
+    """-sum p log p, where p = 0 counts as 0. `logp` is overwritten."""
     p = logp.exp()
     return p.mul_(logp.clamp_(min=torch.finfo(logp.dtype).min)).sum(1).neg_()
 
 
 def product(first: Tensor | float, *factors: Tensor | None) -> Tensor:
-    """The product of those that are there, at least one of them a tensor."""
+    """The product of the factors that are not None. At least one factor is a tensor."""
     for factor in factors:
         if factor is not None:
             first = first * factor

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the compact fused head asks of its rows, on a GPU. Interface: `fused_ppl.backends`."""
+"""The row formula for the compact fused head, on a GPU: `CompactBackend` of `fused_ppl.backends`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fused_ppl.spec import LossSpec
 
 
 def nll_columns(
-    logits: Tensor,  # (R, V): left as they are
+    logits: Tensor,  # (R, V): they are not changed
     tokens: TokenInputs,
     spec: LossSpec,
     *,
@@ -31,7 +31,7 @@ def nll_columns(
 
 
 def nll_columns_shard(
-    logits: Tensor,  # (R, V of this shard): left as they are
+    logits: Tensor,  # (R, V of this shard): they are not changed
     tokens: TokenInputs,
     spec: LossSpec,
     *,
@@ -74,11 +74,11 @@ def _sums(
         ignore_index=spec.ignore_index,
     )
     if shard is not None:
-        target = target - shard.first  # outside of the shard it is no column
+        target = target - shard.first  # a target in another shard is no column of this one
         made.at_target.masked_fill_((target < 0) | (target >= v), 0)
     tiling = compact_columns.choose_tiling(n, v, logits.itemsize, launch.device_size(logits.device))
     parts = -(-n // tiling.rows_per_part) if n else 0
-    # all of a row, without a cap and not a shard, sums to what is known
+    # without a softcap, the sum over a whole row is known already
     summed = spec.softcap is not None or shard is not None
     partials = compact_columns.ColumnSums(
         empty(parts, v),
@@ -86,7 +86,7 @@ def _sums(
         empty(parts, v) if signed else None,
         empty(-(-v // tiling.block), n) if summed else None,
     )
-    # in units of the largest factor, whose square may be no float32
+    # in units of the largest factor, because its square may leave float32
     unit = made.softmax_factor.abs().amax() if n else made.softmax_factor.new_ones(())
     unit = torch.where((unit > 0) & (unit < torch.inf), unit, 1)
     in_units = made._replace(softmax_factor=made.softmax_factor / unit)
@@ -107,7 +107,7 @@ def _sums(
 
 
 def nll_kept(
-    logits: Tensor,  # (R, V): left as they are
+    logits: Tensor,  # (R, V): they are not changed
     kept: KeptColumns,
     spec: LossSpec,
     *,
@@ -130,17 +130,17 @@ def nll_kept(
 
 
 def nll_rescreen(
-    logits: Tensor,  # (R, K): those of the kept columns, made into their gradient
+    logits: Tensor,  # (R, K): of the kept columns; they become their gradient
     kept: KeptColumns,
     spec: LossSpec,
     *,
-    screened: Tensor,  # (R, V): what the screen says of all
+    screened: Tensor,  # (R, V): the logits of the screen
     stats: RowStats,  # of the screened logits
     factors: RowFactors,  # of the screened logits
     weight_sum: float | Tensor,  # over all classes
     memory_budget: int | None,
 ) -> tuple[RowStats, Tensor, Tensor]:
-    """`nll_kept` where the statistics come from a screen, which the kept columns correct; see `torch_compact`."""
+    """`nll_kept` with statistics from a screen, which the kept columns correct; `torch_compact` has the formulas."""
     assert stats.lse is not None
     found = compact_kept.CorrectedRows(
         torch.empty_like(stats.nll), torch.empty_like(stats.lse), *(torch.empty_like(stats.nll) for _ in range(3))
@@ -157,7 +157,7 @@ def nll_rescreen(
         corrected=found,
     )
     counted = factors.a != 0
-    same = ~counted | (found.nll == stats.nll)  # as inf is, where the target is masked
+    same = ~counted | (found.nll == stats.nll)  # both are inf if the target is masked
     change = torch.where(same, 0, found.nll - stats.nll)
     loss = stats.loss + (factors.a - factors.rest) * change
     if factors.smoothing.numel():
@@ -169,7 +169,7 @@ def nll_rescreen(
 
 
 def _row_factors(factors: RowFactors, spec: LossSpec) -> compact_columns.RowFactors:
-    """As the kernels take them, without `scale`."""
+    """The factors as the kernels take them, without the logit scale."""
     scaled, lse2, multiplier = factors.of_backend
     at_target = factors.at_target / spec.logit_scale
     return compact_columns.RowFactors(factors.a, factors.rest, at_target, scaled, lse2, multiplier)

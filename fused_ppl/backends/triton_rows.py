@@ -26,9 +26,9 @@ def nll_forward(
     *,
     num_items: Tensor | None,
     memory_budget: int | None,
-    keep_lse: bool = True,  # it always is: backward reads it
+    keep_lse: bool = True,  # always kept, because backward reads it
 ) -> tuple[RowStats, Totals | None]:
-    """Statistics of every row, and, for "mean" and "sum", the finished loss out of the same launch."""
+    """The statistics of every row and, for "mean" and "sum", the finished loss from the same launch."""
     n, device = tokens.target.shape[0], logits.device
     logits = _three_dims(logits)
     stats = _check_and_allocate(logits, tokens.target, spec)
@@ -88,7 +88,7 @@ def nll_backward(
 
 
 def nll_forward_backward(
-    logits: Tensor,  # (R, V): a buffer of the caller's, used up
+    logits: Tensor,  # (R, V): a buffer, which becomes the gradient
     tokens: TokenInputs,
     spec: LossSpec,
     *,
@@ -96,7 +96,7 @@ def nll_forward_backward(
     upstream: float | None,
     memory_budget: int | None,
 ) -> RowStats:
-    """The chunk primitive of the fused LM head: statistics, and over the logits `upstream` times the gradient of l.
+    """The statistics of a chunk of the fused LM head; its logits become `upstream` times the gradient of l.
 
     `upstream` None computes no gradient.
     """
@@ -162,7 +162,7 @@ def weights(tokens: TokenInputs, spec: LossSpec) -> launch.Weights:
 
 
 def _workspace(n: int, config: launch.LaunchConfig, sums: bool, device: torch.device) -> launch.Workspace:
-    """Fresh for every call: a counter that outlived one would be shared by streams, and left dirty by an abort."""
+    """Counters and partial results of one call. Kept counters would be shared by streams, and wrong after an abort."""
     split = config.slices > 1
     counters = torch.zeros(1 + n if split else 1, dtype=torch.int32, device=device) if split or sums else None
     partials = None
@@ -180,7 +180,7 @@ def nll_forward_shard(
     memory_budget: int | None,
     shard: Shard,
 ) -> Tensor:
-    """(N, SHARD_FIELDS) float64, see `kernels/launch.py`; 0 where ignored."""
+    """(N, SHARD_FIELDS) float64, the fields that `RowBackend` names; 0 in ignored rows."""
     logits, (first, num_classes), target = _three_dims(logits), shard, tokens.target
     n, device = target.shape[0], logits.device
     if device.type == "cpu" or checks.debug():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which columns a group of rows keeps, what the rest becomes, and how far that is from what it was.
+"""Which columns a group of rows keeps, what replaces the other columns, and the error of that.
 
 The gradient of a group is its kept columns J, exact, and T elsewhere, in the place of which stands the product of its
 row sums and its column sums, T' = d c^T / s. Sums are float64 where the device has it. The derivation: docs/compact.md.
@@ -18,13 +18,13 @@ from torch.utils.weak import WeakIdKeyDictionary
 from fused_ppl.records import ColumnSums, KeptColumns, RowFactors
 from fused_ppl.reduction import sum_dtype
 
-COUNT_STEPS = 64  # sizes of the kept columns on a GPU: few, so that its allocator finds them again
-MARGIN = 0.9  # of the tolerance that the kept columns are chosen for: the rank-one term has a length of its own
-UNITS = 2**40  # that what may be left out is counted in
+COUNT_STEPS = 64  # different numbers of kept columns on a GPU: few, so that its allocator can reuse buffers
+MARGIN = 0.9  # part of the tolerance that the dropped columns may take; the rest is for the rank-one term
+UNITS = 2**40  # the allowed error as an integer: sums of integers are the same in any order
 
 
 class Kept(NamedTuple):
-    """The kept columns of a group."""
+    """The kept columns of a group, and the sums of the other columns, T."""
 
     kept: KeptColumns
     tail: Tensor  # (V,): the column sums of |T|, 0 in the kept columns
@@ -44,13 +44,13 @@ class Choice:
         self.needs: list[Tensor] = []
         self.missed: list[Tensor] = []
         if tolerance is not None and not self.waits:
-            # its storage is the same, whatever stands for it under torch.compile, and wherever FSDP puts what it holds
+            # the storage stays the same under torch.compile and FSDP, which replace the tensor object
             of_weight = _last_steps.setdefault(linear_weight.untyped_storage(), {})
             self.last = of_weight.setdefault((linear_weight.shape, tolerance), _LastSteps())
             self.expected = self.last.count(max(1, linear_weight.shape[0] // COUNT_STEPS))
 
     def of_group(self, columns: ColumnSums, factors: RowFactors, label: Tensor) -> int | None:
-        """The count of a group, or None for all columns. Never less than there are targets."""
+        """The number of columns that a group keeps, at least one per row, or None for all columns."""
         least = min(label.shape[0], columns.square.shape[0])
         if self.tolerance is None:
             return max(self.most, least)
@@ -65,8 +65,10 @@ class Choice:
         return None if count > self.most else count
 
     def after(self, count: int, error: Tensor, norm: Tensor) -> int | None:
-        """What to keep in the place of `count` columns that left `error` of the gradient's `norm` (both squared):
-        `count` where that will do, more where it will not, None for all."""
+        """The number of columns to keep after `count` columns gave `error` (squared, like `norm`).
+
+        `count` means that it is enough, a larger number that the group is done again, and None that all are needed.
+        """
         if self.tolerance is None:
             return count
         missed = error > self.tolerance**2 * norm
@@ -79,7 +81,7 @@ class Choice:
         return more if more <= self.most else None
 
     def report(self) -> None:
-        """Ends the step: sends for what it would have needed."""
+        """End the step: send to the host how many columns it would have needed."""
         if not self.needs or capturing():
             return
         need = torch.stack(self.needs).amax()
@@ -88,8 +90,10 @@ class Choice:
 
 
 class _LastSteps:
-    """The count that the latest step to have arrived would have needed, and by how much it is to be exceeded: more
-    after each step that has missed its tolerance."""
+    """The number of columns that the latest step on the host would have needed, and a safety factor.
+
+    The factor grows after each step that missed its tolerance.
+    """
 
     def __init__(self) -> None:
         self.arrived: int | None = None
@@ -97,33 +101,33 @@ class _LastSteps:
         self.pending: list[tuple[Tensor, Callable[[], bool]]] = []
 
     def send(self, need: Tensor) -> None:
-        if len(self.pending) < 4:  # a host that is far ahead of the device
+        if len(self.pending) < 4:  # the host may be far ahead of the device
             self.pending.append(to_host(need))
 
     def count(self, step: int) -> int | None:
-        """In few different sizes; None where nothing has arrived yet. A graph under capture may ask for no event."""
+        """The number of columns for this step, a multiple of `step`; None if no earlier step has arrived."""
         while self.pending and not capturing() and self.pending[0][1]():
             self.arrived, missed = self.pending.pop(0)[0].tolist()
             self.factor *= 1.5 if missed else 1
         return None if self.arrived is None else math.ceil(self.arrived * self.factor / step) * step
 
 
-# by shape and tolerance, of each storage, whose state dies with it: another head may be given its address
+# by storage, then by shape and tolerance. An entry dies with its storage, whose address another head may get
 _last_steps: Any = WeakIdKeyDictionary()
 
 
 def capturing() -> bool:
-    """Whether what is launched now goes into a CUDA graph."""
+    """True if a CUDA graph records what is launched."""
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def may_wait(tensor: Tensor) -> bool:
-    """Whether its numbers may be looked at."""
+    """True if reading a number of the tensor waits for no device."""
     return tensor.device.type == "cpu"
 
 
 def to_host(value: Tensor) -> tuple[Tensor, Callable[[], bool]]:
-    """A number on its way to the host, and whether it has arrived."""
+    """A copy of the number to the host that has begun, and a function that says whether it has ended."""
     host = torch.empty(value.shape, dtype=value.dtype, device="cpu", pin_memory=True)
     host.copy_(value, non_blocking=True)
     event = torch.Event(value.device)
@@ -132,13 +136,13 @@ def to_host(value: Tensor) -> tuple[Tensor, Callable[[], bool]]:
 
 
 def needed(columns: ColumnSums, factors: RowFactors, label: Tensor, tolerance: float) -> Tensor:
-    """(): the least number of columns whose rest is short enough, |T| <= tolerance * |G| with some margin."""
+    """(): the smallest number of columns that leaves |T| <= MARGIN * tolerance * |G|."""
     square, allowed = _score(columns, label), (MARGIN * tolerance) ** 2 * norm_square(columns, factors)
     rising = torch.where(square.isinf(), 0, square).sort().values.to(allowed.dtype)
-    # in whole units of allowed / UNITS, rounded up: a GPU adds floats in another order each time, whole numbers exactly
+    # in units of allowed / UNITS, rounded up: a GPU adds floats in changing order, and integers exactly
     shares = torch.where(rising == 0, 0, rising / allowed).nan_to_num(nan=2, posinf=2).clamp_(max=2)
     dropped = torch.searchsorted(shares.mul_(UNITS).ceil_().long().cumsum(0), UNITS, right=True)
-    # targets are at the lower end, as zeros, and always kept
+    # targets count as zero, so they are at the lower end; they are always kept
     return torch.maximum(square.numel() - dropped, square.isinf().sum())
 
 
@@ -146,7 +150,7 @@ def add_repeated(out: Tensor, index: Tensor, values: Tensor) -> None:
     """out[index[i]] += values[i] in a fixed order, also where an index occurs more than once."""
     if out.device.type == "cpu":
         out.index_add_(0, index, values)
-    else:  # a GPU sorts the indices for this, where index_add_ adds in the order in which threads arrive
+    else:  # on a GPU index_put_ sorts the indices first, while index_add_ adds in the order of threads
         out.index_put_((index,), values, accumulate=True)
 
 
@@ -157,7 +161,7 @@ def norm_square(columns: ColumnSums, factors: RowFactors) -> Tensor:
 
 
 def keep(columns: ColumnSums, label: Tensor, count: int) -> Kept:
-    """The `count` columns with the largest sum of squares, the targets of the rows (at most `count`) among them."""
+    """Keep the targets of the rows, and of the other columns those with the largest sums of squares, `count` in all."""
     chosen = _score(columns, label).topk(count, sorted=False).indices.sort().values
     place = torch.full((columns.square.shape[0] + 1,), count, dtype=torch.int64, device=label.device)
     place[chosen] = torch.arange(count, dtype=torch.int64, device=label.device)
@@ -166,12 +170,12 @@ def keep(columns: ColumnSums, label: Tensor, count: int) -> Kept:
 
 
 def _score(columns: ColumnSums, label: Tensor) -> Tensor:
-    """What is kept first: the targets; V stands for one in another shard of the vocabulary."""
+    """(V,): the sums of squares, inf at the targets. A label of V is in another shard of the vocabulary."""
     return torch.nn.functional.pad(columns.square, (0, 1)).index_fill_(0, label, torch.inf)[:-1]
 
 
 def error_square(kept: Kept, row_sums: Tensor) -> Tensor:
-    """(): not less than |T - T'|^2, and little more in a group of many rows.
+    """(): an upper bound of |T - T'|^2, close to it in a group of many rows.
 
         |T - T'|^2 = |T|^2 + |d|^2 |c|^2 / s^2 - 2 d^T T c / s
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The products of the fused head for torch.utils.flop_counter, as the plan counts them: 2NVD FLOPs each, ignored rows
-included, and a screen's cheap ones among them.
+"""The products of the fused head for torch.utils.flop_counter, as the plan counts them: 2NVD FLOPs each.
 
-That module imports triton, which takes long: it is looked for when something counts, and not imported here.
+The count includes ignored rows and the products of a screen. The counter's module imports triton, which takes long. So
+this file does not import it, and looks for it in sys.modules when something counts.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from fused_ppl.records import Compact, HeadExecution, HeadInputs
 
 
 def register() -> None:
-    """Tell the counter, also one that has begun to count, which has its own copy of the formulas."""
+    """Add our formulas to the counter, and to counters that are active, which have copies of the formulas."""
     counter: Any = sys.modules.get("torch.utils.flop_counter")
     if counter is None:
         return

@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The matrix products of an LM head, and the rows that take part in them.
 
-Products run in one dtype: that of the hidden states, or what autocast says. Three kinds of half precision compute in
-fp32 instead, from slices of the weight that are converted on the way. fp16 does not hold the gradient of a logit
-(p < 3e-8 is flushed, a large token weight overflows). A CPU may have no instructions for bf16. A GPU, or its torch, may
-have no product of bf16 that is summed in fp32. What a product adds to is fp32 (fp64 for fp64).
+Products run in the dtype of the hidden states, or in the dtype of autocast. Half precision is computed in float32 in
+three cases, from slices of the weight that are converted one after another. float16 cannot hold the gradient of a
+logit: p < 3e-8 becomes 0, and a large token weight overflows. A CPU may have no instructions for bf16. A GPU, or its
+torch, may have no bf16 product that is summed in float32. Accumulators are float32, or float64 for float64.
+
+The row formula stands in the backends. This file has the loop over chunks that all plans share, except the backward of
+plan `vocab`, which goes over slices of the vocabulary.
 """
 
 from __future__ import annotations
@@ -24,14 +27,14 @@ from fused_ppl.spec import LossSpec
 
 T = TypeVar("T", Tensor, Tensor | None)
 
-SLICE = 4096  # columns of a product that is converted or added in cache
-SLICE_ELEMENTS = 2**19  # of a gradient that is scaled and rounded in cache
-# a constant, which torch.compile need not trace
+SLICE = 4096  # classes that are converted or added at once, in cache
+SLICE_ELEMENTS = 2**19  # elements of a gradient that are scaled and rounded at once, in cache
+# a constant, so that torch.compile does not trace the question
 CPU_HAS_BF16: bool = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """What the products of this dtype run in on this device."""
+    """The dtype that products of `dtype` are computed in on this device."""
     if dtype == torch.float16:
         return torch.float32
     if dtype == torch.bfloat16:
@@ -40,21 +43,21 @@ def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
 
 def _has_bf16(kind: str) -> bool:
-    if kind == "meta":  # as on the device that it stands for
+    if kind == "meta":  # it stands for a device that has bf16
         return True
     if kind != "cpu":
         return presence.widens_half_products(kind)
     return CPU_HAS_BF16
 
 
-# what torch.compiler.assume_constant_result does, without the second that importing Dynamo takes
+# as torch.compiler.assume_constant_result marks it, which would import Dynamo for a second
 _has_bf16._dynamo_marked_constant = True  # type: ignore[attr-defined]  # functions take any
 
 
 def linear_case(
     hidden: Tensor, linear_weight: Tensor, execution: HeadExecution, compact: Compact | None = None
 ) -> plan.LinearCase:
-    """What the plan depends on, with the dtype that the products really have."""
+    """What the plan depends on. The element size is the one of the products, not of the hidden states."""
     products, (v, d) = product_dtype(execution.dtype, hidden.device), linear_weight.shape
     return plan.LinearCase(
         num_tokens=math.prod(hidden.shape[:-1]),
@@ -70,9 +73,9 @@ def linear_case(
 
 
 def empty_gradients(inputs: HeadInputs, grads: Sequence[bool], fake: bool = False) -> Unscaled:
-    """Contiguous, in the dtype of what each is the gradient of; 0 elements where none is needed.
+    """Uninitialised gradients, contiguous and in the dtype of their tensors; 0 elements if none is needed.
 
-    Fake ones take no memory, and ask nothing of a size that torch.compile does not know.
+    A fake gradient takes no memory and no branch on a size that torch.compile does not know.
     """
     likes = (inputs.hidden, inputs.linear_weight, inputs.linear_bias)
     make = torch.empty if fake else memory.empty
@@ -87,7 +90,7 @@ def empty_gradients(inputs: HeadInputs, grads: Sequence[bool], fake: bool = Fals
 
 
 def accumulator_shapes(inputs: HeadInputs, grads: Sequence[bool]) -> list[Sequence[int]]:
-    """The shapes of the unscaled gradients; 0 elements where none is needed."""
+    """The shapes of the unscaled gradients; (0,) if none is needed."""
     shapes = (inputs.hidden.shape, inputs.linear_weight.shape, inputs.linear_weight.shape[:1])
     return [shape if needed else (0,) for shape, needed in zip(shapes, grads, strict=True)]
 
@@ -99,7 +102,7 @@ def empty_unscaled(inputs: HeadInputs, execution: HeadExecution) -> Unscaled:
 
 
 def scale_into(out: Tensor, gradient: Tensor, factor: Tensor) -> None:
-    """out = gradient * factor, rounded once; by slices where a CPU would first make all of it in the wider dtype."""
+    """out = gradient * factor, rounded once. A CPU does it by slices, to hold only a slice in the wider dtype."""
     factor = factor.to(gradient.dtype)
     if out.dtype == gradient.dtype or out.device.type != "cpu" or factor.ndim:
         torch.mul(gradient, factor, out=out)
@@ -114,8 +117,10 @@ def slices(columns: int, step: int) -> Iterator[slice]:
 
 
 def logits_into(out: Tensor, h: Tensor, weight: Tensor, bias: Tensor | None, *, step: int = SLICE) -> None:
-    """h W^T + bias in the dtype of h. By slices of `step` columns where the weight is to be converted, and in bf16 on a
-    CPU, which is faster so."""
+    """out = h W^T + bias in the dtype of h.
+
+    It goes by slices of `step` classes if the weight must be converted, and for bf16 on a CPU, where that is faster.
+    """
     columns, dtype = out.shape[1], h.dtype
     sliced = weight.dtype != dtype or (h.device.type == "cpu" and dtype.itemsize == 2)
     for s in slices(columns, step if sliced else columns):
@@ -139,7 +144,7 @@ class Head:
         self.wide = reduction.wide_dtype(self.dtype)
         self.on_cpu = hidden.device.type == "cpu"
         self.weight, self.bias = inputs.linear_weight, inputs.linear_bias
-        self.converted = self.weight.dtype != self.dtype  # slice by slice, in each product
+        self.converted = self.weight.dtype != self.dtype  # in each product, slice by slice
         v, d = self.weight.shape
         step = plan.converted_columns(v, d, self.dtype.itemsize, execution.memory_budget)
         self.step = min(SLICE, step)
@@ -152,7 +157,7 @@ class Head:
                 self.counted_rows = counted.nonzero().squeeze(1)
                 hidden, target = hidden[self.counted_rows], target[self.counted_rows]
         elif counted is not None:
-            # what an ignored row holds must not reach the gradient of the weight, not even NaN times 0
+            # an ignored row may hold NaN, and NaN times 0 would reach the gradient of the weight
             hidden = hidden.masked_fill(~counted.unsqueeze(1), 0)
         self.hidden = hidden
         token_weight = None if inputs.token_weight is None else inputs.token_weight.reshape(-1)
@@ -164,11 +169,11 @@ class Head:
         return self.hidden.shape[0]
 
     def of_rows(self, values: T) -> T:
-        """A value of every token, or one for all, for the rows that take part."""
+        """Values of the rows that take part, from values of all tokens or one value for all."""
         return values if values is None or self.counted_rows is None or values.ndim == 0 else values[self.counted_rows]
 
     def for_all_tokens(self, values: Tensor, num_tokens: int, ignored: float = 0) -> Tensor:
-        """A value of every row that takes part, for every token."""
+        """Values of all tokens, from values of the rows that take part."""
         if self.counted_rows is None:
             return values
         out = values.new_full((num_tokens, *values.shape[1:]), ignored)
@@ -178,12 +183,12 @@ class Head:
         return torch.zeros(n, dtype=self.wide, device=self.hidden.device)
 
     def logits(self, h: Tensor, out: Tensor, first: int = 0) -> None:
-        """h W^T + bias over the columns from `first` on, into a buffer."""
+        """Write h W^T + bias into `out`, for the classes from `first` on."""
         here = slice(first, first + out.shape[1])
         logits_into(out, h, self.weight[here], None if self.bias is None else self.bias[here], step=self.step)
 
     def target_logits(self, h: Tensor, label: Tensor) -> Tensor:
-        """The logit of each row's class as an fp32 dot, not rounded to the dtype of the products."""
+        """The logit of each row's target as a float32 dot product, not rounded to the dtype of the products."""
         label = label.clamp(0, self.weight.shape[0] - 1).long()
         dot = (h.to(self.wide) * self.weight[label].to(self.dtype).to(self.wide)).sum(1)
         return dot if self.bias is None else dot + self.bias[label].to(self.wide)
@@ -194,7 +199,7 @@ class Head:
             self.add_product(out, g[:, s], self.weight[first + s.start : first + s.stop].to(self.dtype))
 
     def add_weight_gradient(self, g: Tensor, h: Tensor, out: Tensor, fresh: bool) -> None:
-        """out += g^T h; out = g^T h where `out` is fresh, and holds nothing yet.
+        """out += g^T h, or out = g^T h if `out` is `fresh` and holds nothing yet.
 
         A product that a CPU rounds to bf16 is added slice by slice, while it is in cache.
         """
@@ -217,7 +222,7 @@ class Chunk(NamedTuple):
     hidden: Tensor  # (R, D), in the dtype of the products
     tokens: TokenInputs
     target_logit: Tensor  # (R,)
-    logits: Tensor  # (R, V): the buffer, with nothing in it yet
+    logits: Tensor  # (R, V): the buffer for the logits, still empty
 
 
 class HeadLoop:
@@ -240,7 +245,7 @@ class HeadLoop:
         self.case = linear_case(inputs.hidden, inputs.linear_weight, execution, compact)
         self.plan = plan.linear_plan(self.case, kind)
         self.first = 0 if shard is None else shard.first
-        if self.head.on_cpu:  # here, where positions are still the caller's
+        if self.head.on_cpu:  # before ignored rows are left out, so that a message names the caller's position
             num_classes = self.case.num_classes if shard is None else shard.num_classes
             checks.check_target_range(inputs.target.reshape(-1), num_classes, spec.ignore_index)
         wide, device = reduction.wide_dtype(execution.dtype), inputs.hidden.device
@@ -251,7 +256,7 @@ class HeadLoop:
             self.grad_hidden = self.unscaled.grad_hidden.new_zeros((rows, self.case.hidden_size))
 
     def chunks(self, dtype: torch.dtype | None = None) -> Iterator[Chunk]:
-        """The rows that take part, with a buffer of `dtype` for their logits, or of that of the products."""
+        """The chunks, with a buffer for their logits in `dtype`, or in the dtype of the products."""
         head, n = self.head, self.head.num_rows
         shape = (min(self.plan.rows, max(n, 1)), self.case.num_classes)
         buffer = memory.empty(shape, dtype or head.dtype, head.hidden.device)
@@ -263,7 +268,7 @@ class HeadLoop:
             yield Chunk(rows, h, tokens, target_logit, buffer[: h.shape[0]])
 
     def finished(self) -> Unscaled:
-        """The gradients, those of the hidden states for all tokens."""
+        """The unscaled gradients, with the rows of ignored tokens put back as zeros."""
         if self.head.counted_rows is not None and self.grads[0]:
             grad_hidden = self.unscaled.grad_hidden.view(-1, self.case.hidden_size)
             grad_hidden.index_copy_(0, self.head.counted_rows, self.grad_hidden)

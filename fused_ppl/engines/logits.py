@@ -35,7 +35,7 @@ from fused_ppl.spec import LossSpec
 
 @without_autocast
 def forward(inputs: LogitsInputs, spec: LossSpec, execution: Execution, *, keep_lse: bool = True) -> LossResults:
-    """The op `logits_forward`; without `keep_lse`, lse is None where neither result nor gradient needs it."""
+    """The op `logits_forward`. Without `keep_lse`, lse is None if neither the result nor the gradient needs it."""
     shape, num_items = inputs.target.shape, inputs.num_items
     rows, totals = backends.load(execution.backend).nll_forward(
         as_rows(inputs.logits),
@@ -80,7 +80,7 @@ def logits_sums(inputs: LogitsInputs, spec: LossSpec, execution: Execution) -> T
     rows, _ = backends.load(execution.backend).nll_forward(
         as_rows(inputs.logits),
         token_inputs(inputs),
-        spec._replace(reduction="none"),  # rows only: their sums are not the loss yet
+        spec._replace(reduction="none"),  # the statistics of rows only
         num_items=None,
         memory_budget=execution.memory_budget,
         keep_lse=True,
@@ -89,7 +89,7 @@ def logits_sums(inputs: LogitsInputs, spec: LossSpec, execution: Execution) -> T
 
 
 class Saved(NamedTuple):
-    """What backward needs of forward."""
+    """The tensors that backward needs."""
 
     logits: Tensor
     target: Tensor
@@ -102,7 +102,7 @@ class Saved(NamedTuple):
 def backward_into(
     out: Tensor, saved: Saved, upstream: Upstream, spec: LossSpec, *, execution: Execution, shard: Shard | None = None
 ) -> None:
-    """The gradient of the logits, or of a shard's, into `out`, which may be the logits themselves."""
+    """Write the gradient of the logits, which may be those of a shard, into `out`, or over the logits themselves."""
     logits, target, weight, token_weight, lse, nll = saved
     rows = as_rows(logits)
     backends.load(execution.backend).nll_backward(
@@ -111,7 +111,7 @@ def backward_into(
         spec,
         normalizers=Normalizers(flat(lse), flat(nll)),  # type: ignore[arg-type]  # None where unused
         upstream=reduction.row_upstream(upstream, spec, target.shape, nll.dtype),
-        out=out if out.ndim == 2 else out.view(rows.shape),  # row by row as the logits: contiguous, or of their strides
+        out=out if out.ndim == 2 else out.view(rows.shape),  # contiguous, or with the strides of the logits
         memory_budget=execution.memory_budget,
         shard=shard,
     )
@@ -148,7 +148,7 @@ def write_over_logits(
         logits.copy_(out)
     else:
         backward_into(logits, saved, upstream, spec, execution=execution, shard=shard)
-    # a kernel writes past autograd, which has to know: another backward of the logits must raise
+    # autograd does not see the writes of a kernel; with this, another backward of the logits raises
     torch.autograd.graph.increment_version(logits)
 
 
@@ -181,7 +181,7 @@ def row_view(logits: Tensor) -> Tensor | None:
 
 
 def _merges(dims: list[tuple[int, int]]) -> bool:
-    """Whether one stride walks over all of these (size, stride). By arithmetic: a fake tensor must decide as a real."""
+    """True if dimensions of these (size, stride) are one dimension. A fake tensor must give the same answer."""
     dims = [(size, stride) for size, stride in dims if size != 1]
     return all(stride == n * inner for (_, stride), (n, inner) in itertools.pairwise(dims))
 
@@ -193,7 +193,7 @@ def as_rows(logits: Tensor) -> Tensor:
 
 
 def empty_gradient(logits: Tensor) -> Tensor:
-    """Uninitialised, with the strides of the logits, so that rows keep their alignment; else contiguous.
+    """An uninitialised gradient with the strides of the logits, so that rows keep their alignment, or contiguous.
 
     Strides are not kept where elements overlap, where no row view is, or where they would cost over a quarter more
     memory (logits[:, -1] of a large tensor).

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Uninitialised buffers, kept from step to step on a CPU.
+"""Uninitialised buffers that a CPU reuses from step to step.
 
 A system hands out memory page by page, and may take longer over a gradient of 200 MB than the loss takes to compute
 it; torch gives large buffers back at once and asks for them anew. Here they come from numpy, which asks Linux for
@@ -19,32 +19,34 @@ import numpy
 import torch
 from torch import Tensor
 
-LARGE = 32 * 2**20  # bytes; what is smaller the allocator may keep and hand out again
-IDLE_LIMIT = 2**31  # bytes that wait at most; more is given back
-IDLE_REQUESTS = 16  # after so many others a buffer that fitted none is given back
+LARGE = 32 * 2**20  # bytes; the C library itself reuses smaller blocks
+IDLE_LIMIT = 2**31  # bytes of idle buffers that are kept at most
+IDLE_REQUESTS = 16  # a buffer that was not reused for so many requests is freed
 ALIGNMENT = 64
 
-_idle: list[tuple[int, numpy.ndarray]] = []  # (request that it began to wait after, buffer), oldest first
+_idle: list[tuple[int, numpy.ndarray]] = []  # (number of the last request before it was idle, buffer), oldest first
 _requests = 0
-_lock = threading.RLock()  # a buffer may come back, by garbage collection, while this thread holds it
+_lock = threading.RLock()  # reentrant: garbage collection may return a buffer while this thread holds the lock
 
 
 def empty(
     shape: Sequence[int], dtype: torch.dtype, device: torch.device, *, least: int | None = None, brief: bool = False
 ) -> Tensor:
-    """`torch.empty`, out of the buffers that wait where that pays: from LARGE on, or `least`. What lives for the length
-    of a call is `brief`, and may lie in a buffer that is much larger."""
+    """`torch.empty`, but from LARGE bytes on, or `least`, a CPU takes an idle buffer if one fits.
+
+    `brief` says that the tensor lives for one call only, so that it may lie in a buffer that is much larger.
+    """
     size = math.prod(shape) * dtype.itemsize
     if device.type != "cpu" or size < (LARGE if least is None else least):
         return torch.empty(shape, dtype=dtype, device=device)
     buffer = _take(size, brief)
-    lent = buffer[:size]  # an object of its own, which lives as long as the tensors over it
+    lent = buffer[:size]  # a new object, which lives as long as the tensors over it
     weakref.finalize(lent, _give_back, buffer).atexit = False
     return torch.from_numpy(lent).view(dtype).view(shape)
 
 
 def _take(size: int, brief: bool) -> numpy.ndarray:
-    """The smallest buffer that fits, and is not much larger where it may be kept for long."""
+    """The smallest idle buffer that fits, else a new one. Unless `brief`, it is at most a quarter larger."""
     global _requests
     with _lock:
         _requests += 1
@@ -63,13 +65,13 @@ def _take(size: int, brief: bool) -> numpy.ndarray:
 
 def _give_back(buffer: numpy.ndarray) -> None:
     with _lock:
-        # appends only: collection may call it in the midst of _take, whose indices must hold
+        # it only appends, because garbage collection may call it inside _take, which holds indices
         if sum(b.nbytes for _, b in _idle) + buffer.nbytes <= IDLE_LIMIT:
             _idle.append((_requests, buffer))
 
 
 def _after_fork() -> None:
-    """In a child the lock may be held for ever, and to write to what waits would copy it."""
+    """A forked child starts with an empty pool and a lock that nobody holds."""
     global _lock
     _lock = threading.RLock()
     _idle.clear()

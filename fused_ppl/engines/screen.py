@@ -5,9 +5,9 @@
     fp8    the same with s = max |x| / 448                                                     (torch._scaled_mm)
     bf16   z = bf16(h) bf16(W)^T                                                                (torch.mm)
 
-On a CPU the weight is converted once for all micro-batches of a step. That it was not written to since is not asked of
-its version, which fused optimizers and FSDP2 leave alone, but seen by sums over all of its bits, which take a
-fraction of the conversion. A GPU would have to wait for that, and converts it again each time.
+On a CPU the weight is converted once for all micro-batches of a step. Sums over all of its bits show whether it was
+written to since, in a fraction of the time of the conversion. Its version counter would not, because fused optimizers
+and FSDP2 do not change it. A GPU would have to wait for the sums, and converts the weight in every call.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from fused_ppl.engines import memory
 from fused_ppl.engines.head import SLICE, logits_into, slices
 
-LEAST_D = 8  # torch._int_mm over one of them returns what is in memory (torch 2.13)
-LEAST_ROWS = 32  # of torch._int_mm on a GPU
+MIN_D = 8  # torch._int_mm with D = 1 returns uninitialised memory (torch 2.13)
+MIN_ROWS = 32  # what torch._int_mm takes on a GPU
 _LARGEST = {"int8": 127.0, "fp8": 448.0}
 _DTYPE = {"int8": torch.int8, "fp8": torch.float8_e4m3fn, "bf16": torch.bfloat16}
 
-# what each weight was converted to: by kind, its fingerprint then, the values, and the scale of each row
+# by weight, then by kind: the fingerprint when it was converted, the converted values, and the scale of each row
 _converted: Any = WeakTensorKeyDictionary()
 
 
 class Screen:
-    """Logits of low precision, in bf16."""
+    """Computes logits in low precision, and returns them in bf16."""
 
     dtype = torch.bfloat16
 
@@ -41,7 +41,7 @@ class Screen:
         self.bias = None if linear_bias is None else linear_bias.to(torch.float32)
 
     def logits(self, h: Tensor, out: Tensor) -> None:
-        """(R, V) into a buffer."""
+        """Write the logits (R, V) into `out`."""
         if self.kind == "bf16":
             logits_into(out, h.to(torch.bfloat16), self.weight, self.bias)
             return
@@ -53,8 +53,8 @@ class Screen:
                 out.add_(self.bias)
             return
         rows = q.shape[0]
-        if q.is_cuda and rows < LEAST_ROWS:
-            q = torch.nn.functional.pad(q, (0, 0, 0, LEAST_ROWS - rows))
+        if q.is_cuda and rows < MIN_ROWS:
+            q = torch.nn.functional.pad(q, (0, 0, 0, MIN_ROWS - rows))
         for s in slices(out.shape[1], SLICE):
             z = torch._int_mm(q, self.weight[s].t())[:rows].to(torch.float32)
             z.mul_(of_row.unsqueeze(1)).mul_(self.scale[s])
@@ -62,16 +62,16 @@ class Screen:
 
 
 def _convert(kind: str, x: Tensor) -> tuple[Tensor, Tensor]:
-    """x in the dtype of the screen, and what each row is to be multiplied by."""
+    """x in the dtype of the screen, and the scale of each row."""
     of_row = x.abs().amax(1).to(torch.float32).clamp_min_(1e-30) / _LARGEST[kind]
     q = x.to(torch.float32) / of_row.unsqueeze(1)
-    if kind == "int8" and x.shape[1] < LEAST_D:
-        q = torch.nn.functional.pad(q, (0, LEAST_D - x.shape[1]))
+    if kind == "int8" and x.shape[1] < MIN_D:
+        q = torch.nn.functional.pad(q, (0, MIN_D - x.shape[1]))
     return (q.round_() if kind == "int8" else q).to(_DTYPE[kind]), of_row
 
 
 def _convert_once(kind: str, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """The weight for the screen, out of what is kept unless it was written to since."""
+    """The converted weight: the kept one, unless the weight was written to since."""
     if kind == "bf16" and weight.dtype == torch.bfloat16:
         return weight, weight
     print_ = _fingerprint(weight)
@@ -79,9 +79,9 @@ def _convert_once(kind: str, weight: Tensor) -> tuple[Tensor, Tensor]:
     if print_ is not None and kind in kept and torch.equal(kept[kind][0], print_):
         _, target, scale = kept[kind]
         return target, scale
-    kept.pop(kind, None)  # so that its memory is there for what follows
-    (v, d), narrow = weight.shape, kind == "int8" and weight.shape[1] < LEAST_D
-    target = memory.empty((v, LEAST_D if narrow else d), _DTYPE[kind], weight.device)
+    kept.pop(kind, None)  # frees its memory first
+    (v, d), narrow = weight.shape, kind == "int8" and weight.shape[1] < MIN_D
+    target = memory.empty((v, MIN_D if narrow else d), _DTYPE[kind], weight.device)
     scale = torch.empty(v if kind != "bf16" else 0, dtype=torch.float32, device=weight.device)
     for s in slices(v, SLICE):
         if kind == "bf16":
@@ -93,9 +93,11 @@ def _convert_once(kind: str, weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _fingerprint(weight: Tensor) -> Tensor | None:
-    """Sums of the bits of each row and of each column, as integers modulo 2**64, and an element of each row; None where
-    they cannot be read eight bytes at a time. One element that changes is always seen, and several are unless they
-    cancel in every row and column: neither a swap nor a sign does."""
+    """Integer sums modulo 2**64 of the bits of each row and each column, and one element of each row.
+
+    One element that changes is always seen. Several are, unless their changes cancel in every row and column; a swap or
+    a changed sign does not. None if the weight cannot be read eight bytes at a time.
+    """
     v, d = weight.shape
     first = weight.storage_offset()
     if (
