@@ -88,10 +88,13 @@ def _add_shards_of(
     name: str, tensor: DTensor, dim: int, groups: Groups | None, *, sum_hidden: bool = False
 ) -> Groups | None:
     """Return `groups` extended by the ranks that hold the shards of `tensor` along `dim`, the vocabulary."""
-    from torch.distributed.tensor import Shard
+    from torch.distributed.tensor.placement_types import Shard, _StridedShard
 
     mesh, placements = tensor.device_mesh, tensor.placements
-    sharded = mesh.ndim == 1 and type(placements[0]) is Shard and placements[0].dim % tensor.ndim == dim
+    first = placements[0]
+    # `type(first) is Shard` would be shorter, but Dynamo of torch 2.12 cannot trace it
+    is_shard = isinstance(first, Shard) and not isinstance(first, _StridedShard) and first.dim % tensor.ndim == dim
+    sharded = mesh.ndim == 1 and is_shard
     rank_checks.check_placement(name, placements, mesh_dims=mesh.ndim, dim=dim, sharded=sharded)
     group, ranks = mesh.get_group(), mesh.size()
     sizes = _shard_sizes(tensor.shape[dim], ranks)
