@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The row formula on a GPU: allocates what the kernels write, and launches them. Interface: `fused_ppl.backends`.
 
-The only file that imports fused_ppl.kernels. No call waits for the device.
+With `triton_compact`, the only files that import fused_ppl.kernels for a loss. No call waits for the device.
 """
 
 from __future__ import annotations

@@ -4,7 +4,8 @@
 For upstream gradients of each token, which forward cannot know, and for memory too tight for a float32 gradient of the
 weight. Forward is that of `linear_rows` without gradients. Backward computes the logits a second time: 8NVD FLOPs.
 
-The largest buffer is a slice of logits, N x columns. The gradient of the weight is written in its own dtype.
+The largest buffer of backward is a slice of logits, N x columns; forward holds a chunk, rows x V. The gradient of the
+weight is written in its own dtype.
 """
 
 from __future__ import annotations
