@@ -172,8 +172,8 @@ def check_device(name: str, value: Tensor, input: Tensor) -> None:
         )
 
 
-def check_constant(name: str, value: object, shape: Sequence[int], what: str, *, input: Tensor) -> None:
-    """Check a float tensor of the given shape that the loss treats as a constant.
+def check_constant(name: str, value: object, shape: Sequence[int], what: str, *, input: Tensor | None) -> None:
+    """Check a float tensor of the given shape that the loss treats as a constant. `input` None allows any device.
 
     It must not require a gradient: the loss would leave that gradient at zero without saying so.
     """
@@ -182,13 +182,15 @@ def check_constant(name: str, value: object, shape: Sequence[int], what: str, *,
         raise TypeError(f"{name} must be a floating-point tensor; got {constant.dtype}. Convert it with .float().")
     if tuple(constant.shape) != tuple(shape):
         raise ValueError(f"{name} must have shape {tuple(shape)}, {what}; got {tuple(constant.shape)}.")
-    check_device(name, constant, input)
+    if input is not None:
+        check_device(name, constant, input)
     check_no_grad(name, constant)
 
 
 def check_no_grad(name: str, value: Tensor) -> None:
     if value.requires_grad and torch.is_grad_enabled():
-        raise ValueError(f"{name} is a constant of the loss and gets no gradient, but it requires grad. Detach it.")
+        hint = "Detach it, or scale the hidden states by it." if name == "logit_scale" else "Detach it."
+        raise ValueError(f"{name} is a constant of the loss and gets no gradient, but it requires grad. {hint}")
 
 
 def check_num_items(value: object, reduction: str) -> None:

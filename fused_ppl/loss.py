@@ -79,7 +79,9 @@ def logits_gradient(saved: Saved, upstream: Upstream, request: LogitsRequest, *,
         return saved.logits.detach()  # the logits themselves would bring their graph along
     if shard is not None:
         return shard_logits_backward(saved, upstream, spec, execution, shard=shard)
-    function = logits.backward if not batched and may_skip_name(saved.logits) else logits_backward
+    # only an op knows the numbers of `scalars`
+    direct = not batched and spec.scalars is None and may_skip_name(saved.logits)
+    function = logits.backward if direct else logits_backward
     return function(saved, upstream, spec, execution)
 
 

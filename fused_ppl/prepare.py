@@ -33,7 +33,7 @@ from fused_ppl.records import (
     LossResults,
 )
 from fused_ppl.reduction import sum_dtype
-from fused_ppl.spec import LossOutput, LossSpec, Options
+from fused_ppl.spec import LossOutput, LossSpec, Options, with_tensors
 
 _DEFAULT = Options()
 
@@ -180,6 +180,7 @@ def _reference(inputs: LogitsInputs, spec: LossSpec, ranks: Groups | None) -> Lo
     if checks.readable(inputs.target):
         checks.check_target_range(inputs.target, inputs.logits.shape[-1], spec.ignore_index)
     weights = {"weight": inputs.weight, "token_weight": inputs.token_weight}
+    spec = with_tensors(spec, inputs.logits.device)
     return reference.logits_loss(inputs.logits, inputs.target, spec, **weights, num_items=inputs.num_items)
 
 

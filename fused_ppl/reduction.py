@@ -45,10 +45,15 @@ def group_shape(reduction: str, target_shape: torch.Size) -> torch.Size:
     return target_shape[:-1] if reduction == "sequence" else torch.Size(())
 
 
+def _may_have_z(spec: LossSpec) -> bool:
+    """True if the sums have a Z. The fake of an op must say the same, and it may not know the number."""
+    return spec.z_loss > 0 or spec.scalars is not None
+
+
 def sum_rows(rows: RowStats, spec: LossSpec, target_shape: torch.Size) -> Sums:
     """S, M and Z of every group of rows."""
     dtype = sum_dtype(rows.loss.device)
-    z = rows.weight * rows.lse.square() if spec.z_loss and rows.lse is not None else None
+    z = rows.weight * rows.lse.square() if _may_have_z(spec) and rows.lse is not None else None
 
     def grouped(r: Tensor) -> Tensor:
         if spec.reduction == "none":
@@ -91,7 +96,7 @@ def empty_totals(like: Tensor, groups: torch.Size, dtype: torch.dtype) -> Totals
 def empty_token_sums(like: Tensor, target: Tensor, spec: LossSpec, dtype: torch.dtype) -> TokenSums:
     """The fake of `token_sums`."""
     wide, asked = sum_dtype(like.device), target.shape if spec.stats else torch.Size((0,))
-    groups = (3 if spec.z_loss else 2, *group_shape(spec.reduction, target.shape))
+    groups = (3 if _may_have_z(spec) else 2, *group_shape(spec.reduction, target.shape))
     shapes = ((groups, wide), (target.shape, dtype), (target.shape, wide), (asked, dtype), (asked, torch.int64))
     return TokenSums(*(like.new_empty(shape, dtype=d) for shape, d in shapes))
 
@@ -104,7 +109,7 @@ def finish(sums: Sums, spec: LossSpec, *, num_items: Tensor | None, dtype: torch
     gradient is 0 by itself.
     """
     s, m, z = sums
-    total = s if z is None else s + spec.z_loss * z
+    total = s if z is None or not spec.z_loss else s + spec.z_loss * z
     if spec.reduction == "none":
         perplexity, slope = _exp(s, spec.max_nll)
         return Totals(total.to(dtype), perplexity.to(dtype, copy=True), m, torch.ones_like(s), slope)

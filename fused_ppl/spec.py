@@ -4,22 +4,27 @@
 from __future__ import annotations
 
 import functools
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fused_ppl import checks
+from fused_ppl import checks, transform_checks
 
 REDUCTIONS = ("mean", "sum", "none", "sequence")
 BACKENDS = ("triton", "torch", "reference")
+MAY_BE_TENSORS = ("logit_scale", "softcap", "z_loss", "max_nll")  # in the order of the fields of LossSpec
+IN_SCALARS = math.inf  # a number that is not known while torch.compile traces. It is no value of a field
 
 
 class LossSpec(NamedTuple):
     """The numbers that define a loss; tensors travel beside it. `LossSpec.of` validates them.
 
-    `stats` asks the row kernels for entropy and argmax as well.
+    `stats` asks the row kernels for entropy and argmax as well. `scalars` holds, in order, the numbers of the fields
+    that are IN_SCALARS. Only torch.compile makes such a spec, and an op reads them with `known`.
     """
 
     reduction: str = "mean"
@@ -30,6 +35,7 @@ class LossSpec(NamedTuple):
     z_loss: float = 0.0
     max_nll: float | None = None
     stats: bool = False
+    scalars: Tensor | None = None  # (n,) float64 on the CPU
 
     @staticmethod
     def of(**fields: Any) -> LossSpec:
@@ -39,11 +45,48 @@ class LossSpec(NamedTuple):
             ValueError, TypeError: a number breaks its rule; the message says which.
         """
         if torch.compiler.is_compiling():  # which would trace the cache
-            return _validated(**fields)
+            return _traced(fields)
         try:
             return _cached(**fields)
-        except TypeError:  # something that has no hash, for which its own check has better words
-            return _validated(**fields)
+        except TypeError:  # a tensor, or something that has no hash, for which its own check has better words
+            numbers = {name: tensor.item() for name, tensor in _tensors(fields).items()}
+            return _validated(**{**fields, **numbers})
+
+
+def known(spec: LossSpec) -> LossSpec:
+    """The spec with the numbers of `scalars`, validated. It keeps `scalars`, and so the number of its sums."""
+    if spec.scalars is None:
+        return spec
+    transform_checks.check_no_capture()
+    return _validated(**_filled(spec, spec.scalars.tolist()))
+
+
+def with_tensors(spec: LossSpec, device: torch.device) -> LossSpec:
+    """The spec with 0-d tensors as numbers, not validated. This is for formulas that torch.compile looks into."""
+    return spec if spec.scalars is None else LossSpec(**_filled(spec, spec.scalars.to(device)))
+
+
+def _filled(spec: LossSpec, numbers: Iterable[Any]) -> dict[str, Any]:
+    fields: dict[str, Any] = dict(zip(LossSpec._fields, spec, strict=True))
+    names = [name for name in MAY_BE_TENSORS if fields[name] == IN_SCALARS]
+    return {**fields, **dict(zip(names, numbers, strict=True))}
+
+
+def _tensors(fields: dict[str, Any]) -> dict[str, Tensor]:
+    """The fields that are tensors and may be."""
+    tensors = {name: fields[name] for name in MAY_BE_TENSORS if isinstance(fields.get(name), Tensor)}
+    for name, tensor in tensors.items():
+        checks.check_constant(name, tensor, (), "one number for all tokens", input=None)
+    return tensors
+
+
+def _traced(fields: dict[str, Any]) -> LossSpec:
+    tensors = _tensors(fields)
+    if not tensors:
+        return _validated(**fields)
+    _validated(**{**fields, **dict.fromkeys(tensors, 1.0)})  # the other fields
+    scalars = torch.stack([t.detach().to("cpu", torch.float64) for t in tensors.values()])
+    return LossSpec(**{**fields, **dict.fromkeys(tensors, IN_SCALARS)}, scalars=scalars)
 
 
 def _validated(**fields: Any) -> LossSpec:
@@ -51,8 +94,7 @@ def _validated(**fields: Any) -> LossSpec:
     checks.check_choice("reduction", spec.reduction, REDUCTIONS)
     checks.check_ignore_index(spec.ignore_index)
     checks.check_number("label_smoothing", spec.label_smoothing, "in [0, 1]", lambda a: 0 <= a <= 1)
-    hint = "To scale by a tensor, scale the hidden states."
-    checks.check_number("logit_scale", spec.logit_scale, "> 0 and finite", _positive, hint=hint)
+    checks.check_number("logit_scale", spec.logit_scale, "> 0 and finite", _positive)
     if spec.softcap is not None:
         checks.check_number("softcap", spec.softcap, "> 0 and finite, or None for no cap", _positive)
     checks.check_number("z_loss", spec.z_loss, ">= 0 and finite", lambda a: 0 <= a < float("inf"))

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import NoReturn
 
+import torch
+
 
 def fail_second_derivative() -> NoReturn:
     raise RuntimeError(
@@ -43,3 +45,12 @@ def fail_op_gradient(name: str) -> NoReturn:
         "transform of torch.func under torch.compile. Compile a step that ends in loss.backward() or "
         "torch.autograd.grad, or leave group, vocab_group and the compact plan out."
     )
+
+
+def check_no_capture() -> None:
+    """Raises where a CUDA graph would keep a number that the CPU reads now."""
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "a CUDA graph cannot read logit_scale, softcap, z_loss or max_nll again in each replay; got a tensor while "
+            "one is captured. Pass a Python number, or compile without CUDA graphs (mode='default')."
+        )

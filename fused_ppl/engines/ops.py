@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fused_ppl import checks
 from fused_ppl.records import Needed
+from fused_ppl.spec import LossSpec, known
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -61,7 +62,7 @@ class Op(Generic[P, R]):
         # an op returns no None: its function returns a tensor without elements instead
         results = [] if returned is type(None) else [f.replace("?", "") for f in _fields("result", returned)]
         LIBRARY.define(f"{self.name}({', '.join(arguments)}) -> ({', '.join(results)})")
-        LIBRARY.impl(self.name, self._over_fields(self.function), "CompositeExplicitAutograd")
+        LIBRARY.impl(self.name, self._over_fields(self.function, known), "CompositeExplicitAutograd")
         torch.library.register_fake(f"fused_ppl::{self.name}", self._over_fields(fake), lib=LIBRARY)
         self.overload: torch._ops.OpOverload[..., Any] = getattr(torch.ops.fused_ppl, self.name).default
         OPS[self.name] = self
@@ -76,9 +77,15 @@ class Op(Generic[P, R]):
         iterator = iter(values)
         return [read(iterator) for read in self._readers]
 
-    def _over_fields(self, function: Callable[..., Any]) -> Callable[..., Any]:
+    def _over_fields(
+        self, function: Callable[..., Any], read: Callable[[LossSpec], LossSpec] | None = None
+    ) -> Callable[..., Any]:
+        """The function of fields. `read` makes the spec that the function takes; a fake knows no numbers."""
+
         def call(*values: Any) -> Any:
             keywords = self.records(values)
+            if read is not None:
+                keywords = [read(k) if isinstance(k, LossSpec) else k for k in keywords]
             positional = [keywords.pop(0) for _ in range(len(keywords) - len(self._keywords))]
             result = function(*positional, **dict(zip(self._keywords, keywords, strict=True)))
             return tuple(flatten(result)) if self.returns_record else result
