@@ -22,7 +22,7 @@ from torch.testing import assert_close
 from fused_ppl import Options, cross_entropy, cross_entropy_with_stats, perplexity
 from fused_ppl.engines import logits as engine
 from fused_ppl.records import Execution, LogitsInputs, Upstream
-from fused_ppl.spec import LossSpec
+from fused_ppl.spec import IN_SCALARS, LossSpec
 from fused_ppl.testing import make_logits, make_target
 
 ROOT = Path(__file__).parents[1]
@@ -271,6 +271,7 @@ def op_samples(backend):
         LossSpec("none", z_loss=0.1, stats=True),
         LossSpec("sequence", label_smoothing=0.1, softcap=3.0, max_nll=1.0),
         LossSpec("sum", ignore_index=None),
+        LossSpec(softcap=IN_SCALARS, scalars=torch.tensor([3.0], dtype=torch.float64)),
     ]
     for i, (name, x) in enumerate(layouts.items()):
         y = target[:, : x.shape[1]]
