@@ -59,7 +59,9 @@ def cross_entropy(
             `target`).
         label_smoothing: in [0, 1].
         class_dim: the dimension of the classes. Use -1 for logits of shape (B, T, V).
-        logit_scale: > 0, a factor of the logits (1 / temperature).
+        logit_scale: > 0, a factor of the logits (1 / temperature). `logit_scale`, `softcap`, `z_loss` and `max_nll` may
+            be 0-d float tensors, which get no gradient. torch.compile then compiles once for all values. Keep these
+            tensors on the CPU: to read one from a GPU, the host waits for the GPU.
         softcap: > 0, or None for no cap. Gemma 2 uses 30.
         token_weight: the shape of `target`, a weight for each token, of any sign.
         z_loss: >= 0, the factor of lse^2. PaLM (arXiv:2204.02311) uses 1e-4.

@@ -60,7 +60,8 @@ class CrossEntropyLoss(_Loss):
     """`fused_ppl.cross_entropy` as a module, a replacement for `torch.nn.CrossEntropyLoss`.
 
     The arguments are those of the function. `weight` and all keywords but `token_weight` and `num_items`, which belong
-    to a batch, are given to the constructor.
+    to a batch, are given to the constructor. A number that is a 0-d tensor may be changed between calls with `fill_`.
+    It is no buffer, so it stays on the CPU when the module moves, and `state_dict` does not have it.
 
     Example:
         >>> import torch, fused_ppl

@@ -247,16 +247,16 @@ def refused(group: dist.ProcessGroup) -> None:
 
 
 def compiled(group: dist.ProcessGroup, fused: bool) -> None:
-    """One graph, collective included, for several numbers of tokens; the numbers of eager."""
+    """One graph, collective included, for several numbers of tokens and of an option; the numbers of eager."""
     torch._dynamo.reset()
     counters = torch._dynamo.utils.counters
     counters.clear()
     head = torch.randn(V, D, generator=torch.Generator().manual_seed(1))
 
-    def loss(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
+    def loss(h: Tensor, w: Tensor, y: Tensor, number: Tensor) -> Tensor:
         if fused:
-            return fused_ppl.linear_perplexity(h, w, y, group=group)
-        return fused_ppl.perplexity(h @ w.T, y, group=group)
+            return fused_ppl.linear_cross_entropy(h, w, y, group=group, z_loss=number)
+        return fused_ppl.perplexity(h @ w.T, y, group=group, logit_scale=1 + number)
 
     def step(function: Callable[..., Tensor], *inputs: Tensor) -> tuple[Tensor, ...]:
         value = function(*inputs)
@@ -266,7 +266,7 @@ def compiled(group: dist.ProcessGroup, fused: bool) -> None:
     for n in (6, 9, 17):
         h = torch.randn(n + group.rank(), D, generator=torch.Generator().manual_seed(n))
         y = torch.randint(V, h.shape[:1], generator=torch.Generator().manual_seed(n))
-        inputs = (h.requires_grad_(), head.detach().requires_grad_(), y)
+        inputs = (h.requires_grad_(), head.detach().requires_grad_(), y, torch.tensor((n - 6) / 10))
         for a, b in zip(step(compiled_loss, *inputs), step(loss, *inputs), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
     assert counters["stats"]["unique_graphs"] == 1

@@ -207,10 +207,10 @@ def compiled(group: dist.ProcessGroup, how: str) -> None:
         w = whole.chunk(group.size())[group.rank()].clone().requires_grad_()
         keywords["vocab_group"] = group
 
-    def loss(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
+    def loss(h: Tensor, w: Tensor, y: Tensor, number: Tensor) -> Tensor:
         if how == "logits":
-            return fused_ppl.perplexity(h @ w.T, y, **keywords)
-        return linear_perplexity(h, w, y, **keywords)
+            return fused_ppl.cross_entropy(h @ w.T, y, z_loss=number, **keywords)
+        return linear_perplexity(h, w, y, softcap=1 + number, **keywords)
 
     compiled_loss = torch.compile(loss, backend="aot_eager", fullgraph=True, dynamic=True)
     for n in (6, 9, 17):
@@ -218,7 +218,7 @@ def compiled(group: dist.ProcessGroup, how: str) -> None:
         y = torch.randint(8 * group.size(), (n,), generator=generator)
         results = []
         for function in (compiled_loss, loss):
-            value = function(h, w, y)
+            value = function(h, w, y, torch.tensor((n - 6) / 10))
             results.append((value.detach(), *torch.autograd.grad(value, (h, w))))
         for a, b in zip(*results, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)

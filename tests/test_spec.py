@@ -90,7 +90,10 @@ PLANS = {
 }
 
 
-@pytest.mark.parametrize("name", PLANS)
+SLOW = ("logits, perplexity", "logits, in place", "rows, smoothing")
+
+
+@pytest.mark.parametrize("name", [pytest.param(p, marks=pytest.mark.slow) if p in SLOW else p for p in PLANS])
 def test_twelve_numbers_compile_once(name, backend):
     function, keywords, how = PLANS[name]
     keywords["options"] = Options(backend, **how)
