@@ -21,10 +21,10 @@ IN_SCALARS = math.inf  # a number that is not known while torch.compile traces. 
 
 
 class LossSpec(NamedTuple):
-    """The numbers that define a loss; tensors travel beside it. `LossSpec.of` validates them.
+    """The numbers that define a loss; its other tensors travel beside it. `LossSpec.of` validates them.
 
     `stats` asks the row kernels for entropy and argmax as well. `scalars` holds, in order, the numbers of the fields
-    that are IN_SCALARS. Only torch.compile makes such a spec, and an op reads them with `known`.
+    that are IN_SCALARS. Only torch.compile and torch.export make such a spec, and an op reads it with `known`.
     """
 
     reduction: str = "mean"
@@ -35,7 +35,7 @@ class LossSpec(NamedTuple):
     z_loss: float = 0.0
     max_nll: float | None = None
     stats: bool = False
-    scalars: Tensor | None = None  # (n,) float64 on the CPU
+    scalars: Tensor | None = None  # (n + 1,) float64 on the CPU, the last one unused
 
     @staticmethod
     def of(**fields: Any) -> LossSpec:
@@ -69,7 +69,7 @@ def with_tensors(spec: LossSpec, device: torch.device) -> LossSpec:
 def _filled(spec: LossSpec, numbers: Iterable[Any]) -> dict[str, Any]:
     fields: dict[str, Any] = dict(zip(LossSpec._fields, spec, strict=True))
     names = [name for name in MAY_BE_TENSORS if fields[name] == IN_SCALARS]
-    return {**fields, **dict(zip(names, numbers, strict=True))}
+    return {**fields, **dict(zip(names, numbers, strict=False))}
 
 
 def _tensors(fields: dict[str, Any]) -> dict[str, Tensor]:
@@ -85,7 +85,9 @@ def _traced(fields: dict[str, Any]) -> LossSpec:
     if not tensors:
         return _validated(**fields)
     _validated(**{**fields, **dict.fromkeys(tensors, 1.0)})  # the other fields
-    scalars = torch.stack([t.detach().to("cpu", torch.float64) for t in tensors.values()])
+    numbers = [t.detach().to("cpu", torch.float64) for t in tensors.values()]
+    # the caller may change a tensor before backward. Inductor makes a view of one tensor, and a copy of two
+    scalars = torch.stack([*numbers, torch.zeros((), dtype=torch.float64, device="cpu")])
     return LossSpec(**{**fields, **dict.fromkeys(tensors, IN_SCALARS)}, scalars=scalars)
 
 

@@ -271,7 +271,7 @@ def op_samples(backend):
         LossSpec("none", z_loss=0.1, stats=True),
         LossSpec("sequence", label_smoothing=0.1, softcap=3.0, max_nll=1.0),
         LossSpec("sum", ignore_index=None),
-        LossSpec(softcap=IN_SCALARS, scalars=torch.tensor([3.0], dtype=torch.float64)),
+        LossSpec(softcap=IN_SCALARS, scalars=torch.tensor([3.0, 0.0], dtype=torch.float64)),
     ]
     for i, (name, x) in enumerate(layouts.items()):
         y = target[:, : x.shape[1]]

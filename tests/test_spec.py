@@ -131,6 +131,22 @@ def test_tensors_of_a_module_may_change_in_place_or_be_replaced(dynamic, options
                 assert_close(called(LOGITS, TARGET), expected, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("names", [("z_loss",), ("logit_scale",), ("logit_scale", "z_loss")])
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_backward_keeps_the_numbers_of_forward(compiler, names, options):
+    """float64: Inductor makes no copy where nothing has to be converted."""
+    compiled = torch.compile(
+        lambda x, k: cross_entropy(x * 1, TARGET, options=options, **k), backend=compiler, fullgraph=True
+    )
+    numbers, leaf = dict.fromkeys(names, 0.5), LOGITS.clone().requires_grad_()
+    tensors = as_tensors(numbers)
+    loss = compiled(leaf, tensors)
+    for tensor in tensors.values():
+        tensor.fill_(3.0)
+    (expected,) = torch.autograd.grad(cross_entropy(leaf, TARGET, options=options, **numbers), leaf)
+    assert_close(torch.autograd.grad(loss, leaf)[0], expected, rtol=1e-6, atol=1e-7)
+
+
 def test_the_reference_compiles_with_tensors_too():
     compiled = torch.compile(fused_ppl.cross_entropy_with_stats, backend="aot_eager", fullgraph=True)
     options = Options(backend="reference")
@@ -227,7 +243,7 @@ def test_a_number_is_validated_once_and_a_tensor_each_time(options):
 
 
 def test_ops_of_the_head_keep_the_rules_of_torch_library(backend):
-    scalars = torch.tensor([0.5, 3.0, 0.1], dtype=torch.float64, device="cpu")
+    scalars = torch.tensor([0.5, 3.0, 0.1, 0.0], dtype=torch.float64, device="cpu")
     spec = LossSpec(logit_scale=IN_SCALARS, softcap=IN_SCALARS, z_loss=IN_SCALARS, scalars=scalars)
     execution = HeadExecution(backend, None, torch.float32, (True, True, False))
     inputs = HeadInputs(HIDDEN, WEIGHT, None, TARGET, None, None, None)
