@@ -307,6 +307,21 @@ def check_no_out_features(out_features: object) -> None:
         )
 
 
+def check_exact(options: Any) -> None:
+    """For log-probabilities, whose upstream gradients are known only in backward."""
+    if options.inplace_backward:
+        raise ValueError(
+            "inplace_backward=True is for losses from logits; got it for log-probabilities. "
+            "Use Options(inplace_backward=False)."
+        )
+    asked = (options.gradient_tolerance, options.gradient_columns, options.screen)
+    if any(value is not None for value in asked):
+        raise ValueError(
+            "gradient_tolerance, gradient_columns and screen are for losses whose upstream gradients are known in "
+            f"forward; got {asked} for log-probabilities. Leave them None."
+        )
+
+
 def check_no_inplace(inplace_backward: bool) -> None:
     if inplace_backward:
         raise ValueError(

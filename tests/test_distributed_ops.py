@@ -31,7 +31,9 @@ SPECS = {
     "all": LossSpec(label_smoothing=0.1, logit_scale=0.5, softcap=3.0, z_loss=0.1, max_nll=1.0, stats=True),
     "each token": LossSpec(reduction="none", z_loss=0.1),
     "sequences": LossSpec(reduction="sequence"),
-    "tensors": LossSpec(logit_scale=IN_SCALARS, z_loss=IN_SCALARS, scalars=torch.tensor([0.5, 0.1], dtype=torch.float64)),
+    "tensors": LossSpec(
+        logit_scale=IN_SCALARS, z_loss=IN_SCALARS, scalars=torch.tensor([0.5, 0.1], dtype=torch.float64)
+    ),
 }
 TRUE = (True,) * 3
 

@@ -77,10 +77,11 @@ def nll_backward(
         lse=normalizers.lse.to(torch.float64).contiguous(),
         nll=normalizers.nll.contiguous(),
         upstream=launch.Upstream(
-            *(None if g is None else g.to(torch.float32).expand(target.shape) for g in upstream)  # type: ignore[arg-type]  # grad_s is there
+            *(None if g is None else g.to(torch.float32).expand(target.shape) for g in upstream[:2]),  # type: ignore[arg-type]  # grad_s is there
+            *(None if g is None else g.to(torch.float32).contiguous() for g in upstream[2:]),
         ),
         out=out,
-        config=_config(logits, heavy=spec.softcap is not None or weighted),
+        config=_config(logits, heavy=spec.softcap is not None or weighted or upstream.grad_entropy is not None),
         ignore_index=spec.ignore_index,
         first_class=first,
         num_classes=num_classes,
