@@ -14,7 +14,7 @@ from fused_ppl.metrics import Perplexity
 from fused_ppl.modules import CrossEntropyLoss, LinearCrossEntropyLoss, LinearPerplexityLoss, PerplexityLoss
 from fused_ppl.spec import LogProbs, LossOutput, Options
 from fused_ppl.targets import next_token_targets
-from fused_ppl.token_values import linear_log_probs, log_probs
+from fused_ppl.token_values import linear_log_probs, linear_token_loss, log_probs
 
 __version__ = "0.1.0.dev0"
 
@@ -34,6 +34,7 @@ __all__ = [
     "linear_cross_entropy_with_stats",
     "linear_log_probs",
     "linear_perplexity",
+    "linear_token_loss",
     "log_probs",
     "next_token_targets",
     "perplexity",

@@ -9,6 +9,8 @@ No record is changed by `_replace` here, and none has a property: torch 2.6 trac
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -27,6 +29,7 @@ from fused_ppl.engines.logits import (
     token_backward,
 )
 from fused_ppl.engines.ops import may_skip_dispatch, may_skip_name
+from fused_ppl.engines.token_loss import TokenFunction, sums_and_gradients
 from fused_ppl.engines.vocab_shards import (
     shard_hidden,
     shard_logits,
@@ -161,6 +164,18 @@ def head_token_gradients(
     shard = _shard_of(request.groups) or Shard(0, inputs.linear_weight.shape[0])
     made = linear_token_backward(inputs, upstream, request.spec, request.execution, stats=stats, shard=shard)
     return _summed(made, request)
+
+
+def head_token_loss(
+    inputs: HeadInputs, request: HeadRequest, *, function: TokenFunction, per_token: Sequence[Tensor]
+) -> HeadResults:
+    """The sum or the mean of f over the counted tokens of all ranks, and its unscaled gradients."""
+    spec, execution, groups = request.spec, request.execution, request.groups
+    sums, unscaled = sums_and_gradients(inputs, spec, execution, function=function, per_token=per_token)
+    unknown = sums.new_empty(0)
+    tokens = TokenSums(sums, unknown.to(reduction.wide_dtype(execution.dtype)), unknown, unknown, unknown)
+    losses = _finish(tokens, inputs.num_items, spec, groups=groups)
+    return HeadResults(losses, unscaled, None, None)
 
 
 def _summed(gradients: Unscaled, request: HeadRequest) -> Unscaled:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -22,6 +22,7 @@ from fused_ppl import (  # noqa: F401  (op_autograd registers)
     token_autograd,
 )
 from fused_ppl.engines.head import linear_case
+from fused_ppl.engines.token_loss import TokenFunction
 from fused_ppl.records import (
     Compact,
     Execution,
@@ -35,6 +36,7 @@ from fused_ppl.records import (
 )
 from fused_ppl.reduction import sum_dtype
 from fused_ppl.spec import LogProbs, LossOutput, LossSpec, Options, with_tensors
+from fused_ppl.token_autograd import TokenLossCall
 
 _DEFAULT = Options()
 
@@ -112,6 +114,36 @@ def log_probs_from_hidden(
     if request.execution.backend == "reference":
         return _reference_log_probs(_with_logits(inputs), spec, request.groups)
     return token_autograd.head_log_probs(inputs, request)
+
+
+def token_loss_from_hidden(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    spec: LossSpec,
+    *,
+    linear_bias: Tensor | None,
+    extras: Extras,
+    function: TokenFunction,
+    per_token: Sequence[Tensor],
+) -> Tensor:
+    checks.check_exact(_options(extras))
+    inputs, request = _head_call(input, linear_weight, target, spec, linear_bias=linear_bias, extras=extras)
+    for k, values in enumerate(per_token):
+        checks.check_per_token(f"per_token[{k}]", values, target)
+    if request.execution.backend == "reference":
+        logits = _with_logits(inputs)
+        spec = _check_for_reference(logits, spec, request.groups)
+        labels, *constants = (t.reshape(-1) for t in (target, *per_token))
+        found = reference.log_probs(logits.logits.flatten(0, -2), labels, spec)
+        loss = function(found.log_prob, found.entropy, *constants)
+        checks.check_token_loss(loss, found.log_prob)
+        return reference.token_loss(loss, labels, spec, inputs.num_items)
+    execution = request.execution
+    # forward knows the derivatives, and so the gradients are made there
+    kind = "rows" if any(execution.grads) else "forward"
+    request = HeadRequest(request.spec, execution, kind, request.compact, request.groups)
+    return token_autograd.head_token_loss(inputs, TokenLossCall(request, function, tuple(per_token)))
 
 
 def _head_call(

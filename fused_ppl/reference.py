@@ -70,6 +70,15 @@ def log_probs(logits: Tensor, target: Tensor, spec: LossSpec) -> LogProbs:
     return LogProbs(*(torch.where(counted, value, 0) for value in values))
 
 
+def token_loss(loss: Tensor, target: Tensor, spec: LossSpec, num_items: Tensor | None) -> Tensor:
+    """The reduction of losses (N,) of tokens (N,) that need no statistics: "sum", or "mean" over counted tokens."""
+    counted = torch.ones_like(target, dtype=torch.bool) if spec.ignore_index is None else target != spec.ignore_index
+    total = torch.where(counted, loss, 0).sum(dtype=torch.float64)
+    if num_items is not None:
+        return (total / num_items).to(loss.dtype)
+    return (_divide(total, counted.sum()) if spec.reduction == "mean" else total).to(loss.dtype)
+
+
 def _transformed(logits: Tensor, target: Tensor, spec: LossSpec) -> tuple[Tensor, Tensor, Tensor]:
     """(z, classes, whether each token counts)"""
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32

@@ -7,14 +7,16 @@ anything. From hidden states that is plan "vocab": one product forward, and one 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fused_ppl import loss, transform_checks
-from fused_ppl.autograd import apply_of, first_order
+from fused_ppl.autograd import HeadLoss, apply_of, first_order
 from fused_ppl.engines.logits import Saved
+from fused_ppl.engines.ops import flatten
+from fused_ppl.engines.token_loss import TokenFunction
 from fused_ppl.records import (
     DIFFERENTIABLE,
     HeadInputs,
@@ -63,6 +65,37 @@ def _upstream(gradients: tuple[Tensor | None, ...]) -> TokenUpstream | None:
     values = TokenUpstream(*gradients[: len(TokenUpstream._fields)])
     grad_log_prob, grad_entropy, grad_lse = values
     return None if grad_log_prob is None and grad_entropy is None and grad_lse is None else values
+
+
+class TokenLossCall(NamedTuple):
+    """One call of `linear_token_loss`, without its differentiable tensors."""
+
+    request: HeadRequest
+    function: TokenFunction
+    per_token: tuple[Tensor, ...]
+
+
+def head_token_loss(inputs: HeadInputs, call: TokenLossCall) -> Tensor:
+    apply = apply_of(HeadTokenLoss, inputs)
+    if apply is None:
+        return loss.head_token_loss(inputs, call.request, function=call.function, per_token=call.per_token).losses.loss
+    value: Tensor = apply(call, *inputs)[0]
+    return value
+
+
+class HeadTokenLoss(HeadLoss):
+    """`HeadLoss` with another forward: its backward multiplies the same kind of unscaled gradients."""
+
+    @staticmethod
+    def forward(call: TokenLossCall, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]  # its request
+        inputs = HeadInputs(*tensors)  # type: ignore[arg-type]  # in order
+        results = loss.head_token_loss(inputs, call.request, function=call.function, per_token=call.per_token)
+        return tuple(flatten(results))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        call, *tensors = inputs
+        HeadLoss.setup_context(ctx, (call.request, *tensors), output)
 
 
 class LogitsTokens(torch.autograd.Function):

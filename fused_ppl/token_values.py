@@ -1,21 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
 """Log-probabilities and entropies of tokens with gradients: what losses of preferences and policies are made of.
 
-The two public functions. Nothing is computed here.
+The public functions. Nothing is computed here.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
+import torch
 from torch import Tensor
 
-from fused_ppl import prepare
+from fused_ppl import checks, prepare
 from fused_ppl.prepare import Extras
 from fused_ppl.spec import LogProbs, LossSpec, Options
 
 if TYPE_CHECKING:
-    from fused_ppl.groups import VocabGroup
+    from fused_ppl.groups import Group, VocabGroup
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def log_probs(
@@ -35,7 +41,8 @@ def log_probs(
         lse[i] = log sum_v exp z[i,v]                   log_prob[i] = z[i, y_i] - lse[i]
         entropy[i] = -sum_v p[i,v] * log p[i,v]         p[i,v] = exp(z[i,v] - lse[i])
 
-        d log_prob / dz[v] = [v = y] - p[v]     d lse / dz[v] = p[v]     d entropy / dz[v] = -p[v] * (log p[v] + entropy)
+        d log_prob / dz[v] = [v = y] - p[v]             d lse / dz[v] = p[v]
+        d entropy / dz[v] = -p[v] * (log p[v] + entropy)
 
     Any of the three may have an upstream gradient, and one that has none costs nothing. The only buffer of the size of
     the logits is their gradient. DPO, KTO, PPO and GRPO are sums of such values: docs/per_token_losses.md.
@@ -120,6 +127,93 @@ def linear_log_probs(
     return prepare.log_probs_from_hidden(
         input, linear_weight, target, spec, linear_bias=linear_bias, extras=_extras(options, vocab_group)
     )
+
+
+def linear_token_loss(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    fn: Callable[..., Tensor],
+    *per_token: Tensor,
+    linear_bias: Tensor | None = None,
+    ignore_index: int | None = -100,
+    reduction: str = "mean",
+    logit_scale: float | Tensor = 1.0,
+    softcap: float | Tensor | None = None,
+    num_items: float | Tensor | None = None,
+    group: Group | None = None,
+    options: Options | None = None,
+) -> Tensor:
+    """The sum or mean over tokens of `fn(log_prob, entropy, *per_token)`, through the LM head in three products.
+
+        loss = sum_i fn(log_prob[i], entropy[i], *(c[i] for c in per_token)),  divided by the counted tokens for "mean"
+
+    `fn` is ordinary PyTorch over the tokens of a chunk. Its derivatives are numbers of a token, so the gradient of the
+    logits is made while the chunk is there: 6NVD FLOPs in all, where `linear_log_probs` takes 8NVD. Use this function
+    if each token has its own loss and its constants are known: PPO, GRPO and CISPO with an entropy bonus, focal loss,
+    unlikelihood. Use `linear_log_probs` where a loss is not a sum over tokens, as that of DPO.
+
+    Args:
+        input, linear_weight, target, linear_bias, ignore_index, logit_scale, softcap: as in `linear_log_probs`.
+        fn: takes `log_prob` and `entropy`, each float32 of shape (R,), and the entries of `per_token` for the same R
+            tokens, and returns the R losses. It must treat each token by itself: how tokens are divided into chunks is
+            not defined. It is called once for each chunk. Ignored tokens may be among them, and count as 0.
+        per_token: constants of each token, of the shape of `target` and of any dtype: advantages, old
+            log-probabilities. They must not require a gradient.
+        reduction: "mean" over the counted tokens, or "sum".
+        num_items: replaces the number of counted tokens in "mean", as in `cross_entropy`.
+        group: the ranks that hold the other parts of the batch, as in `cross_entropy`. Only for "mean".
+        options: how the loss is computed, see `Options`. There is no compact plan.
+
+    Returns:
+        The loss, of shape (), in float32, or in float64 for float64 input.
+
+    Raises:
+        ValueError: a shape, device or option does not fit, or `fn` does not return one loss for each token.
+        TypeError, IndexError, NotImplementedError: as in `log_probs`. Under torch.compile this function runs as it is,
+            and `fullgraph=True` is refused, because `fn` is differentiated inside of it.
+
+    Example:
+        >>> import torch, fused_ppl
+        >>> hidden, weight = torch.eye(2), torch.zeros(5, 2, requires_grad=True)
+        >>> advantage, old = torch.tensor([1.0, -1.0]), torch.full((2,), -1.6094)
+        >>> def ppo(log_prob, entropy, advantage, old):
+        ...     ratio = (log_prob - old).exp()
+        ...     clipped = ratio.clamp(0.8, 1.2)
+        ...     return -torch.minimum(ratio * advantage, clipped * advantage) - 0.01 * entropy
+        >>> loss = fused_ppl.linear_token_loss(hidden, weight, torch.tensor([1, 4]), ppo, advantage, old)
+        >>> round(loss.item(), 4)
+        -0.0161
+    """
+    checks.check_choice("reduction", reduction, ("mean", "sum"))
+    spec = LossSpec.of(
+        reduction=reduction, ignore_index=ignore_index, logit_scale=logit_scale, softcap=softcap, stats=True
+    )
+    return _uncompiled(prepare.token_loss_from_hidden)(
+        input,
+        linear_weight,
+        target,
+        spec,
+        linear_bias=linear_bias,
+        extras=Extras(None, None, num_items=num_items, options=options, group=group, vocab_group=None),
+        function=fn,
+        per_token=per_token,
+    )
+
+
+# Dynamo leaves it alone, as torch.compiler.disable would mark it, which imports Dynamo for a second
+linear_token_loss._torchdynamo_disable = True  # type: ignore[attr-defined]  # functions take any
+linear_token_loss._torchdynamo_disable_msg = (  # type: ignore[attr-defined]  # as above
+    "fused_ppl.linear_token_loss differentiates fn in its forward. Leave fullgraph out, or use linear_log_probs."
+)
+
+
+def _uncompiled(function: Callable[P, R]) -> Callable[P, R]:
+    """The function with all that it calls kept from Dynamo, which sees no frame unless it has been imported."""
+    if "torch._dynamo" not in sys.modules:
+        return function
+    disabled: Callable[P, R] = torch._dynamo.disable(function)
+    return disabled
 
 
 def _spec(ignore_index: int | None, logit_scale: float | Tensor, softcap: float | Tensor | None) -> LossSpec:

@@ -149,15 +149,17 @@ def nll_forward_backward(
 
         lse_o = log sum_{v != y} exp z_v,    nll = log(1 + exp(lse_o - z_y)) >= 0,    1 - p_y = -expm1(-nll)
 
-    `upstream` None computes no gradient.
+    `upstream` None computes no gradient, and the logits stay.
     """
-    chunks = Chunks(logits, tokens, spec, memory_budget=memory_budget, out=logits)
+    out = None if upstream is None else logits
+    chunks = Chunks(logits, tokens, spec, memory_budget=memory_budget, out=out)
     slope = torch.empty_like(chunks.buffer) if spec.softcap is not None and upstream is not None else None
     z_y = target_z(chunks, target_logit)
     parts = []
     for rows in chunks:
         if rows.skipped:
-            logits[rows.span] = 0
+            if upstream is not None:
+                logits[rows.span] = 0
             parts.append(Others.none(chunks, rows))
             continue
         derivative = None if slope is None else slope[: rows.target.shape[0]]

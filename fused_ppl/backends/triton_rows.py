@@ -99,7 +99,7 @@ def nll_forward_backward(
 ) -> RowStats:
     """The statistics of a chunk of the fused LM head; its logits become `upstream` times the gradient of l.
 
-    `upstream` None computes no gradient.
+    `upstream` None computes no gradient, and the logits stay.
     """
     stats = _check_and_allocate(logits, tokens.target, spec)
     size, scalars = launch.device_size(logits.device), numbers(spec)
