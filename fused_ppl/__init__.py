@@ -12,8 +12,9 @@ from fused_ppl.functional import (
 )
 from fused_ppl.metrics import Perplexity
 from fused_ppl.modules import CrossEntropyLoss, LinearCrossEntropyLoss, LinearPerplexityLoss, PerplexityLoss
-from fused_ppl.spec import LossOutput, Options
+from fused_ppl.spec import LogProbs, LossOutput, Options
 from fused_ppl.targets import next_token_targets
+from fused_ppl.token_values import linear_log_probs, linear_token_loss, log_probs
 
 __version__ = "0.1.0.dev0"
 
@@ -21,6 +22,7 @@ __all__ = [
     "CrossEntropyLoss",
     "LinearCrossEntropyLoss",
     "LinearPerplexityLoss",
+    "LogProbs",
     "LossOutput",
     "Options",
     "Perplexity",
@@ -30,7 +32,10 @@ __all__ = [
     "cross_entropy_with_stats",
     "linear_cross_entropy",
     "linear_cross_entropy_with_stats",
+    "linear_log_probs",
     "linear_perplexity",
+    "linear_token_loss",
+    "log_probs",
     "next_token_targets",
     "perplexity",
 ]

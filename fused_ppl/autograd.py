@@ -34,19 +34,19 @@ _read_head_results = reader(HeadResults)
 
 
 def logits_loss(inputs: LogitsInputs, request: LogitsRequest) -> LossResults:
-    apply = _apply_of(LogitsLoss, inputs)
+    apply = apply_of(LogitsLoss, inputs)
     return loss.logits_loss(inputs, request) if apply is None else LossResults(*apply(request, *inputs))
 
 
 def head_loss(inputs: HeadInputs, request: HeadRequest) -> HeadResults:
-    apply = _apply_of(HeadLoss, inputs)
+    apply = apply_of(HeadLoss, inputs)
     if apply is None:
         return loss.head_loss(inputs, request)
     results: HeadResults = _read_head_results(iter(apply(request, *inputs)))
     return results
 
 
-def _apply_of(function: Any, inputs: LogitsInputs | HeadInputs) -> Any:
+def apply_of(function: Any, inputs: LogitsInputs | HeadInputs) -> Any:
     """`apply` of the Function in the form that this call needs, or None where nothing records a gradient."""
     if torch.compiler.is_compiling():
         if torch._C._are_functorch_transforms_active() or _exporting():
@@ -141,7 +141,7 @@ class LogitsLoss(torch.autograd.Function):
             return None, loss.logits_gradient(saved, upstream, ctx.request, batched=batched), *_REST_OF_LOGITS
         with torch.no_grad():
             gradient = loss.logits_gradient(saved, upstream, ctx.request, batched=batched)
-        return None, _first_order(gradient, grad_loss, grad_perplexity, saved.logits), *_REST_OF_LOGITS
+        return None, first_order(gradient, grad_loss, grad_perplexity, saved.logits), *_REST_OF_LOGITS
 
 
 class HeadLoss(torch.autograd.Function):
@@ -184,7 +184,7 @@ class HeadLoss(torch.autograd.Function):
         gradients: list[Any] = [g if n else None for g, n in zip(made, request.execution.grads, strict=True)]
         if torch.is_grad_enabled():
             parents = (grad_loss, grad_perplexity, inputs.hidden, inputs.linear_weight, inputs.linear_bias)
-            gradients = [None if g is None else _first_order(g, *parents) for g in gradients]
+            gradients = [None if g is None else first_order(g, *parents) for g in gradients]
         return None, *gradients, *_REST_OF_HEAD
 
 
@@ -202,7 +202,7 @@ def _unhooked(*saved: Any) -> bool:
     return bool(min([tensor._use_count() for tensor in saved]) > 1)
 
 
-def _first_order(gradient: Tensor, *parents: Tensor | None) -> Any:
+def first_order(gradient: Tensor, *parents: Tensor | None) -> Any:
     return _FirstOrderOnly.apply(gradient, *parents)  # type: ignore[no-untyped-call]  # torch has no annotation
 
 
@@ -219,7 +219,7 @@ class _FirstOrderOnly(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], gradient: Tensor, *parents: Tensor | None) -> Any:
-        return _first_order(gradient, *parents), in_dims[0]
+        return first_order(gradient, *parents), in_dims[0]
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[None, ...]:

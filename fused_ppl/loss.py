@@ -9,6 +9,8 @@ No record is changed by `_replace` here, and none has a property: torch 2.6 trac
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -17,9 +19,17 @@ from fused_ppl.engines import linear_rows, logits
 from fused_ppl.engines.finish import finish
 from fused_ppl.engines.linear_compact import linear_compact, linear_compact_shard
 from fused_ppl.engines.linear_rows import linear_forward, linear_scale, linear_sums
-from fused_ppl.engines.linear_vocab import linear_vocab_backward
-from fused_ppl.engines.logits import Saved, logits_backward, logits_backward_, logits_forward, logits_sums
+from fused_ppl.engines.linear_vocab import linear_token_backward, linear_vocab_backward
+from fused_ppl.engines.logits import (
+    Saved,
+    logits_backward,
+    logits_backward_,
+    logits_forward,
+    logits_sums,
+    token_backward,
+)
 from fused_ppl.engines.ops import may_skip_dispatch, may_skip_name
+from fused_ppl.engines.token_loss import TokenFunction, sums_and_gradients
 from fused_ppl.engines.vocab_shards import (
     shard_hidden,
     shard_logits,
@@ -42,7 +52,9 @@ from fused_ppl.records import (
     Shard,
     ShardStats,
     TokenInputs,
+    TokenStats,
     TokenSums,
+    TokenUpstream,
     Unscaled,
     Upstream,
 )
@@ -122,9 +134,9 @@ def head_gradients(
     inputs: HeadInputs, known: tuple[Normalizers, Unscaled], upstream: Upstream, request: HeadRequest, *, last: bool
 ) -> Unscaled:
     """The gradients of hidden states, weight and bias. At the `last` use of the unscaled ones their memory is taken."""
-    (normalizers, unscaled), spec, execution, groups = known, request.spec, request.execution, request.groups
+    (normalizers, unscaled), spec, execution = known, request.spec, request.execution
     grads = execution.grads
-    shard = _shard_of(groups)
+    shard = _shard_of(request.groups)
     if request.plan == "vocab":
         every = Shard(0, inputs.linear_weight.shape[0])
         gradients = linear_vocab_backward(
@@ -134,11 +146,45 @@ def head_gradients(
         gradients = linear_rows.scale(inputs, unscaled, upstream, spec, grads=grads, last=True)
     else:
         gradients = linear_scale(inputs, unscaled, upstream, spec, grads=grads)
-    if groups is not None and groups.sum_hidden and grads[0]:
-        # each shard of the vocabulary has made its part, by whatever plan
-        hidden, linear_weight, linear_bias = gradients
-        gradients = Unscaled(all_reduce(hidden, "sum", groups.vocab), linear_weight, linear_bias)
-    return gradients
+    return _summed(gradients, request)
+
+
+def logits_token_gradient(
+    saved: Saved, upstream: TokenUpstream, request: LogitsRequest, *, entropy: Tensor | None
+) -> Tensor:
+    """The gradient of the logits from those of log-probabilities, entropies and lse."""
+    shard = _shard_of(request.groups) or Shard(0, saved.logits.shape[-1])
+    return token_backward(saved, upstream, request.spec, request.execution, entropy=entropy, shard=shard)
+
+
+def head_token_gradients(
+    inputs: HeadInputs, stats: TokenStats, upstream: TokenUpstream, request: HeadRequest
+) -> Unscaled:
+    """`head_gradients` from the upstream gradients of log-probabilities, entropies and lse, by plan "vocab"."""
+    shard = _shard_of(request.groups) or Shard(0, inputs.linear_weight.shape[0])
+    made = linear_token_backward(inputs, upstream, request.spec, request.execution, stats=stats, shard=shard)
+    return _summed(made, request)
+
+
+def head_token_loss(
+    inputs: HeadInputs, request: HeadRequest, *, function: TokenFunction, per_token: Sequence[Tensor]
+) -> HeadResults:
+    """The sum or the mean of f over the counted tokens of all ranks, and its unscaled gradients."""
+    spec, execution, groups = request.spec, request.execution, request.groups
+    sums, unscaled = sums_and_gradients(inputs, spec, execution, function=function, per_token=per_token)
+    unknown = sums.new_empty(0)
+    tokens = TokenSums(sums, unknown.to(reduction.wide_dtype(execution.dtype)), unknown, unknown, unknown)
+    losses = _finish(tokens, inputs.num_items, spec, groups=groups)
+    return HeadResults(losses, unscaled, None, None)
+
+
+def _summed(gradients: Unscaled, request: HeadRequest) -> Unscaled:
+    """Each shard of the vocabulary has made its part of the gradient of the hidden states, by whatever plan."""
+    groups = request.groups
+    if groups is None or not groups.sum_hidden or not request.execution.grads[0]:
+        return gradients
+    hidden, linear_weight, linear_bias = gradients
+    return Unscaled(all_reduce(hidden, "sum", groups.vocab), linear_weight, linear_bias)
 
 
 def _shard_of(groups: Groups | None) -> Shard | None:

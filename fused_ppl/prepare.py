@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,8 +19,10 @@ from fused_ppl import (  # noqa: F401  (op_autograd registers)
     plan,
     rank_checks,
     reference,
+    token_autograd,
 )
 from fused_ppl.engines.head import linear_case
+from fused_ppl.engines.token_loss import TokenFunction
 from fused_ppl.records import (
     Compact,
     Execution,
@@ -33,7 +35,8 @@ from fused_ppl.records import (
     LossResults,
 )
 from fused_ppl.reduction import sum_dtype
-from fused_ppl.spec import LossOutput, LossSpec, Options, with_tensors
+from fused_ppl.spec import LogProbs, LossOutput, LossSpec, Options, with_tensors
+from fused_ppl.token_autograd import TokenLossCall
 
 _DEFAULT = Options()
 
@@ -50,6 +53,23 @@ class Extras(NamedTuple):
 
 
 def from_logits(input: Tensor, target: Tensor, spec: LossSpec, *, class_dim: int, extras: Extras) -> LossOutput:
+    inputs, request = _logits_call(input, target, spec, class_dim=class_dim, extras=extras)
+    if request.execution.backend == "reference":
+        return _reference(inputs, spec, request.groups)
+    return _output(autograd.logits_loss(inputs, request), spec)
+
+
+def log_probs_from_logits(input: Tensor, target: Tensor, spec: LossSpec, *, class_dim: int, extras: Extras) -> LogProbs:
+    checks.check_exact(_options(extras))
+    inputs, request = _logits_call(input, target, spec, class_dim=class_dim, extras=extras)
+    if request.execution.backend == "reference":
+        return _reference_log_probs(inputs, spec, request.groups)
+    return token_autograd.logits_log_probs(inputs, request)
+
+
+def _logits_call(
+    input: Tensor, target: Tensor, spec: LossSpec, *, class_dim: int, extras: Extras
+) -> tuple[LogitsInputs, LogitsRequest]:
     options = _options(extras)
     checks.check_logits(input, class_dim)
     if options.inplace_backward:
@@ -65,18 +85,70 @@ def from_logits(input: Tensor, target: Tensor, spec: LossSpec, *, class_dim: int
     num_items = _check_extras(input, target, spec, extras=extras, num_classes=num_classes)
     backend = backends.choose(options.backend, input.device, input.dtype)
     inputs = LogitsInputs(logits, target, extras.weight, extras.token_weight, num_items)
-    if backend == "reference":
-        return _reference(inputs, spec, ranks)
-    if ranks is not None and checks.debug():
+    if ranks is not None and backend != "reference" and checks.debug():
         given = {"class weights": extras.weight, "num_items": num_items}
         _compare(ranks, spec, target, facts={"number of classes": num_classes, "dtype": input.dtype}, given=given)
-    execution = Execution(backend, options.memory_budget)
-    return _output(autograd.logits_loss(inputs, LogitsRequest(spec, execution, options.inplace_backward, ranks)), spec)
+    return inputs, LogitsRequest(spec, Execution(backend, options.memory_budget), options.inplace_backward, ranks)
 
 
 def from_hidden(
     input: Tensor, linear_weight: Tensor, target: Tensor, spec: LossSpec, *, linear_bias: Tensor | None, extras: Extras
 ) -> LossOutput:
+    inputs, request = _head_call(input, linear_weight, target, spec, linear_bias=linear_bias, extras=extras)
+    if request.execution.backend == "reference":
+        return _reference(_with_logits(inputs), spec, request.groups)
+    results = autograd.head_loss(inputs, request)
+    output = _output(results.losses, spec)
+    if request.plan != "compact":
+        return output
+    loss, perplexity, nll, lse, entropy, predicted, total_weight, _, _ = output
+    errors = (results.residual, results.loss_error)
+    return LossOutput(loss, perplexity, nll, lse, entropy, predicted, total_weight, *errors)
+
+
+def log_probs_from_hidden(
+    input: Tensor, linear_weight: Tensor, target: Tensor, spec: LossSpec, *, linear_bias: Tensor | None, extras: Extras
+) -> LogProbs:
+    checks.check_exact(_options(extras))
+    inputs, request = _head_call(input, linear_weight, target, spec, linear_bias=linear_bias, extras=extras)
+    if request.execution.backend == "reference":
+        return _reference_log_probs(_with_logits(inputs), spec, request.groups)
+    return token_autograd.head_log_probs(inputs, request)
+
+
+def token_loss_from_hidden(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    spec: LossSpec,
+    *,
+    linear_bias: Tensor | None,
+    extras: Extras,
+    function: TokenFunction,
+    per_token: Sequence[Tensor],
+) -> Tensor:
+    checks.check_exact(_options(extras))
+    inputs, request = _head_call(input, linear_weight, target, spec, linear_bias=linear_bias, extras=extras)
+    for k, values in enumerate(per_token):
+        checks.check_per_token(f"per_token[{k}]", values, target)
+    if request.execution.backend == "reference":
+        logits = _with_logits(inputs)
+        spec = _check_for_reference(logits, spec, request.groups)
+        labels, *constants = (t.reshape(-1) for t in (target, *per_token))
+        found = reference.log_probs(logits.logits.flatten(0, -2), labels, spec)
+        loss = function(found.log_prob, found.entropy, *constants)
+        checks.check_token_loss(loss, found.log_prob)
+        return reference.token_loss(loss, labels, spec, inputs.num_items)
+    execution = request.execution
+    # forward knows the derivatives, and so the gradients are made there
+    kind = "rows" if any(execution.grads) else "forward"
+    request = HeadRequest(request.spec, execution, kind, request.compact, request.groups)
+    return token_autograd.head_token_loss(inputs, TokenLossCall(request, function, tuple(per_token)))
+
+
+def _head_call(
+    input: Tensor, linear_weight: Tensor, target: Tensor, spec: LossSpec, *, linear_bias: Tensor | None, extras: Extras
+) -> tuple[HeadInputs, HeadRequest]:
     options, vocab_group = _options(extras), extras.vocab_group
     ranks = None if extras.group is None else groups.token_group(extras.group, spec.reduction)
     optional = [t for t in (linear_bias, extras.token_weight) if t is not None]
@@ -92,22 +164,20 @@ def from_hidden(
     checks.check_no_inplace(options.inplace_backward)
     dtype = _product_dtype(input)
     backend = backends.choose(options.backend, input.device, dtype)
-    weights = (extras.weight, extras.token_weight)
+    inputs = HeadInputs(input, linear_weight, linear_bias, target, extras.weight, extras.token_weight, num_items)
     if backend == "reference":
-        logits = torch.nn.functional.linear(input, linear_weight, linear_bias)
-        return _reference(LogitsInputs(logits, target, *weights, num_items), spec, ranks)
-    inputs = HeadInputs(input, linear_weight, linear_bias, target, *weights, num_items)
+        execution = HeadExecution(backend, None, dtype, (False, False, False))
+        return inputs, HeadRequest(spec, execution, "forward", Compact(None, None, None), ranks)
     request = _head_request(inputs, spec, options, backend=backend, dtype=dtype, ranks=ranks)
     if ranks is not None and checks.debug():
         given = {"class weights": extras.weight, "num_items": num_items, "bias": linear_bias}
         _compare(ranks, spec, target, facts={"number of classes": num_classes, "dtype": dtype}, given=given)
-    results = autograd.head_loss(inputs, request)
-    output = _output(results.losses, spec)
-    if request.plan != "compact":
-        return output
-    loss, perplexity, nll, lse, entropy, predicted, total_weight, _, _ = output
-    errors = (results.residual, results.loss_error)
-    return LossOutput(loss, perplexity, nll, lse, entropy, predicted, total_weight, *errors)
+    return inputs, request
+
+
+def _with_logits(inputs: HeadInputs) -> LogitsInputs:
+    logits = torch.nn.functional.linear(inputs.hidden, inputs.linear_weight, inputs.linear_bias)
+    return LogitsInputs(logits, inputs.target, inputs.weight, inputs.token_weight, inputs.num_items)
 
 
 def _options(extras: Extras) -> Options:
@@ -175,12 +245,20 @@ def _head_request(
     return HeadRequest(spec, execution, kind, asked, ranks)
 
 
-def _reference(inputs: LogitsInputs, spec: LossSpec, ranks: Groups | None) -> LossOutput:
+def _check_for_reference(inputs: LogitsInputs, spec: LossSpec, ranks: Groups | None) -> LossSpec:
     rank_checks.check_no_group(ranks)
     if checks.readable(inputs.target):
         checks.check_target_range(inputs.target, inputs.logits.shape[-1], spec.ignore_index)
+    return with_tensors(spec, inputs.logits.device)
+
+
+def _reference_log_probs(inputs: LogitsInputs, spec: LossSpec, ranks: Groups | None) -> LogProbs:
+    return reference.log_probs(inputs.logits, inputs.target, _check_for_reference(inputs, spec, ranks))
+
+
+def _reference(inputs: LogitsInputs, spec: LossSpec, ranks: Groups | None) -> LossOutput:
+    spec = _check_for_reference(inputs, spec, ranks)
     weights = {"weight": inputs.weight, "token_weight": inputs.token_weight}
-    spec = with_tensors(spec, inputs.logits.device)
     return reference.logits_loss(inputs.logits, inputs.target, spec, **weights, num_items=inputs.num_items)
 
 

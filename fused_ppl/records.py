@@ -139,6 +139,14 @@ class Normalizers(NamedTuple):
     nll: Tensor  # (N,)
 
 
+class TokenStats(NamedTuple):
+    """What forward keeps of every token for the gradients of its log-probability, entropy and lse."""
+
+    nll: Tensor  # (...)
+    lse: Tensor  # (...)
+    entropy: Tensor  # (...)
+
+
 class Totals(NamedTuple):
     """What one loss value per group of rows says: one group for "mean" and "sum", one per sequence, one per token."""
 
@@ -229,11 +237,25 @@ class Upstream(NamedTuple):
     grad_perplexity: Tensor | None
 
 
+class TokenUpstream(NamedTuple):
+    """The upstream gradients of what is known of every token, of the shape of the target; None where there is none."""
+
+    grad_log_prob: Tensor | None
+    grad_entropy: Tensor | None
+    grad_lse: Tensor | None
+
+
 class RowUpstream(NamedTuple):
-    """The upstream gradients of S and of Z, for every row (N,), or () where all rows share one."""
+    """The upstream gradients of S and of Z, for every row (N,), or () where all rows share one.
+
+    The other fields are (N,): those of the row's lse and entropy, and the entropy itself, which its gradient needs.
+    """
 
     grad_s: Tensor
     grad_z: Tensor | None  # None where no Z takes part
+    grad_lse: Tensor | None = None
+    grad_entropy: Tensor | None = None
+    entropy: Tensor | None = None  # None without grad_entropy
 
 
 class ColumnSums(NamedTuple):

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_ppl.records import RowStats, RowUpstream, TokenSums, Totals, Upstream
+from fused_ppl.records import RowStats, RowUpstream, TokenSums, TokenUpstream, Totals, Upstream
 from fused_ppl.spec import LossSpec
 
 
@@ -148,6 +148,19 @@ def upstream_of_sum(upstream: Upstream) -> Tensor:
         return of_loss
     of_perplexity = upstream.grad_perplexity * upstream.perplexity_factor
     return of_perplexity if of_loss is None else of_loss + of_perplexity
+
+
+def token_upstream(upstream: TokenUpstream, entropy: Tensor | None, nll: Tensor) -> RowUpstream:
+    """The upstream gradients of rows from those of log_prob = -nll, entropy and lse, where each row is its own loss."""
+
+    def rows(g: Tensor | None) -> Tensor | None:
+        return None if g is None else g.to(nll.dtype).reshape(-1)
+
+    of_nll = rows(upstream.grad_log_prob)
+    grad_s = nll.new_zeros(nll.numel()) if of_nll is None else -of_nll
+    grad_entropy = rows(upstream.grad_entropy)
+    value = None if grad_entropy is None else rows(entropy)
+    return RowUpstream(grad_s, None, rows(upstream.grad_lse), grad_entropy, value)
 
 
 def row_upstream(upstream: Upstream, spec: LossSpec, target_shape: torch.Size, dtype: torch.dtype) -> RowUpstream:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fused_ppl.spec import LossOutput, LossSpec
+from fused_ppl.spec import LogProbs, LossOutput, LossSpec
 
 
 def logits_loss(
@@ -24,13 +24,8 @@ def logits_loss(
     num_items: Tensor | None = None,  # ()
 ) -> LossOutput:
     """Return all fields of `cross_entropy_with_stats`. Targets must be in range, and arguments must be checked."""
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    counted = torch.ones_like(target, dtype=torch.bool) if spec.ignore_index is None else target != spec.ignore_index
-    y = torch.where(counted, target, 0).long()
-    # the logits of an ignored row may be NaN; they are replaced first, so that no gradient becomes NaN
-    z = torch.where(counted.unsqueeze(-1), logits.to(dtype), 0) * spec.logit_scale
-    if spec.softcap is not None:
-        z = spec.softcap * torch.tanh(z / spec.softcap)
+    z, y, counted = _transformed(logits, target, spec)
+    dtype = z.dtype
     num_classes = z.shape[-1]
     w = z.new_ones(num_classes) if weight is None else weight.to(dtype)
     u = counted.to(dtype) if token_weight is None else torch.where(counted, token_weight.to(dtype), 0)
@@ -63,6 +58,36 @@ def logits_loss(
         predicted = torch.where(counted, z.argmax(-1), -1)
     nll, lse, m = torch.where(counted, nll, 0).detach(), lse.detach(), m.double().detach()
     return LossOutput(loss.to(dtype), perplexity.to(dtype), nll, lse, entropy, predicted, m)
+
+
+def log_probs(logits: Tensor, target: Tensor, spec: LossSpec) -> LogProbs:
+    """`LogProbs` of logits (..., V) and targets (...), differentiable any number of times."""
+    z, y, counted = _transformed(logits, target, spec)
+    logp = z.log_softmax(-1)
+    # p log p is 0 for a logit of -inf, and so is its gradient
+    entropy = -(logp.exp() * logp.masked_fill(logp == -torch.inf, 0)).sum(-1)
+    values = (logp.gather(-1, y.unsqueeze(-1)).squeeze(-1), entropy, z.logsumexp(-1))
+    return LogProbs(*(torch.where(counted, value, 0) for value in values))
+
+
+def token_loss(loss: Tensor, target: Tensor, spec: LossSpec, num_items: Tensor | None) -> Tensor:
+    """The reduction of losses (N,) of tokens (N,) that need no statistics: "sum", or "mean" over counted tokens."""
+    counted = torch.ones_like(target, dtype=torch.bool) if spec.ignore_index is None else target != spec.ignore_index
+    total = torch.where(counted, loss, 0).sum(dtype=torch.float64)
+    if num_items is not None:
+        return (total / num_items).to(loss.dtype)
+    return (_divide(total, counted.sum()) if spec.reduction == "mean" else total).to(loss.dtype)
+
+
+def _transformed(logits: Tensor, target: Tensor, spec: LossSpec) -> tuple[Tensor, Tensor, Tensor]:
+    """(z, classes, whether each token counts)"""
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    counted = torch.ones_like(target, dtype=torch.bool) if spec.ignore_index is None else target != spec.ignore_index
+    # the logits of an ignored row may be NaN; they are replaced first, so that no gradient becomes NaN
+    z = torch.where(counted.unsqueeze(-1), logits.to(dtype), 0) * spec.logit_scale
+    if spec.softcap is not None:
+        z = spec.softcap * torch.tanh(z / spec.softcap)
+    return z, torch.where(counted, target, 0).long(), counted
 
 
 def _divide(s: Tensor, m: Tensor) -> Tensor:

@@ -154,6 +154,14 @@ class Options:
         checks.check_compact(self.gradient_tolerance, self.gradient_columns, self.screen)
 
 
+class LogProbs(NamedTuple):
+    """What one pass says of every token, in nats and in the shape of the target. Each field is differentiable."""
+
+    log_prob: Tensor  # z[target] - lse: log of the probability of the target; 0 where ignored
+    entropy: Tensor  # -sum_v p[v] log p[v], p = softmax(z); 0 where ignored
+    lse: Tensor  # log sum_v exp(z[v]); 0 where ignored
+
+
 class LossOutput(NamedTuple):
     """A loss with everything that one pass over the logits can tell. Nats throughout.
 

@@ -6,9 +6,11 @@ They raise an error where torch would otherwise return a wrong gradient or fail 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NoReturn
 
 import torch
+from torch import Tensor
 
 
 def fail_second_derivative() -> NoReturn:
@@ -37,6 +39,17 @@ def fail_batched_inplace() -> NoReturn:
         "inplace_backward=True writes the gradient over input, so it can compute only one gradient; got a batch of "
         "upstream gradients (is_grads_batched, jacrev). Use Options(inplace_backward=False)."
     )
+
+
+def check_no_graph_of_ops(inputs: Iterable[Tensor | None], name: str) -> None:
+    """For values that have a gradient only by an autograd.Function, where torch traces ops and no Function."""
+    traced = torch.compiler.is_compiling() and torch.is_grad_enabled()
+    if traced and any(t is not None and t.requires_grad for t in inputs):
+        raise NotImplementedError(
+            f"fused_ppl.{name} has no gradient in torch.export and in a transform of torch.func under torch.compile; "
+            "got an input that requires a gradient there. Compile a step that ends in backward(), export under "
+            "torch.no_grad(), or use Options(backend='reference')."
+        )
 
 
 def fail_op_gradient(name: str) -> NoReturn:

@@ -44,6 +44,9 @@ class Upstream(NamedTuple):
 
     dloss: Tensor  # with respect to the row's loss, its part of S
     dz_loss: Tensor | None = None  # with respect to weight * lse^2, its part of Z; needed by z_loss only
+    dlse: Tensor | None = None  # with respect to lse; this and the next two are contiguous
+    dentropy: Tensor | None = None  # with respect to the entropy
+    entropy: Tensor | None = None  # the entropy itself, which its gradient needs
 
 
 class Rows(NamedTuple):

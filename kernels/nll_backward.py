@@ -44,7 +44,7 @@ def zero_row(out_ptr, first_tile, stop_tile, V, stride_v, CONTIGUOUS: tl.constex
 
 @triton.jit
 def row_factors(dloss, dz_loss, class_weight, token_weight, weights, nll, lse, scalars, num_classes):
-    """What `gradient_row` needs of a row: (at_target, A, C, lse2, scale_log2)."""
+    """What `gradient_row` needs of a row: (at_target, A, C, lse2, scale_log2, lse_factor). A has lse_factor in it."""
     class_weight_sum = loss_weights.class_weight_sum(weights, num_classes)
     A, A_minus_B, C = row_formula.gradient_coefficients(
         dloss, dz_loss, class_weight, token_weight, class_weight_sum, lse.to(tl.float32), scalars, num_classes
@@ -53,13 +53,13 @@ def row_factors(dloss, dz_loss, class_weight, token_weight, weights, nll, lse, s
         nll, class_weight, A, A_minus_B, None if scalars.smoothing is None else C
     )
     lse_factor, lse2, scale_log2 = row_formula.split_lse(lse, nll, scalars.scale_log2)
-    return at_target, A * lse_factor, C, lse2, scale_log2
+    return at_target, A * lse_factor, C, lse2, scale_log2, lse_factor
 
 
 @triton.jit
 def gradient_row(row_ptr, out_ptr, weight_ptr, target_column, target_logit, at_target, A, C, lse2, scale_log2, scalars,
                  V, stride_v, stride_out_v, first_tile, stop_tile, CONTIGUOUS: tl.constexpr, K: tl.constexpr,
-                 T: tl.constexpr):  # fmt: skip
+                 T: tl.constexpr, E=None):  # fmt: skip
     """Writes tiles [first_tile, stop_tile) of a row's gradient, and the edges with tile 0.
 
     It writes each element once, after it has read it, so that `out_ptr` may be `row_ptr`. `target_logit` replaces the
@@ -82,14 +82,14 @@ def gradient_row(row_ptr, out_ptr, weight_ptr, target_column, target_logit, at_t
             logits = row_tiles.load_tile(body_ptr, tile, None, stride_v, CONTIGUOUS, K, T, L)
             capped, slope = row_formula.cap(logits, tanh_scale)
             w = loss_weights.load_tile_weights(weight_ptr, prefix, tile, None, K, T, L)
-            g = row_formula.gradient(capped, slope, w, scale_log2, lse2, A, C, None, at_target)
+            g = row_formula.gradient(capped, slope, w, scale_log2, lse2, A, C, None, at_target, E)
             row_tiles.store_tile(out_body_ptr, g, tile, None, stride_out_v, CONTIGUOUS, K, T, L)
         logits = row_tiles.load_tile(body_ptr, end, limit, stride_v, CONTIGUOUS, K, T, L)
         is_target = row_tiles.offsets(end, K, T, L) == target_column - prefix
         logits = logits if target_logit is None else tl.where(is_target, target_logit, logits)
         capped, slope = row_formula.cap(logits, tanh_scale)
         w = loss_weights.load_tile_weights(weight_ptr, prefix, end, limit, K, T, L)
-        g = row_formula.gradient(capped, slope, w, scale_log2, lse2, A, C, is_target, at_target)
+        g = row_formula.gradient(capped, slope, w, scale_log2, lse2, A, C, is_target, at_target, E)
         row_tiles.store_tile(out_body_ptr, g, end, limit, stride_out_v, CONTIGUOUS, K, T, L)
     if CONTIGUOUS:
         offs_v, valid = row_tiles.edge_columns(prefix, body_len, V, first_tile, T)
@@ -98,7 +98,7 @@ def gradient_row(row_ptr, out_ptr, weight_ptr, target_column, target_logit, at_t
         logits = logits if target_logit is None else tl.where(is_target, target_logit, logits)
         capped, slope = row_formula.cap(logits, tanh_scale)
         w = loss_weights.load_column_weights(weight_ptr, offs_v, valid)
-        g = row_formula.gradient(capped, slope, w, scale_log2, lse2, A, C, is_target, at_target)
+        g = row_formula.gradient(capped, slope, w, scale_log2, lse2, A, C, is_target, at_target, E)
         tl.store(out_ptr + offs_v, g.to(out_ptr.dtype.element_ty), mask=valid)
 
 
@@ -134,20 +134,27 @@ def nll_backward_kernel(
         dz_loss = None
         if scalars.z_loss is not None:
             dz_loss = tl.load(upstream.dz_loss + row.to(tl.int64) * stride_dz_loss)
-        at_target, A, C, lse2, scale_log2 = row_factors(
-            dloss, dz_loss, class_weight, token_weight, weights, tl.load(nll_ptr + row), tl.load(lse_ptr + row),
-            scalars, num_classes,
+        nll = tl.load(nll_ptr + row)
+        at_target, A, C, lse2, scale_log2, lse_factor = row_factors(
+            dloss, dz_loss, class_weight, token_weight, weights, nll, tl.load(lse_ptr + row), scalars, num_classes,
         )  # fmt: skip
+        E, dlse, dentropy, entropy = None, tl.zeros_like(nll), None, None
+        if upstream.dlse is not None:
+            dlse = tl.load(upstream.dlse + row) * scalars.logit_scale
+        if upstream.dentropy is not None:
+            dentropy, entropy = tl.load(upstream.dentropy + row) * scalars.logit_scale, tl.load(upstream.entropy + row)
+        if upstream.dlse is not None or upstream.dentropy is not None:
+            at_target, A, E = row_formula.add_statistics(at_target, A, lse_factor, nll, dlse, dentropy, entropy)
         # nearly all rows use the scale_log2 of the launch; it is a kernel argument and saves their loop a register
         if scale_log2 == scalars.scale_log2:
             gradient_row(
                 row_ptr, out_ptr, weight_ptr, target_column, None, at_target, A, C, lse2, scalars.scale_log2, scalars,
-                V, stride_v, stride_out_v, first_tile, stop_tile, CONTIGUOUS, K, T,
+                V, stride_v, stride_out_v, first_tile, stop_tile, CONTIGUOUS, K, T, E,
             )  # fmt: skip
         else:
             gradient_row(
                 row_ptr, out_ptr, weight_ptr, target_column, None, at_target, A, C, lse2, scale_log2, scalars, V,
-                stride_v, stride_out_v, first_tile * K, stop_tile * K, CONTIGUOUS, 1, T,
+                stride_v, stride_out_v, first_tile * K, stop_tile * K, CONTIGUOUS, 1, T, E,
             )  # fmt: skip
 
 

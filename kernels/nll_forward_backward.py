@@ -58,7 +58,7 @@ def forward_backward_row(row, row_ptr, target, target_logit, weights, rows, upst
 
     # nothing is overwritten too early: nll and lse depend on every load above, and every store below on them
     if upstream is not None:
-        at_target, A, C, lse2, scale_log2 = nll_backward.row_factors(
+        at_target, A, C, lse2, scale_log2, _ = nll_backward.row_factors(
             upstream, upstream, class_weight, token_weight, weights, nll, lse, scalars, V
         )
         nll_backward.gradient_row(

@@ -7,6 +7,7 @@ For a row of logits x with target y, class weights w and V classes:
     z[v]  = softcap * tanh(logit_scale * x[v] / softcap)   with one
     lse   = ln sum_v e^z[v]          p[v] = e^(z[v] - lse)          nll = lse - z[y]
     dz[v] = A * p[v] - C * w[v] - B * [v = y]              (`gradient_coefficients`)
+    dz[v] = p[v] * (dlse - dentropy * (ln p[v] + entropy))  is added for lse and entropy (`add_statistics`)
     dx[v] = dz[v] * logit_scale * slope[v]                 slope = 1, or 1 - (z / softcap)^2 under a softcap
 
 All exponentials have base 2, because the hardware has an instruction for them. A logit enters as
@@ -229,9 +230,15 @@ def split_lse(lse, nll, scale_log2):
 
 
 @triton.jit
-def gradient(capped, slope, class_weight, scale_log2, lse2, A, C, is_target, at_target):
-    """(A * p - C * w) * slope of a tile, and at_target * slope at the target. p is 0 where the logit is -inf."""
-    p = tl.exp2(tl.fma(capped, scale_log2, -lse2))
+def gradient(capped, slope, class_weight, scale_log2, lse2, A, C, is_target, at_target, E=None):
+    """((A + E * log2 p) * p - C * w) * slope of a tile, and at_target * slope at the target. p is 0 for a logit of -inf.
+
+    E is None unless the entropy has an upstream gradient.
+    """
+    log2_p = tl.fma(capped, scale_log2, -lse2)
+    p = tl.exp2(log2_p)
+    if E is not None:
+        A = tl.fma(tl.maximum(log2_p, -1000.0), E, A)  # p is 0 there, and 0 * -inf would be NaN
     g = p * A if C is None else tl.fma(p, A, -C * class_weight)
     g = g if is_target is None else tl.where(is_target, at_target, g)
     return g * slope
@@ -241,6 +248,27 @@ def gradient(capped, slope, class_weight, scale_log2, lse2, A, C, is_target, at_
 def one_minus_p(nll):
     """1 - p[y], accurate relative to itself."""
     return -expm1(-nll)
+
+
+@triton.jit
+def add_statistics(at_target, A, lse_factor, nll, dlse, dentropy, entropy):
+    """(at_target, A, E) with the upstream gradients of lse and entropy; A and E are multiplied by lse_factor.
+
+        lse      dz[v] = dlse * p[v]
+        entropy  H = -sum_v p[v] ln p[v],    dz[v] = -dentropy * p[v] * (ln p[v] + H)
+
+    `dentropy` is None where the entropy has no upstream gradient, and E is None then. All are times logit_scale. ln p
+    is z - lse, which `gradient` rounds by the log of lse_factor.
+    """
+    nll = tl.minimum(nll, 1000.0)  # p is 0 there, and 0 * inf would be NaN
+    p = tl.exp2(nll * -LOG2E)
+    if dentropy is None:
+        return tl.fma(p, dlse, at_target), tl.fma(dlse, lse_factor, A), None
+    else:
+        at_target = tl.fma(p, tl.fma(dentropy, nll - entropy, dlse), at_target)
+        E = dentropy * -LN2
+        of_all = tl.fma(E, tl.log2(lse_factor), tl.fma(-dentropy, entropy, dlse))
+        return at_target, tl.fma(of_all, lse_factor, A), E * lse_factor
 
 
 @triton.jit

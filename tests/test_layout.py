@@ -22,9 +22,9 @@ LAYERS = (
     {"engines"},
     {"loss"},
     {"autograd"},
-    {"op_autograd"},
+    {"op_autograd", "token_autograd"},
     {"prepare"},
-    {"functional"},
+    {"functional", "token_values"},
     {"accumulate", "metrics", "modules", "targets"},
     {"fused_ppl"},  # __init__.py, and `from fused_ppl import <a public name>`
     {"testing"},

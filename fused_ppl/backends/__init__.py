@@ -73,7 +73,7 @@ class RowBackend(Protocol):
         upstream: float | None,
         memory_budget: int | None,
     ) -> RowStats:
-        """The statistics of a chunk (R, V), which becomes `upstream` times the gradient of l; None computes none.
+        """The statistics of a chunk (R, V), which becomes `upstream` times the gradient of l, or stays for None.
 
         `target_logit` (R,) takes the place of logits[i, y_i], which the products may have rounded.
         """

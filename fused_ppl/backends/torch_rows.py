@@ -70,13 +70,51 @@ def nll_backward(
             grad_lse = rows.of(upstream.grad_z) * (2 * spec.z_loss) * rows.of(lse).to(chunks.dtype)
         c = coefficients(chunks, rows, grad_s=rows.of(upstream.grad_s), grad_lse=grad_lse)
         at_target = c.at_target(-others_mass(rows.of(nll)))
-        if shard is None:
+        if upstream.grad_lse is not None or upstream.grad_entropy is not None:
+            statistics = Statistics.of(rows, upstream)
+            at_target += statistics.at_target(rows.of(nll))
+            factor = statistics.factor(z, rows.of(lse), c)  # before p takes the memory of z
+            if shard is None:
+                torch.softmax(z, 1, out=p)
+            else:
+                probabilities(z, rows.of(lse), rows.of(nll), factor=torch.ones_like(c.a), out=p)
+            p.mul_(factor)
+        elif shard is None:
             torch.softmax(z, 1, out=p)
             p.mul_(_column(c.a))
         else:
             probabilities(z, rows.of(lse), rows.of(nll), factor=c.a, out=p)
         finish_gradient(chunks, rows, p, c=c, at_target=at_target, derivative=derivative)
         chunks.store(rows, p)
+
+
+class Statistics(NamedTuple):
+    """The part of lse and entropy H in the gradient: dz[v] = p_v * (lse - entropy * (z_v - lse + H)), by upstream."""
+
+    lse: Tensor  # (n,) or 0: the upstream gradient of lse
+    entropy: Tensor | None  # (n,)
+    value: Tensor | None  # (n,): H
+
+    @classmethod
+    def of(cls, rows: Rows, upstream: RowUpstream) -> Statistics:
+        lse, entropy, value = (None if g is None else rows.of(g) for g in upstream[2:])
+        return cls(torch.zeros_like(entropy) if lse is None else lse, entropy, value)  # type: ignore[arg-type]  # one is there
+
+    def at_target(self, nll: Tensor) -> Tensor:
+        nll = nll.clamp(max=1e3)  # e^-1000 is 0, and 0 * inf would be NaN
+        if self.entropy is None or self.value is None:
+            return self.lse * torch.exp(-nll)
+        return torch.exp(-nll) * (self.lse + self.entropy * (nll - self.value))
+
+    def factor(self, z: Tensor, lse: Tensor, c: Coefficients) -> Tensor:
+        """(n, V) or (n, 1): a + lse - entropy * (z_v - lse + H), which p_v is multiplied by."""
+        constant = _column(c.a + self.lse)
+        if self.entropy is None or self.value is None:
+            return constant
+        high = lse.to(z.dtype)  # what it loses is added with H; below -1000 p is 0, and 0 * -inf would be NaN
+        log_p = (z - high.unsqueeze(1)).clamp_(min=-1e3)
+        log_p += ((high - lse).to(z.dtype) + self.value).unsqueeze(1)
+        return log_p.mul_(-self.entropy.unsqueeze(1)).add_(constant)
 
 
 def probabilities(z: Tensor, lse: Tensor, nll: Tensor, *, factor: Tensor, out: Tensor) -> None:
@@ -111,15 +149,17 @@ def nll_forward_backward(
 
         lse_o = log sum_{v != y} exp z_v,    nll = log(1 + exp(lse_o - z_y)) >= 0,    1 - p_y = -expm1(-nll)
 
-    `upstream` None computes no gradient.
+    `upstream` None computes no gradient, and the logits stay.
     """
-    chunks = Chunks(logits, tokens, spec, memory_budget=memory_budget, out=logits)
+    out = None if upstream is None else logits
+    chunks = Chunks(logits, tokens, spec, memory_budget=memory_budget, out=out)
     slope = torch.empty_like(chunks.buffer) if spec.softcap is not None and upstream is not None else None
     z_y = target_z(chunks, target_logit)
     parts = []
     for rows in chunks:
         if rows.skipped:
-            logits[rows.span] = 0
+            if upstream is not None:
+                logits[rows.span] = 0
             parts.append(Others.none(chunks, rows))
             continue
         derivative = None if slope is None else slope[: rows.target.shape[0]]

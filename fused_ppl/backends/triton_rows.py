@@ -77,10 +77,11 @@ def nll_backward(
         lse=normalizers.lse.to(torch.float64).contiguous(),
         nll=normalizers.nll.contiguous(),
         upstream=launch.Upstream(
-            *(None if g is None else g.to(torch.float32).expand(target.shape) for g in upstream)  # type: ignore[arg-type]  # grad_s is there
+            *(None if g is None else g.to(torch.float32).expand(target.shape) for g in upstream[:2]),  # type: ignore[arg-type]  # grad_s is there
+            *(None if g is None else g.to(torch.float32).contiguous() for g in upstream[2:]),
         ),
         out=out,
-        config=_config(logits, heavy=spec.softcap is not None or weighted),
+        config=_config(logits, heavy=spec.softcap is not None or weighted or upstream.grad_entropy is not None),
         ignore_index=spec.ignore_index,
         first_class=first,
         num_classes=num_classes,
@@ -98,7 +99,7 @@ def nll_forward_backward(
 ) -> RowStats:
     """The statistics of a chunk of the fused LM head; its logits become `upstream` times the gradient of l.
 
-    `upstream` None computes no gradient.
+    `upstream` None computes no gradient, and the logits stay.
     """
     stats = _check_and_allocate(logits, tokens.target, spec)
     size, scalars = launch.device_size(logits.device), numbers(spec)

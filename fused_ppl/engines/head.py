@@ -267,6 +267,22 @@ class HeadLoop:
             target_logit = head.target_logits(h, label)
             yield Chunk(rows, h, tokens, target_logit, buffer[: h.shape[0]])
 
+    def clear(self) -> None:
+        """Zeros for `add_gradients`. What the first chunk overwrites is left: for the weight it would take long."""
+        unscaled = self.unscaled
+        for gradient in (unscaled.grad_hidden, unscaled.grad_bias) if self.head.num_rows else unscaled:
+            gradient.zero_()
+
+    def add_gradients(self, chunk: Chunk) -> None:
+        """The products of the gradient that now stands in `chunk.logits`."""
+        g, unscaled = chunk.logits, self.unscaled
+        if self.grads[0]:
+            self.head.add_hidden_gradient(g, self.grad_hidden[chunk.rows])
+        if self.grads[1]:
+            self.head.add_weight_gradient(g, chunk.hidden, unscaled.grad_weight, fresh=chunk.rows.start == 0)
+        if self.grads[2]:
+            unscaled.grad_bias.add_(g.sum(0, dtype=unscaled.grad_bias.dtype))
+
     def finished(self) -> Unscaled:
         """The unscaled gradients, with the rows of ignored tokens put back as zeros."""
         if self.head.counted_rows is not None and self.grads[0]:

@@ -70,12 +70,8 @@ def linear_sums(inputs: HeadInputs, spec: LossSpec, execution: HeadExecution) ->
 def stats_and_gradients(inputs: HeadInputs, spec: LossSpec, execution: HeadExecution) -> tuple[RowStats, Unscaled]:
     backend, grads = backends.load(execution.backend), execution.grads
     loop = HeadLoop(inputs, spec, execution, kind="rows" if any(grads) else "forward")
-    head, unscaled = loop.head, loop.unscaled
-    # what the first chunk overwrites is not cleared: for the weight that would take as long as the row formula
-    cleared = (unscaled.grad_hidden, unscaled.grad_bias) if head.num_rows else unscaled
-    for gradient in cleared:
-        gradient.zero_()
-    parts = []
+    head, parts = loop.head, []
+    loop.clear()
     for chunk in loop.chunks():
         g = chunk.logits
         head.logits(chunk.hidden, g)
@@ -89,12 +85,7 @@ def stats_and_gradients(inputs: HeadInputs, spec: LossSpec, execution: HeadExecu
                 memory_budget=execution.memory_budget,
             )
         )
-        if grads[0]:
-            head.add_hidden_gradient(g, loop.grad_hidden[chunk.rows])
-        if grads[1]:
-            head.add_weight_gradient(g, chunk.hidden, unscaled.grad_weight, fresh=chunk.rows.start == 0)
-        if grads[2]:
-            unscaled.grad_bias.add_(g.sum(0, dtype=unscaled.grad_bias.dtype))
+        loop.add_gradients(chunk)
     return stats_of_all(head, parts, spec, inputs.target.numel()), loop.finished()
 
 

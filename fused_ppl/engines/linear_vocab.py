@@ -16,7 +16,17 @@ from fused_ppl import backends, plan, reduction
 from fused_ppl.engines import memory
 from fused_ppl.engines.head import Head, empty_gradients, linear_case
 from fused_ppl.engines.ops import op
-from fused_ppl.records import HeadExecution, HeadInputs, Normalizers, RowUpstream, Shard, Unscaled, Upstream
+from fused_ppl.records import (
+    HeadExecution,
+    HeadInputs,
+    Normalizers,
+    RowUpstream,
+    Shard,
+    TokenStats,
+    TokenUpstream,
+    Unscaled,
+    Upstream,
+)
 from fused_ppl.spec import LossSpec
 
 
@@ -35,15 +45,44 @@ def linear_vocab_backward(
     shard: Shard,
 ) -> Unscaled:
     """The gradients, scaled. The weight is that of the shard; where no other rank has classes, of all of them."""
+    of_rows = reduction.row_upstream(upstream, spec, inputs.target.shape, normalizers.nll.dtype)
+    return gradients(inputs, of_rows, spec, execution=execution, normalizers=normalizers, shard=shard)
+
+
+@op(_fake)
+def linear_token_backward(
+    inputs: HeadInputs,
+    upstream: TokenUpstream,
+    spec: LossSpec,
+    execution: HeadExecution,
+    *,
+    stats: TokenStats,
+    shard: Shard,
+) -> Unscaled:
+    """The gradients from those of log-probabilities, entropies and lse of all classes."""
+    of_rows = reduction.token_upstream(upstream, stats.entropy, stats.nll)
+    known = Normalizers(stats.lse, stats.nll)
+    return gradients(inputs, of_rows, spec, execution=execution, normalizers=known, shard=shard)
+
+
+def gradients(
+    inputs: HeadInputs,
+    upstream: RowUpstream,
+    spec: LossSpec,
+    *,
+    execution: HeadExecution,
+    normalizers: Normalizers,
+    shard: Shard,
+) -> Unscaled:
+    """The loop over slices of the vocabulary. `upstream` and `normalizers` are those of all tokens."""
     backend, grads = backends.load(execution.backend), execution.grads
     head, (v, d) = Head(inputs, spec, execution), inputs.linear_weight.shape
-    of_rows = reduction.row_upstream(upstream, spec, inputs.target.shape, normalizers.nll.dtype)
-    of_rows = RowUpstream(head.of_rows(of_rows.grad_s), head.of_rows(of_rows.grad_z))
+    of_rows = RowUpstream(*(head.of_rows(g) for g in upstream))  # type: ignore[arg-type]  # the first is there
     known = Normalizers(*(head.of_rows(t.reshape(-1)) for t in normalizers))
     h, n = head.hidden.to(head.dtype), head.num_rows
     columns = plan.linear_plan(linear_case(h, inputs.linear_weight, execution), "vocab").columns
 
-    grad_hidden, grad_weight, grad_bias = gradients = empty_gradients(inputs, grads)
+    grad_hidden, grad_weight, grad_bias = made = empty_gradients(inputs, grads)
     dh = torch.zeros((n, d) if grads[0] else (0,), dtype=head.wide, device=h.device)
     buffer = memory.empty((n * columns,), head.dtype, h.device, brief=True)  # that of forward, if it is as large
     for first in range(0, v, columns):
@@ -70,4 +109,4 @@ def linear_vocab_backward(
             grad_bias[first:last] = g.sum(0, dtype=head.wide)
     if grads[0]:
         grad_hidden.copy_(head.for_all_tokens(dh, inputs.target.numel()).view(inputs.hidden.shape))
-    return gradients
+    return made

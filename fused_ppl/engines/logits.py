@@ -25,9 +25,11 @@ from fused_ppl.records import (
     LogitsInputs,
     LossResults,
     Normalizers,
+    RowUpstream,
     Shard,
     TokenInputs,
     TokenSums,
+    TokenUpstream,
     Upstream,
 )
 from fused_ppl.spec import LossSpec
@@ -103,6 +105,14 @@ def backward_into(
     out: Tensor, saved: Saved, upstream: Upstream, spec: LossSpec, *, execution: Execution, shard: Shard | None = None
 ) -> None:
     """Write the gradient of the logits, which may be those of a shard, into `out`, or over the logits themselves."""
+    of_rows = reduction.row_upstream(upstream, spec, saved.target.shape, saved.nll.dtype)
+    rows_backward_into(out, saved, of_rows, spec, execution=execution, shard=shard)
+
+
+def rows_backward_into(
+    out: Tensor, saved: Saved, upstream: RowUpstream, spec: LossSpec, *, execution: Execution, shard: Shard | None
+) -> None:
+    """`backward_into` from the upstream gradients of rows."""
     logits, target, weight, token_weight, lse, nll = saved
     rows = as_rows(logits)
     backends.load(execution.backend).nll_backward(
@@ -110,7 +120,7 @@ def backward_into(
         TokenInputs(flat(target), weight, flat(token_weight)),
         spec,
         normalizers=Normalizers(flat(lse), flat(nll)),  # type: ignore[arg-type]  # None where unused
-        upstream=reduction.row_upstream(upstream, spec, target.shape, nll.dtype),
+        upstream=upstream,
         out=out if out.ndim == 2 else out.view(rows.shape),  # contiguous, or with the strides of the logits
         memory_budget=execution.memory_budget,
         shard=shard,
@@ -136,6 +146,18 @@ def logits_backward(saved: Saved, upstream: Upstream, spec: LossSpec, execution:
 def logits_backward_(saved: Saved, upstream: Upstream, spec: LossSpec, execution: Execution) -> None:
     """`logits_backward` over the logits."""
     write_over_logits(saved, upstream, spec, execution=execution, shard=None)
+
+
+@op(lambda saved, *_, **__: empty_gradient(saved.logits))
+def token_backward(
+    saved: Saved, upstream: TokenUpstream, spec: LossSpec, execution: Execution, *, entropy: Tensor | None, shard: Shard
+) -> Tensor:
+    """The gradient of the logits from those of log-probabilities, entropies and lse of all classes."""
+    out = empty_gradient(saved.logits)
+    of_rows = reduction.token_upstream(upstream, entropy, saved.nll)
+    whole = shard.num_classes == saved.logits.shape[-1]
+    rows_backward_into(out, saved, of_rows, spec, execution=execution, shard=None if whole else shard)
+    return out
 
 
 def write_over_logits(
