@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
+import emulator
 import on_device
 import options as option_table
 import pytest
@@ -19,7 +20,7 @@ from fused_ppl.spec import LossSpec
 from fused_ppl.testing import assert_as_good_as_eager, make_logits, make_target
 
 if "triton" not in on_device.backends():
-    pytest.skip("the kernels run on a CPU only under TRITON_INTERPRET=1", allow_module_level=True)
+    pytest.skip("the kernels run on a CPU only under TRITON_INTERPRET=1 or --emulate", allow_module_level=True)
 tl = pytest.importorskip("triton.language")
 
 
@@ -43,6 +44,20 @@ class Case(NamedTuple):
     weight: Tensor | None = None
     token_weight: Tensor | None = None
     num_items: Tensor | None = None
+
+
+class EmulatedTraffic(dict[str, int]):
+    """Bytes loaded from and stored to the memory of some tensors, as the emulator counts them from now on."""
+
+    def __init__(self, device: emulator.Device, tensors: tuple[Tensor, ...]) -> None:
+        device.traffic = self.launches = []
+        self.starts = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+
+    def __getitem__(self, name: str) -> int:
+        return sum(launch[1 if name == "load" else 2] for launch in self.launches if launch[0] in self.starts)
+
+    def __eq__(self, other: object) -> bool:
+        return {"load": self["load"], "store": self["store"]} == other
 
 
 class Result(NamedTuple):
@@ -221,6 +236,8 @@ def judge(case: Case, rows: Rows, gradient: Tensor, dloss: Tensor, dz_loss: Tens
 def count_bytes(monkeypatch: pytest.MonkeyPatch, *tensors: Tensor) -> dict[str, int]:
     """Counts the bytes that kernels load from and store to the memory of these tensors from now on."""
     on_device.only_on_the_cpu("Triton's interpreter counts the bytes")
+    if on_device.emulated is not None:
+        return EmulatedTraffic(on_device.emulated, tensors)
     counts = {"load": 0, "store": 0}
     low_level = pytest.importorskip("triton.runtime.interpreter")._interpreter
 
