@@ -155,7 +155,7 @@ static void run_grid(Program *program) {
       if (candidate->state == READY) warp = candidate;
     }
     if (!warp) fault(NULL, NULL, 0, "a deadlock: no warp of CTA (%d, %d, %d) can run", cta->x, cta->y, cta->z);
-    run_warp(program, warp, emu_settings.quantum ? 1 + (s64)(random_bits() % emu_settings.quantum) : INT64_MAX / 2);
+    run_warp(program, warp, emu_settings.quantum ? 1 + (s64)(random_bits() % emu_settings.quantum) : emu_settings.max_instructions + 1);
     if (warp->state == DONE) cta->running--;
     if (cta->running && cta->at_barrier == cta->running) pass_barrier(cta);
     if (!cta->running && started < now.ctas) start_cta(program, cta, now.order[started++]);

@@ -77,6 +77,10 @@ static inline u64 field(u64 x, u32 start, u32 length) {
   u64 moved = start > 63 ? 0 : x >> start;
   return length > 63 ? moved : moved & (((u64)1 << length) - 1);
 }
+static inline s64 signed_field(s64 x, u32 start, u32 length) {
+  s64 moved = x >> (start > 63 ? 63 : start);
+  return length == 0 ? 0 : length > 63 ? moved : (s64)((u64)moved << (64 - length)) >> (64 - length);
+}
 static inline u32 permuted(u64 bytes, u32 selectors) {
   u32 result = 0;
   for (int k = 0; k < 4; k++) {
