@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small launches that together see nearly every change of an instruction; tests/emulator/mutants.py counts how many.
+"""Small launches that together see nearly every change of an instruction; tests/mutants.py counts how many.
 
 Each entry of MUTATED has one configuration, so that its cases launch the same programs: rows of several alignments and
 lengths, with one tile or many, wild and peaked logits, and more rows than a program's threads.
@@ -24,6 +24,7 @@ SHAPES = (
     (2085, 7, 5, 4, "peaked"),
     (600, 2, 1, 130, "random"),
     (1100, 6, 4, 6, "far"),
+    (900, 3, 1, 12, "confident"),
 )
 EVERY = ["weight", "token_weight", "label_smoothing", "logit_scale", "softcap", "z_loss", "max_nll"]
 
@@ -39,18 +40,27 @@ def two_batches(case: Case) -> Case:
 def far_apart(case: Case) -> Case:
     """Neighbouring logits are further apart than any exponent, and two of them share the largest value."""
     rows = case.logits[0]
-    rows.mul_(2048.0 if rows.dtype == torch.float16 else 1e10)
+    rows.mul_(2048.0 if rows.dtype == torch.float16 else 2e8)
     rows[:, 3] = rows[:, 700] = rows.abs().amax(1) * 1.5
     case.target[:2] = torch.tensor([3, 700])
+    return case
+
+
+def confident(case: Case) -> Case:
+    """Targets from 1 to 23 nats above the other logits, so that nll falls from 5 to 1e-7."""
+    rows = case.logits[0].clamp_(-4, 4)
+    counted = case.target != case.spec.ignore_index
+    rows[counted, case.target[counted]] = torch.arange(1, 24, 2)[counted].to(rows.dtype) + 4
     return case
 
 
 def cases(dtype: torch.dtype, names: list[str], stats: bool, slices: int) -> list[Callable[[], object]]:
     made: list[Callable[[], object]] = []
     for v, offset, pad, n, kind in SHAPES:
-        given = "random" if kind == "far" else kind
+        given = kind if kind in ("random", "wild", "peaked") else "random"
         case = make(n, v, dtype, offset=offset, pad=pad, kind=given, **options_of(names, n, v))
         case = far_apart(case) if kind == "far" else case
+        case = confident(case) if kind == "confident" else case
         case = two_batches(case) if n % 2 == 0 else case
         tiles = v // (64 * 16 // dtype.itemsize) + 1
         per_slice = -(-tiles // slices)
@@ -64,6 +74,7 @@ MUTATED = {
     "bf16": functools.partial(cases, torch.bfloat16, [], False, 1),
     "bf16, every option, statistics, 3 slices": functools.partial(cases, torch.bfloat16, EVERY, True, 3),
     "fp32, softcap, 3 slices": functools.partial(cases, torch.float32, ["softcap"], False, 3),
+    "fp32": functools.partial(cases, torch.float32, [], False, 1),
     "fp16, weight, smoothing, statistics": functools.partial(
         cases, torch.float16, ["weight", "label_smoothing"], True, 1
     ),

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 import on_device
 import pytest
 import torch
-from torch import Tensor
 from torch.testing import assert_close
 
 if on_device.emulated is None:
@@ -107,7 +106,8 @@ def test_floating_point() -> None:
     math_kernel[(1,)](x, y, out, B=256)
     a, b = x.double(), y.double()
     want = [(a * b + a).float(), x / y, x.abs().sqrt(), x.floor(), a.exp2().float(), a.abs().log2().float()]
-    want += [a.exp().float(), x.bfloat16().float(), x.half().float(), a.abs().rsqrt().float(), x.trunc(), x.sort().values]
+    want += [a.exp().float(), x.bfloat16().float(), x.half().float()]
+    want += [a.abs().rsqrt().float(), x.trunc(), x.sort().values]
     for k, expected in enumerate(want):
         assert_close(out[k], expected, rtol=3e-7, atol=1e-7, msg=lambda text, k=k: f"row {k}: {text}")
 
@@ -123,8 +123,9 @@ def integer_kernel(x, y, out, B: tl.constexpr):
     tl.store(out + 4 * B + o, (a << 5) ^ b)
     tl.store(out + 5 * B + o, (a.to(tl.int64) // b.to(tl.int64)).to(tl.int32))
     tl.store(out + 6 * B + o, tl.minimum(a, b) + tl.maximum(a, b) * 3)
-    tl.store(out + 7 * B + o, (a.to(tl.uint32, bitcast=True) // b.to(tl.uint32, bitcast=True)).to(tl.int32, bitcast=True))
-    tl.store(out + 8 * B + o, (a.to(tl.uint32, bitcast=True) >> 3).to(tl.int32, bitcast=True))
+    c, d = a.to(tl.uint32, bitcast=True), b.to(tl.uint32, bitcast=True)
+    tl.store(out + 7 * B + o, (c // d).to(tl.int32, bitcast=True))
+    tl.store(out + 8 * B + o, (c >> 3).to(tl.int32, bitcast=True))
     tl.store(out + 9 * B + o, a.to(tl.int16).to(tl.int32))
 
 

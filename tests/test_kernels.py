@@ -374,7 +374,7 @@ def test_no_rows_launch_nothing():
 
 @pytest.mark.parametrize("title", mutation_cases.MUTATED)
 def test_launches_that_see_a_changed_instruction(title):
-    """tests/emulator/mutants.py counts which changes of an instruction these cases see."""
+    """tests/mutants.py counts which changes of an instruction these cases see."""
     if on_device.interpreted():
         pytest.skip("the interpreter takes minutes: pytest --emulate sm_90")
     for case in mutation_cases.MUTATED[title]():

@@ -21,13 +21,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from emulator.ptx import Instruction, Parser, Row
 from emulator.ptx import Program as Parsed
-from torch import Tensor
 
 HERE = Path(__file__).parent
 SOURCES = ("run.c", "memory.c", "driver.c", "machine.h", "instructions.h")
-FLAGS = "-O3 -ffp-contract=off -fno-math-errno -fPIC -shared -Wall -fvisibility=hidden -Wl,-soname,libcuda.so.1".split()
+FLAGS = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-shared", "-Wall", "-fvisibility=hidden"]
+FLAGS += ["-Wl,-soname,libcuda.so.1"]
 SHARED_BASE = 1024  # as in machine.h
 MASKED_BYTES = 64 << 20  # storages up to this size are checked to the element, larger ones to their ends
 
@@ -60,17 +62,23 @@ class _Program(ctypes.Structure):
     ]
 
 
+SETTINGS = ("capability", "sms", "resident", "quantum", "shuffle", "ulps_low", "ulps_high", "check_races")
+COUNTERS = ("launches", "ctas", "warp_instructions", "lane_instructions", "barriers", "shuffles", "atomics")
+COUNTERS += ("divergences",)
+
+
 class Settings(ctypes.Structure):
     """How the device behaves; machine.h says what each field means."""
 
-    _names = "capability sms resident quantum shuffle ulps_low ulps_high check_races".split()
-    _fields_ = [(name, ctypes.c_int32) for name in _names]
-    _fields_ += [("seed", ctypes.c_uint64), ("max_instructions", ctypes.c_int64)]
+    _fields_ = [
+        *((name, ctypes.c_int32) for name in SETTINGS),
+        ("seed", ctypes.c_uint64),
+        ("max_instructions", ctypes.c_int64),
+    ]
 
 
 class Counters(ctypes.Structure):
-    _names = "launches ctas warp_instructions lane_instructions barriers shuffles atomics divergences".split()
-    _fields_ = [(name, ctypes.c_uint64) for name in _names]
+    _fields_ = [(name, ctypes.c_uint64) for name in COUNTERS]
 
 
 def problem() -> str | None:
@@ -195,7 +203,7 @@ class Device:
         return len(hits), sum(1 for count in hits if count)
 
     def report(self) -> str:
-        counts = ", ".join(f"{getattr(self.counters, name):,} {name}" for name in Counters._names)
+        counts = ", ".join(f"{getattr(self.counters, name):,} {name}" for name in COUNTERS)
         total, ran = self.coverage()
         target = f"sm_{self.settings.capability}"
         return f"emulated {target}: {len(self.programs)} programs, {ran} of {total} instructions ran; {counts}"

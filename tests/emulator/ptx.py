@@ -16,9 +16,10 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-SPECIAL = "%tid.x %ntid.x %ctaid.x %ctaid.y %ctaid.z %nctaid.x %nctaid.y %nctaid.z %laneid %warpid".split()
+SPECIAL = ["%tid.x", "%ntid.x", *(f"%{size}.{axis}" for size in ("ctaid", "nctaid") for axis in "xyz")]
+SPECIAL += ["%laneid", "%warpid"]
 ATOMICS = ["add.u", "add.f", "exch", "max", "min", "cas"]
-REDUCTIONS = "add min.s max.s min.u max.u and or xor min.f max.f min.NaN.f max.NaN.f".split()
+REDUCTIONS = ["add", "min.s", "max.s", "min.u", "max.u", "and", "or", "xor", "min.f", "max.f", "min.NaN.f", "max.NaN.f"]
 SIGN_FREE = {"add", "sub", "mul", "mad", "and", "or", "xor", "not", "neg", "shl", "mov", "selp"}
 UNSIGNED_ORDER = {"lo": "lt", "ls": "le", "hi": "gt", "hs": "ge"}
 PREDICATE = 0  # the width of an operand that is one
@@ -114,10 +115,10 @@ def canonical(opcode: str, num_sources: int) -> str:
         rest[-1] = re.sub("^b", "u", kind)
     elif op == "shr":
         rest[-1] = re.sub("^b", "u", kind)
-    elif op in SIGN_FREE and kind[0] in "us" and "wide" not in rest and "hi" not in rest:
+    elif kind[0] in "us" and op in SIGN_FREE and not {"wide", "hi"} & {*rest}:
         rest[-1] = "b" + kind[1:]
-    elif op in ("mov", "selp") and kind[0] == "f":
-        rest[-1] = "b" + kind[1:]
+    elif op in ("mov", "selp"):
+        rest[-1] = re.sub("^f", "b", kind)
     if op in ("min", "max") and num_sources == 3:
         op += "3"
     return "_".join([op, *rest])
@@ -386,7 +387,8 @@ class Parser:
         destinations = tuple(self._destination(name) for name in names)
         if space == "param":
             name, offset = re.fullmatch(r"\[\s*([\w$]+)\s*(?:\+\s*(\d+)\s*)?\]", operands[1]).groups()
-            return self._emit("load_param", destinations, immediate=self.param_offsets[name] + int(offset or 0), **fields)
+            fields["immediate"] = self.param_offsets[name] + int(offset or 0)
+            return self._emit("load_param", destinations, **fields)
         if space not in ("global", "shared"):
             raise Unsupported(f"{space} memory")
         address, offset, wide = self._address(operands[1])
@@ -406,7 +408,7 @@ class Parser:
     def _matrix(self, name: str, modifiers: list[str], operands: list[str]) -> None:
         if "m8n8" not in modifiers or modifiers[-1] != "b16":
             raise Unsupported("shape of a matrix")
-        count = next((int(m[1]) for m in modifiers if re.fullmatch(r"x[124]", m)))
+        count = next(int(m[1]) for m in modifiers if re.fullmatch(r"x[124]", m))
         load = name == "load_matrix"
         address, offset, wide = self._address(operands[1 if load else 0])
         values = tuple(self._register(text, 4) for text in elements_of(operands[0 if load else 1]))
