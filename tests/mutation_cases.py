@@ -25,6 +25,8 @@ SHAPES = (
     (600, 2, 1, 130, "random"),
     (1100, 6, 4, 6, "far"),
     (900, 3, 1, 12, "confident"),
+    (1200, 5, 2, 6, "unlikely"),
+    (3100, 1, 3, 4, "ignored"),
 )
 EVERY = ["weight", "token_weight", "label_smoothing", "logit_scale", "softcap", "z_loss", "max_nll"]
 
@@ -54,6 +56,13 @@ def confident(case: Case) -> Case:
     return case
 
 
+def unlikely(case: Case) -> Case:
+    """Targets 200 nats below the other logits: the sum relative to them overflows, and the row is done again."""
+    counted = case.target != case.spec.ignore_index
+    case.logits[0, counted, case.target[counted]] = -200
+    return case
+
+
 def cases(dtype: torch.dtype, names: list[str], stats: bool, slices: int) -> list[Callable[[], object]]:
     made: list[Callable[[], object]] = []
     for v, offset, pad, n, kind in SHAPES:
@@ -61,6 +70,9 @@ def cases(dtype: torch.dtype, names: list[str], stats: bool, slices: int) -> lis
         case = make(n, v, dtype, offset=offset, pad=pad, kind=given, **options_of(names, n, v))
         case = far_apart(case) if kind == "far" else case
         case = confident(case) if kind == "confident" else case
+        case = unlikely(case) if kind == "unlikely" else case
+        if kind == "ignored":
+            case.target[1:3] = case.spec.ignore_index
         case = two_batches(case) if n % 2 == 0 else case
         tiles = v // (64 * 16 // dtype.itemsize) + 1
         per_slice = -(-tiles // slices)
