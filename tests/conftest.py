@@ -34,14 +34,17 @@ from fused_ppl.testing import assert_as_good_as_eager, value_and_gradient
 hypothesis.settings.register_profile("suite", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("suite")
 
-INTERPRETER_LIMIT = 20_000  # logits; the interpreter takes minutes for more
+LIMITS = {"interpreter": 20_000, "emulator": 1_000_000}  # logits; more would take minutes
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", default="cpu", help="where the tests put their tensors; see tests/on_device.py")
+    parser.addoption("--emulate", metavar="sm_90[,setting=value...]", help="run the kernels on tests/emulator")
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("emulate"):
+        on_device.emulate(config.getoption("emulate"))
     on_device.place(config.getoption("device"), config.option.collectonly)
 
 
@@ -53,6 +56,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "backend" in metafunc.fixturenames:
         metafunc.parametrize("backend", on_device.backends(), indirect=True, scope="session")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if on_device.emulated is not None:
+        terminalreporter.write_line(on_device.emulated.report())
 
 
 @pytest.fixture(scope="session")
@@ -73,8 +81,9 @@ def fits(backend: str) -> Callable[..., None]:
     def check(*shape: int, dtype: torch.dtype = torch.float32) -> None:
         if backend == "triton" and dtype == torch.float64:
             pytest.skip("the kernels compute in float32 and refuse float64")
-        if backend == "triton" and on_device.interpreted() and math.prod(shape) > INTERPRETER_LIMIT:
-            pytest.skip(f"{math.prod(shape)} logits take the interpreter minutes; the limit is {INTERPRETER_LIMIT}")
+        runs = "interpreter" if on_device.interpreted() else "emulator" if on_device.emulated is not None else None
+        if backend == "triton" and runs is not None and math.prod(shape) > LIMITS[runs]:
+            pytest.skip(f"{math.prod(shape)} logits take the {runs} minutes; the limit is {LIMITS[runs]}")
 
     return check
 

@@ -14,6 +14,7 @@ import functools
 import os
 from collections.abc import Callable
 
+import emulator
 import pytest
 import stand_in
 import torch
@@ -50,6 +51,7 @@ ON_THE_CPU = {
 RANDOM = ("rand", "randn", "randint", "randperm")
 
 device = torch.device("cpu")
+emulated: emulator.Device | None = None  # under --emulate
 
 
 def interpreted() -> bool:
@@ -64,9 +66,37 @@ def elsewhere() -> bool:
 
 def backends() -> list[str]:
     """Those that every test of this process runs over."""
-    if interpreted():
+    if interpreted() or emulated is not None:
         return ["triton"]
     return ["torch"] if device.type in ("cpu", stand_in.NAME) else ["torch", "triton"]
+
+
+def emulate(asked: str) -> None:
+    """From here on the kernels are compiled for a GPU that tests/emulator is: `sm_90`, or `sm_90,resident=8,seed=2`."""
+    global emulated
+    if os.environ.get("TRITON_INTERPRET", "0") != "0":
+        raise pytest.UsageError("--emulate runs compiled kernels; unset TRITON_INTERPRET, which interprets them.")
+    if (problem := emulator.problem()) is not None:
+        pytest.exit(f"--emulate: no emulated GPU here: {problem}", returncode=0)
+    target, *settings = asked.split(",")
+    emulated = emulator.install(int(target.removeprefix("sm_")))
+    for name, _, value in (setting.partition("=") for setting in settings):
+        if not hasattr(emulated.settings, name):
+            raise pytest.UsageError(f"--emulate: no setting {name}; tests/emulator/README.md lists them.")
+        setattr(emulated.settings, name, int(value))
+    from fused_ppl import backends
+    from fused_ppl.kernels import launch
+
+    if "sms=" in asked:
+        sms = emulated.settings.sms
+        launch.device_size = lambda where: launch.Device(sms)
+    refusal = backends.refusal
+
+    def refusal_but_for_the_cpu(name: str, where: torch.device, dtype: torch.dtype) -> str | None:
+        runs = name == "triton" and where.type == "cpu" and dtype != torch.float64
+        return None if runs else refusal(name, where, dtype)
+
+    backends.refusal = refusal_but_for_the_cpu
 
 
 def place(name: str, collect_only: bool) -> None:
