@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
-from typing import Any
+from typing import Any, NamedTuple
 
 import aot
 import budgets
@@ -21,7 +21,24 @@ from torch import Tensor
 
 from fused_ppl.kernels import compact_columns, compact_kept, launch
 
-NUM_ROWS, NUM_SMS, V, K = 1024, 132, 128256, 16032
+NUM_SMS = 132
+
+
+class Sizes(NamedTuple):
+    """The shapes of a launch."""
+
+    rows: int  # of a chunk
+    v: int
+    k: int  # kept columns
+
+
+SIZES = Sizes(1024, 128256, 16032)
+# Each group leads to one program. Rows that are multiples of 16 elements have one, and all others have another. These
+# are rows of what a kernel moves 16 bytes at a time: `out` (rows, k), or `logits` (rows, v) for "columns".
+EVEN, ODD = (SIZES, Sizes(1000, 151643, 16048), Sizes(7, 50257, 16)), (Sizes(1024, 50304, 999), Sizes(7, 151643, 7))
+SAME_PROGRAM = {"kept": (EVEN, ODD), "rescreen": (EVEN, ODD), "factors": ((*EVEN, *ODD, Sizes(1, 1, 1)),)}
+SAME_PROGRAM["columns"] = ((SIZES, Sizes(7, 50304, 9)), (Sizes(1024, 50257, 16), Sizes(1, 151643, 7)))
+SMALLEST = Sizes(1, 1, 1)
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 PLAIN = launch.loss_scalars()
 EVERYTHING = launch.loss_scalars(logit_scale=0.5, softcap=30.0, z_loss=1e-4)
@@ -29,8 +46,8 @@ EVERYTHING = launch.loss_scalars(logit_scale=0.5, softcap=30.0, z_loss=1e-4)
 # (instructions a logit in the hot loop, registers), measured with triton 3.9 plus a few per cent; see budgets.py
 BUDGETS: dict[str, dict[str, tuple[float, int]]] = {
     "columns": {"sm": (13.5, 88), "gf": (16.6, 96)},  # of them 0.5 are a row's own multiplier
-    "kept": {"sm": (19.5, 56), "gf": (23.0, 64)},
-    "rescreen": {"sm": (12.5, 72), "gf": (14.0, 64)},
+    "kept": {"sm": (17.2, 56), "gf": (19.5, 64)},
+    "rescreen": {"sm": (10.0, 80), "gf": (9.2, 64)},
 }
 
 
@@ -38,21 +55,23 @@ def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def _factors() -> compact_columns.RowFactors:
-    return compact_columns.RowFactors(*(_meta(NUM_ROWS) for _ in range(6)))  # type: ignore[call-arg]
+def _factors(rows: int) -> compact_columns.RowFactors:
+    return compact_columns.RowFactors(*(_meta(rows) for _ in range(6)))  # type: ignore[call-arg]
 
 
-def columns(dtype: torch.dtype, scalars: launch.LossScalars = PLAIN, warp_size: int = 32) -> tuple[Any, dict[str, Any]]:
+def columns(
+    dtype: torch.dtype, scalars: launch.LossScalars = PLAIN, warp_size: int = 32, sizes: Sizes = SIZES
+) -> tuple[Any, dict[str, Any]]:
     """The sums over rows, and the arguments that their launcher gives them."""
-    tiling = compact_columns.choose_tiling(NUM_ROWS, V, dtype.itemsize, launch.Device(NUM_SMS, warp_size))
-    shape = (-(-NUM_ROWS // tiling.rows_per_part), V)
-    row_sum = _meta(-(-V // tiling.block), NUM_ROWS) if scalars.tanh_scale is not None else None
+    tiling = compact_columns.choose_tiling(sizes.rows, sizes.v, dtype.itemsize, launch.Device(NUM_SMS, warp_size))
+    shape = (-(-sizes.rows // tiling.rows_per_part), sizes.v)
+    row_sum = _meta(-(-sizes.v // tiling.block), sizes.rows) if scalars.tanh_scale is not None else None
     kwargs = aot.capture(
         compact_columns.column_sums_kernel,
         lambda: compact_columns.launch_column_sums(
-            _meta(NUM_ROWS, V, dtype=dtype),
-            _meta(NUM_ROWS, dtype=torch.int64),
-            _factors(),
+            _meta(sizes.rows, sizes.v, dtype=dtype),
+            _meta(sizes.rows, dtype=torch.int64),
+            _factors(sizes.rows),
             scalars,
             sums=compact_columns.ColumnSums(_meta(*shape), _meta(*shape), None, row_sum),
             tiling=tiling,
@@ -61,56 +80,60 @@ def columns(dtype: torch.dtype, scalars: launch.LossScalars = PLAIN, warp_size: 
     return compact_columns.column_sums_kernel, kwargs
 
 
-def kept(dtype: torch.dtype, scalars: launch.LossScalars = PLAIN, warp_size: int = 32) -> tuple[Any, dict[str, Any]]:
+def kept(
+    dtype: torch.dtype, scalars: launch.LossScalars = PLAIN, warp_size: int = 32, sizes: Sizes = SIZES
+) -> tuple[Any, dict[str, Any]]:
     kwargs = aot.capture(
         compact_kept.kept_gradient_kernel,
         lambda: compact_kept.launch_kept_gradient(
-            _meta(NUM_ROWS, V, dtype=dtype),
-            _meta(K, dtype=torch.int64),
-            _factors(),
+            _meta(sizes.rows, sizes.v, dtype=dtype),
+            _meta(sizes.k, dtype=torch.int64),
+            _factors(sizes.rows),
             scalars,
-            target_position=_meta(NUM_ROWS, dtype=torch.int64),
-            out=_meta(NUM_ROWS, K, dtype=dtype),
-            row_sum=_meta(NUM_ROWS),
+            target_position=_meta(sizes.rows, dtype=torch.int64),
+            out=_meta(sizes.rows, sizes.k, dtype=dtype),
+            row_sum=_meta(sizes.rows),
         ),
     )
     return compact_kept.kept_gradient_kernel, kwargs
 
 
 def rescreen(
-    dtype: torch.dtype, scalars: launch.LossScalars = PLAIN, warp_size: int = 32
+    dtype: torch.dtype, scalars: launch.LossScalars = PLAIN, warp_size: int = 32, sizes: Sizes = SIZES
 ) -> tuple[Any, dict[str, Any]]:
-    rows = [_meta(NUM_ROWS) for _ in range(4)]
-    wide = _meta(NUM_ROWS, dtype=torch.float64)
+    rows = [_meta(sizes.rows) for _ in range(4)]
+    wide = _meta(sizes.rows, dtype=torch.float64)
     kwargs = aot.capture(
         compact_kept.rescreen_kernel,
         lambda: compact_kept.launch_rescreen(
-            _meta(NUM_ROWS, V, dtype=torch.bfloat16),
-            _meta(K, dtype=torch.int64),
-            _factors(),
+            _meta(sizes.rows, sizes.v, dtype=torch.bfloat16),
+            _meta(sizes.k, dtype=torch.int64),
+            _factors(sizes.rows),
             scalars,
-            target_position=_meta(NUM_ROWS, dtype=torch.int64),
+            target_position=_meta(sizes.rows, dtype=torch.int64),
             nll=rows[0],
             lse=wide,
-            out=_meta(NUM_ROWS, K, dtype=dtype),
+            out=_meta(sizes.rows, sizes.k, dtype=dtype),
             corrected=compact_kept.CorrectedRows(rows[0], wide, *rows[1:]),
         ),
     )
     return compact_kept.rescreen_kernel, kwargs
 
 
-def factors(dtype: torch.dtype, scalars: launch.LossScalars = PLAIN, warp_size: int = 32) -> tuple[Any, dict[str, Any]]:
+def factors(
+    dtype: torch.dtype, scalars: launch.LossScalars = PLAIN, warp_size: int = 32, sizes: Sizes = SIZES
+) -> tuple[Any, dict[str, Any]]:
     kwargs = aot.capture(
         compact_columns.row_factors_kernel,
         lambda: compact_columns.launch_row_factors(
-            _meta(NUM_ROWS, dtype=torch.int64),
-            launch.Weights(_meta(V), _meta(), _meta(NUM_ROWS)),
+            _meta(sizes.rows, dtype=torch.int64),
+            launch.Weights() if scalars == PLAIN else launch.Weights(_meta(sizes.v), _meta(), _meta(sizes.rows)),
             scalars,
-            target_logit=_meta(NUM_ROWS),
-            lse=_meta(NUM_ROWS, dtype=torch.float64),
-            nll=_meta(NUM_ROWS),
-            factors=_factors(),
-            num_classes=V,
+            target_logit=_meta(sizes.rows),
+            lse=_meta(sizes.rows, dtype=torch.float64),
+            nll=_meta(sizes.rows),
+            factors=_factors(sizes.rows),
+            num_classes=sizes.v,
             ignore_index=-100,
         ),
     )
@@ -142,6 +165,16 @@ def broken(kernel: str, target: str, mode: str, found: aot.Report) -> list[str]:
     return [text for text, holds in checks.items() if not holds]
 
 
+def of_other_sizes(kernel: str, target: str) -> list[str]:
+    """The sizes that lead to a program of their own, in words. A step that meets one waits for its compilation."""
+    aot.compile_call(*KERNELS[kernel](torch.bfloat16, sizes=SMALLEST), aot.TARGETS[target])  # raises if there is none
+    words = []
+    for first, *others in SAME_PROGRAM[kernel]:
+        program, *found = (str(vars(aot.source(*KERNELS[kernel](torch.bfloat16, sizes=s)))) for s in (first, *others))
+        words += [f"{s} has another program than {first}" for s, p in zip(others, found, strict=True) if p != program]
+    return words
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", choices=aot.TARGETS, nargs="+", default=list(aot.TARGETS))
@@ -151,6 +184,11 @@ def main() -> None:
     if not args.check:
         print("| target | kernel | dtype | options | instructions / logit | barriers | registers | spills |")
         print("|---|---|---|---|---|---|---|---|")
+    for target, kernel in itertools.product(args.target if args.check else (), KERNELS):
+        words = of_other_sizes(kernel, target)
+        failures += len(words)
+        for word in words:
+            print(f"{target} {kernel}: {word}")
     modes = {"off": PLAIN, "all": EVERYTHING}
     for target, kernel, dtype, mode in itertools.product(args.target, KERNELS, DTYPES, modes):
         found = aot.read(

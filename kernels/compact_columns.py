@@ -64,7 +64,7 @@ class ColumnTiling(NamedTuple):
     num_warps: int
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["ignore_index", "N", "V"])
 def row_factors_kernel(
     target_logit_ptr, target_ptr, lse_ptr, nll_ptr, weights,  # inputs
     factors,  # outputs

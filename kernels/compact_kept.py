@@ -31,7 +31,8 @@ from fused_ppl.kernels import row_formula
 from fused_ppl.kernels.compact_columns import RowFactors
 from fused_ppl.kernels.launch import LossScalars, on_device, register_limit
 
-BLOCK = 1024
+BLOCK = 1024  # columns that a program processes at a time
+REST = 256  # of the last ones, which do not fill a block
 NUM_WARPS = 4
 
 
@@ -46,21 +47,45 @@ class CorrectedRows(NamedTuple):
 
 
 @triton.jit
-def load_kept(row_ptr, kept_ptr, start, num_kept, BLOCK: tl.constexpr):
-    """The logits of a block of kept columns in fp32, -inf beyond the last one; and their positions in [0, num_kept)."""
-    positions = start + tl.arange(0, BLOCK)
-    kept = tl.load(kept_ptr + positions, mask=positions < num_kept, other=0)
-    return tl.load(row_ptr + kept, mask=positions < num_kept, other=float("-inf")).to(tl.float32), positions
+def load_kept(row_ptr, kept_ptr, positions, limit):
+    """The logits of a block of kept columns in fp32, -inf from `limit` on. A limit of None means that all exist."""
+    mask = None if limit is None else positions < limit
+    kept = tl.load(kept_ptr + positions, mask=mask, other=None if limit is None else 0)
+    return tl.load(row_ptr + kept, mask=mask, other=None if limit is None else float("-inf")).to(tl.float32)
 
 
 @triton.jit
+def load_exact(out_row_ptr, positions, limit):
+    """The exact logits of a block of kept columns in fp32, 0 from `limit` on."""
+    mask = None if limit is None else positions < limit
+    return tl.load(out_row_ptr + positions, mask=mask, other=None if limit is None else 0.0).to(tl.float32)
+
+
+@triton.jit
+def kept_gradient(row_ptr, kept_ptr, out_row_ptr, positions, limit, target_position, softmax_factor, at_target, lse2,
+                  scale_log2, scalars):  # fmt: skip
+    """Writes the gradient of a block of kept columns, and returns it."""
+    capped, slope = row_formula.cap(load_kept(row_ptr, kept_ptr, positions, limit), scalars.tanh_scale)
+    g = row_formula.gradient(capped, slope, None, scale_log2, lse2, softmax_factor, None, None, 0.0)
+    g = tl.where(positions == target_position, at_target, g)  # at_target includes its slope
+    mask = None if limit is None else positions < limit
+    g = g if limit is None else tl.where(mask, g, 0.0)
+    tl.store(out_row_ptr + positions, g.to(out_row_ptr.dtype.element_ty), mask=mask)
+    return g
+
+
+# One program serves every K and V. Whole blocks have no mask, so their loads are wide without knowing K. `stride_out_n`
+# is not in the list, because stores of 16 bytes need rows that are multiples of 16: it has one program for those
+_INTEGERS = ["num_kept", "stride_n"]
+
+
+@triton.jit(do_not_specialize=_INTEGERS)
 def kept_gradient_kernel(
     logits_ptr, kept_ptr, target_position_ptr, factors,  # inputs
     out_ptr, row_sum_ptr,  # outputs
     scalars,  # scalars
-    num_kept,  # sizes
-    stride_n, stride_out_n,  # strides
-    BLOCK: tl.constexpr,
+    num_kept, stride_n, stride_out_n,  # sizes and strides
+    BLOCK: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     row_ptr = logits_ptr + row.to(tl.int64) * stride_n
@@ -69,35 +94,60 @@ def kept_gradient_kernel(
     scale_log2 = tl.load(factors.scale_log2 + row)
     at_target = tl.load(factors.at_target + row) * scalars.logit_scale
     target_position = tl.load(target_position_ptr + row)
-    row_sum = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, num_kept, BLOCK):
-        logits, positions = load_kept(row_ptr, kept_ptr, start, num_kept, BLOCK)
-        capped, slope = row_formula.cap(logits, scalars.tanh_scale)
-        g = row_formula.gradient(capped, slope, None, scale_log2, lse2, softmax_factor, None, None, 0.0)
-        g = tl.where(positions == target_position, at_target, g)  # at_target includes its slope
-        g = tl.where(positions < num_kept, g, 0.0)
-        row_sum += g
-        tl.store(out_row_ptr + positions, g.to(out_ptr.dtype.element_ty), mask=positions < num_kept)
-    tl.store(row_sum_ptr + row, tl.sum(row_sum, 0))
+    row_sum, rest_sum = tl.zeros((BLOCK,), tl.float32), tl.zeros((REST,), tl.float32)
+    whole_blocks = num_kept // BLOCK * BLOCK
+    for start in range(0, whole_blocks, BLOCK):
+        row_sum += kept_gradient(
+            row_ptr, kept_ptr, out_row_ptr, start + tl.arange(0, BLOCK), None, target_position, softmax_factor,
+            at_target, lse2, scale_log2, scalars,
+        )  # fmt: skip
+    for start in range(whole_blocks, num_kept, REST):
+        rest_sum += kept_gradient(
+            row_ptr, kept_ptr, out_row_ptr, start + tl.arange(0, REST), num_kept, target_position, softmax_factor,
+            at_target, lse2, scale_log2, scalars,
+        )  # fmt: skip
+    tl.store(row_sum_ptr + row, tl.sum(row_sum, 0) + tl.sum(rest_sum, 0))
 
 
 @triton.jit
-def kept_probabilities(logits, positions, target_position, num_kept, lse2, scale_log2, scalars):
-    """p and p * slope of a block, 0 at the target and beyond the last column, without the lse_factor of the row."""
+def kept_probabilities(logits, positions, limit, target_position, lse2, scale_log2, scalars):
+    """p and p * slope of a block, 0 at the target and from `limit` on, without the lse_factor of the row."""
     capped, slope = row_formula.cap(logits, scalars.tanh_scale)
     p = row_formula.gradient(capped, 1.0, None, scale_log2, lse2, 1.0, None, None, 0.0)
-    p = tl.where((positions < num_kept) & (positions != target_position), p, 0.0)
+    valid = positions != target_position if limit is None else (positions < limit) & (positions != target_position)
+    p = tl.where(valid, p, 0.0)
     return p, p * slope
 
 
 @triton.jit
+def add_kept(row_ptr, kept_ptr, out_row_ptr, positions, limit, target_position, lse2, scale_log2, scalars,
+             screened_sum, p_slope_sum, exact_sum):  # fmt: skip
+    """Adds a block of kept columns: p by the screen, p * slope by the screen, and p by the exact logits."""
+    screened, exact = load_kept(row_ptr, kept_ptr, positions, limit), load_exact(out_row_ptr, positions, limit)
+    p, p_slope = kept_probabilities(screened, positions, limit, target_position, lse2, scale_log2, scalars)
+    exact, _ = kept_probabilities(exact, positions, limit, target_position, lse2, scale_log2, scalars)
+    return screened_sum + p, p_slope_sum + p_slope, exact_sum + exact
+
+
+@triton.jit
+def rescreened_gradient(out_row_ptr, positions, limit, target_position, A, lse_factor, at_target, lse2, scale_log2,
+                        scalars):  # fmt: skip
+    """Overwrites a block of exact logits with their gradient."""
+    capped, slope = row_formula.cap(load_exact(out_row_ptr, positions, limit), scalars.tanh_scale)
+    g = row_formula.gradient(
+        capped, slope, None, scale_log2, lse2, A * lse_factor, None, positions == target_position, at_target
+    )
+    g = tl.where(A == 0, 0.0, g).to(out_row_ptr.dtype.element_ty)
+    tl.store(out_row_ptr + positions, g, mask=None if limit is None else positions < limit)
+
+
+@triton.jit(do_not_specialize=_INTEGERS)
 def rescreen_kernel(
     out_ptr, screened_ptr, kept_ptr, target_position_ptr, nll_ptr, lse_ptr, factors,  # inputs
     corrected,  # outputs; out_ptr is one as well
     scalars,  # scalars
-    num_kept,  # sizes
-    stride_n, stride_out_n,  # strides
-    BLOCK: tl.constexpr,
+    num_kept, stride_n, stride_out_n,  # sizes and strides
+    BLOCK: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     row_ptr = screened_ptr + row.to(tl.int64) * stride_n
@@ -106,14 +156,20 @@ def rescreen_kernel(
     lse_factor, lse2, scale_log2 = row_formula.split_lse(lse, screened_nll, scalars.scale_log2)
     target_position = tl.load(target_position_ptr + row)
     screened_sum, p_slope_sum, exact_sum = (tl.zeros((BLOCK,), tl.float32),) * 3
-    for start in range(0, num_kept, BLOCK):
-        logits, positions = load_kept(row_ptr, kept_ptr, start, num_kept, BLOCK)
-        p, p_slope = kept_probabilities(logits, positions, target_position, num_kept, lse2, scale_log2, scalars)
-        screened_sum += p
-        p_slope_sum += p_slope
-        logits = tl.load(out_row_ptr + positions, mask=positions < num_kept, other=0.0).to(tl.float32)
-        exact_sum += kept_probabilities(logits, positions, target_position, num_kept, lse2, scale_log2, scalars)[0]
-    kept_screened, kept_exact = tl.sum(screened_sum, 0) * lse_factor, tl.sum(exact_sum, 0) * lse_factor
+    whole_blocks = num_kept // BLOCK * BLOCK
+    for start in range(0, whole_blocks, BLOCK):
+        screened_sum, p_slope_sum, exact_sum = add_kept(
+            row_ptr, kept_ptr, out_row_ptr, start + tl.arange(0, BLOCK), None, target_position, lse2, scale_log2,
+            scalars, screened_sum, p_slope_sum, exact_sum,
+        )  # fmt: skip
+    screened_rest, p_slope_rest, exact_rest = (tl.zeros((REST,), tl.float32),) * 3
+    for start in range(whole_blocks, num_kept, REST):
+        screened_rest, p_slope_rest, exact_rest = add_kept(
+            row_ptr, kept_ptr, out_row_ptr, start + tl.arange(0, REST), num_kept, target_position, lse2, scale_log2,
+            scalars, screened_rest, p_slope_rest, exact_rest,
+        )  # fmt: skip
+    kept_screened = (tl.sum(screened_sum, 0) + tl.sum(screened_rest, 0)) * lse_factor
+    kept_exact = (tl.sum(exact_sum, 0) + tl.sum(exact_rest, 0)) * lse_factor
     dropped = tl.maximum(row_formula.one_minus_p(screened_nll) - kept_screened, 0.0)
     target_t = screened_nll.to(tl.float64) * -row_formula.LOG2E
     nll2, log2_sum = row_formula.nll_of_sum(dropped + kept_exact, target_t)
@@ -121,26 +177,26 @@ def rescreen_kernel(
     new_lse = lse + log2_sum * row_formula.LN2
     tl.store(corrected.nll + row, nll)
     tl.store(corrected.lse + row, new_lse)
-    tl.store(corrected.p_slope_sum + row, tl.sum(p_slope_sum, 0) * lse_factor)
+    tl.store(corrected.p_slope_sum + row, (tl.sum(p_slope_sum, 0) + tl.sum(p_slope_rest, 0)) * lse_factor)
     p_ratio = row_formula.pow2(-log2_sum.to(tl.float32))
     tl.store(corrected.p_ratio + row, p_ratio)
     ratio = tl.where((kept_screened > 0) & (kept_exact > 0), tl.log2(kept_exact / kept_screened), 0.0)
     tl.store(corrected.nll_error + row, dropped * p_ratio * tl.abs(ratio) * row_formula.LN2)
 
     lse_factor, lse2, scale_log2 = row_formula.split_lse(new_lse, nll, scalars.scale_log2)
-    A, A_minus_B = (
-        tl.load(factors.A + row) * scalars.logit_scale,
-        tl.load(factors.A_minus_B + row) * scalars.logit_scale,
-    )
+    A = tl.load(factors.A + row) * scalars.logit_scale
+    A_minus_B = tl.load(factors.A_minus_B + row) * scalars.logit_scale
     at_target = row_formula.gradient_at_target(nll, 1.0, A, A_minus_B, None)
-    for start in range(0, num_kept, BLOCK):
-        positions = start + tl.arange(0, BLOCK)
-        logits = tl.load(out_row_ptr + positions, mask=positions < num_kept, other=0.0).to(tl.float32)
-        capped, slope = row_formula.cap(logits, scalars.tanh_scale)
-        is_target = positions == target_position
-        g = row_formula.gradient(capped, slope, None, scale_log2, lse2, A * lse_factor, None, is_target, at_target)
-        g = tl.where(A == 0, 0.0, g)
-        tl.store(out_row_ptr + positions, g.to(out_ptr.dtype.element_ty), mask=positions < num_kept)
+    for start in range(0, whole_blocks, BLOCK):
+        rescreened_gradient(
+            out_row_ptr, start + tl.arange(0, BLOCK), None, target_position, A, lse_factor, at_target, lse2,
+            scale_log2, scalars,
+        )  # fmt: skip
+    for start in range(whole_blocks, num_kept, REST):
+        rescreened_gradient(
+            out_row_ptr, start + tl.arange(0, REST), num_kept, target_position, A, lse_factor, at_target, lse2,
+            scale_log2, scalars,
+        )  # fmt: skip
 
 
 def launch_kept_gradient(
@@ -162,9 +218,8 @@ def launch_kept_gradient(
             logits_ptr=logits, kept_ptr=kept, target_position_ptr=target_position, factors=factors,
             out_ptr=out, row_sum_ptr=row_sum,
             scalars=scalars,
-            num_kept=num_kept,
-            stride_n=logits.stride(0), stride_out_n=out.stride(0),
-            BLOCK=BLOCK, num_warps=NUM_WARPS, enable_fp_fusion=False, **register_limit(128),
+            num_kept=num_kept, stride_n=logits.stride(0), stride_out_n=out.stride(0),
+            BLOCK=BLOCK, REST=REST, num_warps=NUM_WARPS, enable_fp_fusion=False, **register_limit(56),
         )  # fmt: skip
 
 
@@ -190,7 +245,6 @@ def launch_rescreen(
             lse_ptr=lse, factors=factors,
             corrected=corrected,
             scalars=scalars,
-            num_kept=num_kept,
-            stride_n=screened.stride(0), stride_out_n=out.stride(0),
-            BLOCK=BLOCK, num_warps=NUM_WARPS, enable_fp_fusion=False, **register_limit(72),
+            num_kept=num_kept, stride_n=screened.stride(0), stride_out_n=out.stride(0),
+            BLOCK=BLOCK, REST=REST, num_warps=NUM_WARPS, enable_fp_fusion=False, **register_limit(80),
         )  # fmt: skip

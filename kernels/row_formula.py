@@ -90,17 +90,12 @@ def cap(logits, tanh_scale):
 
 
 @triton.jit
-def target_shift(capped_target, scale_log2):
-    """The shift without a running maximum: 8 above the target's logit in base 2.
-
-    A float32 t is rounded in proportion to |t|. The terms that matter lie above the target, so the shift does as well.
-    """
-    return tl.fma(capped_target, scale_log2, 8.0)
-
-
-@triton.jit
 def rescale(sum_exp, sum_exp_t, change):
-    """The sums relative to a new shift. `change` is the old shift minus the new one, in base 2, and at most 0."""
+    """The sums relative to a new shift. `change` is the old shift minus the new one, in base 2, and at most 0.
+
+    The sums of most tiles meet a change of 0, and must keep their bits. They do, because 2**0 is exactly 1 on every GPU:
+    the table of special values of `ex2` in NVIDIA's PTX ISA says so, and that of V_EXP_F32 in AMD's ISA documents.
+    """
     change = tl.maximum(change, -1000.0)  # the first maximum replaces LOWEST: 0 * -inf would be NaN
     return sum_exp * tl.exp2(change), tl.exp2(change) * tl.fma(sum_exp, change, sum_exp_t)
 
@@ -113,8 +108,8 @@ def accumulate(capped, valid, class_weight, tile_base, wins_ties, capped_max, su
 
         t = z * log2(e) - shift    sum_exp = sum 2**t    sum_exp_t = sum 2**t * t    sum_w_t = sum class_weight * t
 
-    Without RUNNING_MAX, `capped_max` is the shift itself and stays as it is (`target_shift`). With it, `capped_max` is
-    the thread's running maximum of `capped`, and the shift is scale_log2 times that. `sum_w_t` is then taken without a
+    Without RUNNING_MAX, `capped_max` is the shift itself and stays as it is. With it, `capped_max` is the thread's
+    running maximum of `capped`, and the shift is scale_log2 times that. `sum_w_t` is then taken without a
     shift, because shards add theirs. `argmax_base` says in which tile each thread met its maximum (`find_argmax`).
     """
     if valid is not None:

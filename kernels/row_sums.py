@@ -3,12 +3,13 @@
 
     t[v] = z[v] * log2(e) - shift        sum_exp = sum 2**t        sum_exp_t = sum 2**t * t        sum_w_t = sum w * t
 
-Without an argmax or an entropy, the shift is the target's logit (`row_formula.target_shift`). Nothing then depends on
+Without an argmax or an entropy, the shift is the target's logit (`target_shift`). Nothing then depends on
 an earlier logit except additions: one multiply-add, one exponential and one addition per logit. The sums leave the
 target out, and its share 2**target_t is added at the end. A small sum is then not rounded away beside it.
 
-The sum overflows if a logit is more than about 85 nats above the target. `finish_row_sums` sees that and reads the row
-a second time with a running maximum. An argmax, an entropy and shards need the running maximum from the start.
+The sum overflows if a logit is more than about 85 nats above the target. It loses digits if all logits are more than
+about 53 nats below the target, because the hardware takes 2**t below 2**-126 as 0. `finish_row_sums` sees both and reads
+the row a second time with a running maximum. An argmax, an entropy and shards need the running maximum from the start.
 
 The obvious online softmax keeps one maximum for the whole program. It crosses threads in every tile and rescales with
 every new maximum: about twice the instructions per logit, and four barriers per tile. Here each of T threads keeps its
@@ -19,6 +20,32 @@ import triton
 import triton.language as tl
 
 from fused_ppl.kernels import loss_weights, row_formula, row_tiles
+
+SMALLEST_SHARE = tl.constexpr(2.0**-102)
+
+
+@triton.jit
+def target_shift(capped_target, scale_log2):
+    """The shift without a running maximum: 8 above the target's logit in base 2.
+
+    A float32 t is rounded in proportion to |t|. The terms that matter lie above the target, so the shift does as well.
+    """
+    return tl.fma(capped_target, scale_log2, 8.0)
+
+
+@triton.jit
+def rescale_row(sum_exp, sum_exp_t, old_max, new_max, scale_log2):
+    """The sums of a row relative to a new maximum, in the whole range of float32.
+
+    The hardware takes 2**change as 0 below 2**-126, and the product with a larger sum would be lost. The power of 2
+    therefore comes in two exact factors, each at least 2**-126. The rest of the exponent is less than 2.
+    """
+    change = (old_max.to(tl.float64) - new_max.to(tl.float64)) * tl.cast(scale_log2, tl.float64)
+    half = tl.maximum(tl.floor(0.5 * change.to(tl.float32)), -126.0)
+    power = ((127 + half.to(tl.int32)) << 23).to(tl.float32, bitcast=True)
+    rest = row_formula.pow2(tl.maximum((change - 2.0 * half).to(tl.float32), -1000.0))
+    change = tl.maximum(change.to(tl.float32), -1000.0)
+    return sum_exp * rest * power * power, tl.fma(sum_exp, change, sum_exp_t) * rest * power * power
 
 
 @triton.jit
@@ -44,7 +71,7 @@ def sum_row(row_ptr, weight_ptr, target_column, capped_target, scale_log2, tanh_
     """(shift, sum_exp, sum_exp_t, sum_w_t, argmax) of tiles [first_tile, stop_tile), without the target's column.
 
     If first_tile is 0, the sums include both edges. With RUNNING_MAX `shift` is the maximum of `capped`, otherwise
-    `row_formula.target_shift`. `argmax` is V unless PREDICTED is set.
+    `target_shift`. `argmax` is V unless PREDICTED is set.
     """
     L: tl.constexpr = row_tiles.VECTOR_BYTES * 8 // row_ptr.dtype.element_ty.primitive_bitwidth if CONTIGUOUS else 1
     TILE: tl.constexpr = K * T * L
@@ -56,7 +83,7 @@ def sum_row(row_ptr, weight_ptr, target_column, capped_target, scale_log2, tanh_
     if RUNNING_MAX:
         shift = tl.full((T,), row_formula.LOWEST, tl.float32)
     else:
-        shift = row_formula.target_shift(capped_target, scale_log2)
+        shift = target_shift(capped_target, scale_log2)
 
     for segment in range(segments):
         begin, end, limit = row_tiles.segment_bounds(
@@ -95,12 +122,16 @@ def sum_row(row_ptr, weight_ptr, target_column, capped_target, scale_log2, tanh_
 
     argmax = V
     if RUNNING_MAX:
-        row_max = tl.maximum(tl.max(shift, 0), capped_target)
+        others_max = tl.max(shift, 0)
+        row_max = tl.maximum(others_max, capped_target)
         if PREDICTED:
             argmax = find_argmax(row_ptr, shift, argmax_base, row_max, target_column, V, stride_v, tanh_scale, K, T, L)
-        sum_exp, sum_exp_t = row_formula.rescale(sum_exp, sum_exp_t, (shift - row_max) * scale_log2)
+        sum_exp, sum_exp_t = row_formula.rescale(sum_exp, sum_exp_t, (shift - others_max) * scale_log2)
         shift = row_max
-    return shift, tl.sum(sum_exp, 0), tl.sum(sum_exp_t, 0), tl.sum(sum_w_t, 0), argmax
+    sum_exp, sum_exp_t = tl.sum(sum_exp, 0), tl.sum(sum_exp_t, 0)
+    if RUNNING_MAX:
+        sum_exp, sum_exp_t = rescale_row(sum_exp, sum_exp_t, others_max, row_max, scale_log2)
+    return shift, sum_exp, sum_exp_t, tl.sum(sum_w_t, 0), argmax
 
 
 @triton.jit
@@ -120,9 +151,11 @@ def finish_row_sums(row_ptr, weight_ptr, target_column, capped_target, shift, su
         argmax = tl.where(argmax < V, argmax, 0)  # torch.argmax is 0 for a row of -inf
     else:
         # sum_exp has overflowed, or |shift| is so large that float32 cannot represent the target's logit + 8. For fp32
-        # logits the limit is lower: above 2**18 the largest t has lost so many bits that its gradient would show it
+        # logits the limit is lower: above 2**18 the largest t has lost so many bits that its gradient would show it.
+        # Each term below 2**-126 was taken as 0. V of them may be 2**-24 of a sum that is smaller than V * 2**-102
         LIMIT: tl.constexpr = 262144.0 if row_ptr.dtype.element_ty == tl.float32 else 1e37
-        if not ((sum_exp < LIMIT) & (tl.abs(shift) < 67108864.0)):
+        lowest = V.to(tl.float32) * SMALLEST_SHARE
+        if not ((sum_exp < LIMIT) & (sum_exp > lowest) & (tl.abs(shift) < 67108864.0)):
             w_shift2 = row_max
             row_max, sum_exp, sum_exp_t, sum_w_t, argmax = sum_row(
                 row_ptr, weight_ptr, target_column, capped_target, scale_log2, tanh_scale, V, stride_v, 0, V + 1,

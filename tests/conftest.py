@@ -113,6 +113,15 @@ def _fma_that_rounds_once() -> None:
 
 
 @pytest.fixture(autouse=True, scope="session")
+def _powers_of_2_as_a_gpu_has_them() -> None:
+    """GPUs take 2**x as 0 where it is no normal number. The interpreter would hide what that costs."""
+    if not on_device.interpreted():
+        return
+    pytest.importorskip("triton.runtime.interpreter")
+    interpreter.flush_powers()
+
+
+@pytest.fixture(autouse=True, scope="session")
 def _interpreter_that_does_only_what_it_must() -> None:
     """Integer overflow is looked for by tests/test_kernels*.py only."""
     if not on_device.interpreted():

@@ -14,10 +14,11 @@ from op_cases import checked_op
 from torch import Tensor
 from torch.testing import assert_close
 
-from fused_ppl import Options, linear_cross_entropy, linear_cross_entropy_with_stats, linear_perplexity, plan
+from fused_ppl import Options, backends, linear_cross_entropy, linear_cross_entropy_with_stats, linear_perplexity, plan
 from fused_ppl.engines import compact, linear_compact
-from fused_ppl.records import Compact, HeadExecution, HeadInputs, TokenInputs
+from fused_ppl.records import Compact, HeadExecution, HeadInputs, KeptColumns, TokenInputs
 from fused_ppl.spec import LossSpec
+from fused_ppl.testing import make_logits
 
 
 @named
@@ -376,3 +377,18 @@ def test_the_residual_of_nan_is_nan(backend, fits):
             hidden, head.requires_grad_(), target, options=Options(backend=backend, **how)
         )
         assert out.loss.isnan() and out.residual.isnan()
+
+
+def test_the_slope_at_the_target_is_that_of_its_fp32_logit(backend):
+    """The chunk holds the logit rounded to bf16. Under a softcap that would cost the gradient 1e-3 of itself."""
+    x, y = make_logits((6, 40), torch.bfloat16), torch.tensor([0, 39, 7, 8, 8, 20])
+    target_logit, spec = x.gather(1, y[:, None])[:, 0].float() * 1.0037, LossSpec(softcap=4.0, logit_scale=0.8)
+    z = x.double().scatter(1, y[:, None], target_logit.double()[:, None]).requires_grad_()
+    loss = torch.nn.functional.cross_entropy(4 * torch.tanh(0.8 * z / 4), y, reduction="sum")
+    want = torch.autograd.grad(loss, z)[0].gather(1, y[:, None])
+    module, out = backends.load_compact(backend), torch.empty(6, 40)
+    how = {"target_logit": target_logit, "signed": False, "memory_budget": None}
+    stats, _, factors = module.nll_columns(x, TokenInputs(y, None, None), spec, **how)
+    kept = KeptColumns(torch.arange(40), y)
+    module.nll_kept(x.float(), kept, spec, stats=stats, factors=factors, out=out, memory_budget=None)
+    assert_close(out.gather(1, y[:, None]).double(), want, rtol=2e-6, atol=0)

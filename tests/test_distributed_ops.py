@@ -32,7 +32,7 @@ SPECS = {
     "each token": LossSpec(reduction="none", z_loss=0.1),
     "sequences": LossSpec(reduction="sequence"),
     "tensors": LossSpec(
-        logit_scale=IN_SCALARS, z_loss=IN_SCALARS, scalars=torch.tensor([0.5, 0.1], dtype=torch.float64)
+        softcap=IN_SCALARS, z_loss=IN_SCALARS, scalars=torch.tensor([3.0, 0.1, 0], dtype=torch.float64)
     ),
 }
 TRUE = (True,) * 3

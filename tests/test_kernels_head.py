@@ -190,9 +190,9 @@ def test_no_depth_of_the_target_costs_the_other_gradients(distance):
 
 @pytest.mark.parametrize("stats", [False, True], ids=["", "stats"])
 def test_confident_rows_keep_their_digits(stats):
-    """The target 20 to 80 above the rest, in bf16: nll, 1 - p and all gradients are accurate relative to themselves."""
-    case, target_logit = make(7, 400, torch.bfloat16, ignored=0)
-    target_logit.copy_(torch.linspace(20, 80, 7) + 0.01)
+    """The target 20 to 95 above 0, in bf16: nll, 1 - p and all gradients are accurate relative to themselves."""
+    case, target_logit = make(8, 400, torch.bfloat16, ignored=0)
+    target_logit.copy_(torch.tensor([20, 30, 40, 50, 60, 70, 80, 95]) + 0.01)
     others = case.logits[0].double().clone()
     others.scatter_(1, case.target[:, None], -math.inf)
     rest = (others - target_logit[:, None].double()).exp()
@@ -304,8 +304,8 @@ def test_the_torch_backend_gives_the_same():
     """One interface: every statistic and the gradient, with every option."""
     logits, target = make_logits((5, 90)), torch.tensor([0, 89, IGNORED, 4, 5])
     spec = LossSpec(label_smoothing=0.1, softcap=7.0, z_loss=0.01, stats=True)
-    tokens = TokenInputs(target, torch.linspace(1, 2, 90), torch.linspace(1, 3, 5))
-    how = {"target_logit": torch.linspace(-1, 1, 5), "upstream": 0.7, "memory_budget": None}
+    tokens = TokenInputs(target, kernel_cases.uneven(90, 1, 2), kernel_cases.uneven(5, 1, 3))
+    how = {"target_logit": kernel_cases.uneven(5, -1, 1), "upstream": 0.7, "memory_budget": None}
     results = []
     for module in (torch_rows, triton_rows):
         x = logits.clone()

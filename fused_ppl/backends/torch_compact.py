@@ -213,9 +213,15 @@ def nll_kept(
         p = chunks.copy(rows)
         transform(p, chunks.spec, derivative)
         probabilities(p, stats.lse[i], stats.nll[i], factor=factors.a[i], out=p)
-        c = Coefficients(factors.a[i], factors.rest[i], None)
-        at_target = c.at_target(-others_mass(stats.nll[i]))
-        finish_gradient(chunks, rows, p, c=c, at_target=at_target, derivative=derivative)
+        if derivative is not None:
+            p.mul_(derivative)
+        elif spec.logit_scale != 1:
+            p.mul_(spec.logit_scale)
+        # at the target the factors have the slope of the fp32 logit, which the chunk holds rounded
+        at_target = factors.at_target[i].unsqueeze(1)
+        if rows.owned is not None:
+            at_target = torch.where(rows.owned.unsqueeze(1), at_target, p.gather(1, rows.target))
+        p.scatter_(1, rows.target, at_target)
         left.append(factors.row_sum[i] - p.sum(1))
         chunks.store(rows, p)
     return torch.cat(left) if left else factors.a
