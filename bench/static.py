@@ -70,6 +70,8 @@ def jobs(targets: list[str], fast: bool = False) -> Iterator[Job]:
     for target, kernel, (dtype, name) in itertools.product(targets, budgets.KERNELS, budgets.NAMES.items()):
         if fast:
             yield from (Job("fused_ppl", kernel, name, v, target) for v in EVEN)
+            if kernel == "backward" and target == "sm_90":
+                yield Job("fused_ppl", kernel, name, budgets.ODD, target, "entropy")
             continue
         for mode in MODES:
             for v in vocabularies(kernel, dtype, aot.TARGETS[target].warp_size, mode):
@@ -122,6 +124,8 @@ def run(job: Job) -> dict[str, Any]:
 
 def broken(job: Job, dtype: torch.dtype, found: aot.Report) -> list[str]:
     """What the program promises and does not keep."""
+    if job.options == "entropy" and job.kernel == "backward":
+        return budgets.violations(found, budgets.ENTROPY[dtype], dtype.itemsize)
     if job.options != "off" or job.v not in EVEN:
         return budgets.broken_promises(found, _keywords(job.options).get("contiguous", True))
     sources = (aot.source(*budgets.KERNELS[job.kernel](dtype, v, job.target)).hash() for v in (job.v, EVEN[job.v]))
