@@ -53,8 +53,8 @@ BUDGETS: dict[tuple[str, torch.dtype], dict[str, tuple[float, ...]]] = {
     ("forward_backward", FP16): _HEAD_HALF,
     ("forward_backward", FP32): _HEAD_FULL,
 }
-# The backward of log-probabilities whose entropy has an upstream gradient, on sm_90. Each logit takes a multiply-add more,
-# and a maximum without which a logit of -inf would give 0 * inf.
+# The backward of log-probabilities whose entropy has an upstream gradient, on sm_90. Each logit takes a multiply-add
+# more, and a maximum without which a logit of -inf would give 0 * inf.
 ENTROPY = {BF16: (7.4, 72), FP16: (7.4, 72), FP32: (6.5, 48)}
 MUFU = 1.02  # exponentials for each logit
 

@@ -187,16 +187,6 @@ def check_constant(name: str, value: object, shape: Sequence[int], what: str, *,
     check_no_grad(name, constant)
 
 
-def check_per_token(name: str, value: object, target: Tensor) -> None:
-    """Check a tensor of any dtype with one constant for each token."""
-    constant = check_tensor(name, value)
-    if constant.shape != target.shape:
-        shape = tuple(target.shape)
-        raise ValueError(f"{name} must have shape {shape}, the shape of target; got {tuple(constant.shape)}.")
-    check_device(name, constant, target)
-    check_no_grad(name, constant)
-
-
 def check_no_grad(name: str, value: Tensor) -> None:
     if value.requires_grad and torch.is_grad_enabled():
         hint = "Detach it, or scale the hidden states by it." if name == "logit_scale" else "Detach it."
@@ -314,31 +304,6 @@ def check_no_out_features(out_features: object) -> None:
         raise ValueError(
             f"out_features must be (), because each hidden state has one target; got {out_features!r}. "
             "For several targets of one hidden state use torch.nn.LinearCrossEntropyLoss."
-        )
-
-
-def check_token_loss(loss: object, log_prob: Tensor) -> None:
-    """What the function of `linear_token_loss` returns."""
-    if not isinstance(loss, Tensor) or loss.shape != log_prob.shape:
-        got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-        raise ValueError(
-            "fn must return one loss for each token that it is given, without a sum or a mean; "
-            f"got {got} for tokens of shape {tuple(log_prob.shape)}."
-        )
-
-
-def check_exact(options: Any) -> None:
-    """For log-probabilities, whose upstream gradients are known only in backward."""
-    if options.inplace_backward:
-        raise ValueError(
-            "inplace_backward=True is for losses from logits; got it for log-probabilities. "
-            "Use Options(inplace_backward=False)."
-        )
-    asked = (options.gradient_tolerance, options.gradient_columns, options.screen)
-    if any(value is not None for value in asked):
-        raise ValueError(
-            "gradient_tolerance, gradient_columns and screen are for losses whose upstream gradients are known in "
-            f"forward; got {asked} for log-probabilities. Leave them None."
         )
 
 

@@ -20,6 +20,7 @@ from fused_ppl import (  # noqa: F401  (op_autograd registers)
     rank_checks,
     reference,
     token_autograd,
+    token_checks,
 )
 from fused_ppl.engines.head import linear_case
 from fused_ppl.engines.token_loss import TokenFunction
@@ -60,7 +61,7 @@ def from_logits(input: Tensor, target: Tensor, spec: LossSpec, *, class_dim: int
 
 
 def log_probs_from_logits(input: Tensor, target: Tensor, spec: LossSpec, *, class_dim: int, extras: Extras) -> LogProbs:
-    checks.check_exact(_options(extras))
+    token_checks.check_exact(_options(extras))
     inputs, request = _logits_call(input, target, spec, class_dim=class_dim, extras=extras)
     if request.execution.backend == "reference":
         return _reference_log_probs(inputs, spec, request.groups)
@@ -109,7 +110,7 @@ def from_hidden(
 def log_probs_from_hidden(
     input: Tensor, linear_weight: Tensor, target: Tensor, spec: LossSpec, *, linear_bias: Tensor | None, extras: Extras
 ) -> LogProbs:
-    checks.check_exact(_options(extras))
+    token_checks.check_exact(_options(extras))
     inputs, request = _head_call(input, linear_weight, target, spec, linear_bias=linear_bias, extras=extras)
     if request.execution.backend == "reference":
         return _reference_log_probs(_with_logits(inputs), spec, request.groups)
@@ -127,17 +128,17 @@ def token_loss_from_hidden(
     function: TokenFunction,
     per_token: Sequence[Tensor],
 ) -> Tensor:
-    checks.check_exact(_options(extras))
+    token_checks.check_exact(_options(extras))
     inputs, request = _head_call(input, linear_weight, target, spec, linear_bias=linear_bias, extras=extras)
     for k, values in enumerate(per_token):
-        checks.check_per_token(f"per_token[{k}]", values, target)
+        token_checks.check_per_token(f"per_token[{k}]", values, target)
     if request.execution.backend == "reference":
         logits = _with_logits(inputs)
         spec = _check_for_reference(logits, spec, request.groups)
         labels, *constants = (t.reshape(-1) for t in (target, *per_token))
         found = reference.log_probs(logits.logits.flatten(0, -2), labels, spec)
         loss = function(found.log_prob, found.entropy, *constants)
-        checks.check_token_loss(loss, found.log_prob)
+        token_checks.check_token_loss(loss, found.log_prob)
         return reference.token_loss(loss, labels, spec, inputs.num_items)
     execution = request.execution
     # forward knows the derivatives, and so the gradients are made there

@@ -155,7 +155,14 @@ class Options:
 
 
 class LogProbs(NamedTuple):
-    """What one pass says of every token, in nats and in the shape of the target. Each field is differentiable."""
+    """What one pass says of every token, in nats and in the shape of the target. Each field is differentiable.
+
+    Example:
+        >>> import torch, fused_ppl
+        >>> values = fused_ppl.log_probs(torch.zeros(1, 4), torch.tensor([2]))
+        >>> values.log_prob, values.entropy
+        (tensor([-1.3863]), tensor([1.3863]))
+    """
 
     log_prob: Tensor  # z[target] - lse: log of the probability of the target; 0 where ignored
     entropy: Tensor  # -sum_v p[v] log p[v], p = softmax(z); 0 where ignored

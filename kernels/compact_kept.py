@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fused_ppl.kernels import row_formula
+from fused_ppl.kernels import elementary, row_formula
 from fused_ppl.kernels.compact_columns import RowFactors
 from fused_ppl.kernels.launch import LossScalars, on_device, register_limit
 
@@ -171,17 +171,17 @@ def rescreen_kernel(
     kept_screened = (tl.sum(screened_sum, 0) + tl.sum(screened_rest, 0)) * lse_factor
     kept_exact = (tl.sum(exact_sum, 0) + tl.sum(exact_rest, 0)) * lse_factor
     dropped = tl.maximum(row_formula.one_minus_p(screened_nll) - kept_screened, 0.0)
-    target_t = screened_nll.to(tl.float64) * -row_formula.LOG2E
+    target_t = screened_nll.to(tl.float64) * -elementary.LOG2E
     nll2, log2_sum = row_formula.nll_of_sum(dropped + kept_exact, target_t)
-    nll = (nll2 * row_formula.LN2).to(tl.float32)
-    new_lse = lse + log2_sum * row_formula.LN2
+    nll = (nll2 * elementary.LN2).to(tl.float32)
+    new_lse = lse + log2_sum * elementary.LN2
     tl.store(corrected.nll + row, nll)
     tl.store(corrected.lse + row, new_lse)
     tl.store(corrected.p_slope_sum + row, (tl.sum(p_slope_sum, 0) + tl.sum(p_slope_rest, 0)) * lse_factor)
-    p_ratio = row_formula.pow2(-log2_sum.to(tl.float32))
+    p_ratio = elementary.pow2(-log2_sum.to(tl.float32))
     tl.store(corrected.p_ratio + row, p_ratio)
     ratio = tl.where((kept_screened > 0) & (kept_exact > 0), tl.log2(kept_exact / kept_screened), 0.0)
-    tl.store(corrected.nll_error + row, dropped * p_ratio * tl.abs(ratio) * row_formula.LN2)
+    tl.store(corrected.nll_error + row, dropped * p_ratio * tl.abs(ratio) * elementary.LN2)
 
     lse_factor, lse2, scale_log2 = row_formula.split_lse(new_lse, nll, scalars.scale_log2)
     A = tl.load(factors.A + row) * scalars.logit_scale

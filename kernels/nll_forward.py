@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fused_ppl.kernels import grid_reduction, loss_weights, row_formula, row_sums, row_tiles
+from fused_ppl.kernels import elementary, grid_reduction, loss_weights, row_formula, row_sums, row_tiles
 from fused_ppl.kernels.launch import (
     SHARD_FIELDS,
     LaunchConfig,
@@ -46,15 +46,15 @@ def store_row(row, rows, sum_exp, sum_exp_t, sum_w_t, argmax, shift2, w_shift2, 
     target_t = target_z2 - shift2
     nll2, log2_sum = row_formula.nll_of_sum(sum_exp, target_t)
     lse2 = shift2 + log2_sum
-    nll = (nll2 * row_formula.LN2).to(tl.float32)
+    nll = (nll2 * elementary.LN2).to(tl.float32)
     loss = class_weight * nll
     if scalars.smoothing is not None:
         sum_w_t = sum_w_t.to(tl.float64) + class_weight * (target_z2 - w_shift2)
         smoothing_sum = (class_weight_sum * (lse2 - w_shift2) - sum_w_t).to(tl.float32)  # sum_v w[v] * (lse - z[v])
-        loss = (1.0 - scalars.smoothing) * loss + smoothing_sum * (scalars.smoothing / num_classes * row_formula.LN2)
+        loss = (1.0 - scalars.smoothing) * loss + smoothing_sum * (scalars.smoothing / num_classes * elementary.LN2)
     tl.store(rows.loss + row, token_weight * loss)
     tl.store(rows.weight + row, token_weight * class_weight)
-    lse = lse2 * row_formula.LN2
+    lse = lse2 * elementary.LN2
     tl.store(rows.nll + row, nll)
     tl.store(rows.lse + row, lse)
     if rows.entropy is not None:
@@ -68,11 +68,11 @@ def store_row(row, rows, sum_exp, sum_exp_t, sum_w_t, argmax, shift2, w_shift2, 
 def store_shard(shards_ptr, row, shift2, sum_exp, sum_exp_t, sum_w_t, target_z2, owned, argmax):
     """Stores the SHARD_FIELDS of a row, in nats. The sums leave the target out, so that a small sum stays exact."""
     ptr = shards_ptr + row.to(tl.int64) * _SHARD_FIELDS
-    tl.store(ptr, shift2 * row_formula.LN2)
+    tl.store(ptr, shift2 * elementary.LN2)
     tl.store(ptr + 1, sum_exp)
-    tl.store(ptr + 2, tl.where(owned, target_z2 * row_formula.LN2, 0.0))
-    tl.store(ptr + 3, sum_w_t.to(tl.float64) * row_formula.LN2)
-    tl.store(ptr + 4, sum_exp_t * row_formula.LN2)
+    tl.store(ptr + 2, tl.where(owned, target_z2 * elementary.LN2, 0.0))
+    tl.store(ptr + 3, sum_w_t.to(tl.float64) * elementary.LN2)
+    tl.store(ptr + 4, sum_exp_t * elementary.LN2)
     tl.store(ptr + 5, argmax)
 
 

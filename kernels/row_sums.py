@@ -19,7 +19,7 @@ own sums over vectors (K, T, L), and they are added once, at the end of the row.
 import triton
 import triton.language as tl
 
-from fused_ppl.kernels import loss_weights, row_formula, row_tiles
+from fused_ppl.kernels import elementary, loss_weights, row_formula, row_tiles
 
 SMALLEST_SHARE = tl.constexpr(2.0**-102)
 
@@ -43,7 +43,7 @@ def rescale_row(sum_exp, sum_exp_t, old_max, new_max, scale_log2):
     change = (old_max.to(tl.float64) - new_max.to(tl.float64)) * tl.cast(scale_log2, tl.float64)
     half = tl.maximum(tl.floor(0.5 * change.to(tl.float32)), -126.0)
     power = ((127 + half.to(tl.int32)) << 23).to(tl.float32, bitcast=True)
-    rest = row_formula.pow2(tl.maximum((change - 2.0 * half).to(tl.float32), -1000.0))
+    rest = elementary.pow2(tl.maximum((change - 2.0 * half).to(tl.float32), -1000.0))
     change = tl.maximum(change.to(tl.float32), -1000.0)
     return sum_exp * rest * power * power, tl.fma(sum_exp, change, sum_exp_t) * rest * power * power
 

@@ -20,7 +20,8 @@ from collections.abc import Callable, Iterator
 import on_device
 import torch
 from emulator import Device, Fault
-from emulator.ptx import Instruction, Program
+from emulator.opcodes import Instruction
+from emulator.ptx import Program
 
 SWAPS = {
     "add_b32": "sub_b32", "sub_b32": "add_b32", "add_b64": "sub_b64", "sub_b64": "add_b64", "mul_b32": "add_b32",

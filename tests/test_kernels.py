@@ -6,7 +6,6 @@ from __future__ import annotations
 import dataclasses
 import math
 
-import on_device
 import options as option_table
 import pytest
 import torch
@@ -20,7 +19,6 @@ from fused_ppl.testing import make_logits, make_target
 tl = pytest.importorskip("triton.language")
 
 import kernel_cases  # noqa: E402
-import mutation_cases  # noqa: E402
 import triton  # noqa: E402
 from kernel_cases import (  # noqa: E402
     DTYPES,
@@ -400,12 +398,3 @@ def test_no_rows_launch_nothing():
     tokens = TokenInputs(torch.zeros(0, dtype=torch.int64), None, None)
     rows, totals = triton_rows.nll_forward(torch.zeros(1, 0, 7), tokens, LossSpec(), num_items=None, memory_budget=None)
     assert totals is None and all(t.numel() == 0 for t in rows if t is not None)
-
-
-@pytest.mark.parametrize("title", mutation_cases.MUTATED)
-def test_launches_that_see_a_changed_instruction(title):
-    """tests/mutants.py counts which changes of an instruction these cases see."""
-    if on_device.interpreted():
-        pytest.skip("the interpreter takes minutes: pytest --emulate sm_90")
-    for case in mutation_cases.MUTATED[title]():
-        case()

@@ -14,7 +14,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # a module of fused_ppl imports rooms of earlier lines, and its own
 LAYERS = (
     {"kernels"},
-    {"checks", "rank_checks", "transform_checks"},
+    {"checks"},
+    {"rank_checks", "token_checks", "transform_checks"},
     {"spec"},
     {"records"},
     {"groups", "plan", "reduction", "reference"},
@@ -39,7 +40,7 @@ TRITON_BACKEND = {"fused_ppl/backends/triton_rows.py", "fused_ppl/backends/trito
 # one of these outside its room is a second copy of the row formula, or an exp of a mean
 FORMULA_NAMES = {"exp", "exp2", "expm1", "log_softmax", "logsumexp", "one_hot", "softmax"}
 TORCH_ROOMS = {"fused_ppl/backends/torch_stats.py", "fused_ppl/backends/torch_rows.py"}  # l, and its gradient
-FORMULA_ROOMS = {"fused_ppl/reference.py", *TORCH_ROOMS, "kernels/row_formula.py"}
+FORMULA_ROOMS = {"fused_ppl/reference.py", *TORCH_ROOMS, "kernels/row_formula.py", "kernels/elementary.py"}
 MERGE_OF_SHARDS = {"fused_ppl/backends/shards.py": {"exp"}}  # sums of rows relative to a common maximum
 # grid_reduction: inside the launch; compact: a geometric mean of sums
 EXP_OF_A_MEAN = {

@@ -16,7 +16,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from fused_ppl import backends, checks, reduction
+from fused_ppl import backends, reduction, token_checks
 from fused_ppl.engines.head import Chunk, HeadLoop
 from fused_ppl.engines.ops import without_autocast
 from fused_ppl.records import HeadExecution, HeadInputs, Normalizers, RowStats, RowUpstream, Unscaled
@@ -86,7 +86,7 @@ def _losses(
         if differentiate:
             log_prob.requires_grad_(), entropy.requires_grad_()
         loss = function(log_prob, entropy, *(values[chunk.rows] for values in constants))
-        checks.check_token_loss(loss, log_prob)
+        token_checks.check_token_loss(loss, log_prob)
         if spec.ignore_index is not None:
             loss = torch.where(chunk.tokens.target != spec.ignore_index, loss, 0)
         if not differentiate or not loss.requires_grad:

@@ -23,7 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emulator.ptx import Instruction, Parser, Row
+from emulator.opcodes import Instruction, Row
+from emulator.ptx import Parser
 from emulator.ptx import Program as Parsed
 
 HERE = Path(__file__).parent
