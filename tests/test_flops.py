@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fused_ppl import Options, linear_cross_entropy, plan
+from fused_ppl import Options, linear_cross_entropy, linear_log_probs, plan
 
 N, V, D = 6, 11, 5
 PRODUCT = 2 * N * V * D
@@ -41,6 +41,15 @@ def test_the_counter_sees_each_product(reduction, requires_grad, products, optio
             loss.sum().backward()
 
     assert count(step, *head(requires_grad)) == products * PRODUCT
+
+
+def test_log_probabilities_take_four_products(options):
+    def log_probs(hidden, weight, target):
+        values = linear_log_probs(hidden, weight, target, options=options)
+        (values.log_prob + values.entropy).sum().backward()
+
+    assert count(log_probs, *head()) == 4 * PRODUCT
+    # linear_token_loss is no op: torch's counter sees its products one by one, and does not know addmm_
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])

@@ -17,7 +17,7 @@ from fused_ppl import plan
 from fused_ppl.engines.head import linear_case
 from fused_ppl.engines.linear_compact import linear_compact, linear_compact_shard
 from fused_ppl.engines.linear_rows import linear_forward, linear_sums
-from fused_ppl.engines.linear_vocab import linear_vocab_backward
+from fused_ppl.engines.linear_vocab import linear_token_backward, linear_vocab_backward
 from fused_ppl.engines.ops import Op
 from fused_ppl.engines.vocab_shards import shard_hidden
 from fused_ppl.records import Compact, HeadExecution, HeadInputs
@@ -62,6 +62,7 @@ _FORMULAS: dict[Op[..., Any], Callable[..., int]] = {
     linear_forward: _with_gradients,
     linear_sums: _with_gradients,
     linear_vocab_backward: _with_gradients,
+    linear_token_backward: _with_gradients,
     linear_compact: _compact,
     linear_compact_shard: _compact,
     shard_hidden: _product,
