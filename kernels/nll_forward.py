@@ -8,7 +8,7 @@ Grid: (N rows, slices of a row). Order of the passes:
 
 1. Each program reads its slice of the logits once and keeps its sums in registers (`row_sums.sum_row`).
 2. If rows are split, the program that finishes the last slice of a row adds the slices (grid_reduction.py).
-3. That program stores the row. If the sum has overflowed, it first reads the row again with a running maximum.
+3. That program stores the row. If the sum has overflowed or lost digits, it first reads the row again (row_sums.py).
 4. The program that finishes the last row adds all rows and stores the loss.
 
 Traffic, for logits of b bytes: N * V * b read, 20 bytes per row written, 12 more with statistics. Rows are split into

@@ -138,7 +138,7 @@ def sum_row(row_ptr, weight_ptr, target_column, capped_target, scale_log2, tanh_
 def finish_row_sums(row_ptr, weight_ptr, target_column, capped_target, shift, sum_exp, sum_exp_t, sum_w_t, argmax,
                     scale_log2, tanh_scale, V, stride_v, RUNNING_MAX: tl.constexpr, SMOOTHING: tl.constexpr,
                     CONTIGUOUS: tl.constexpr, T: tl.constexpr):  # fmt: skip
-    """The sums of a whole row in their final form; the row is read again if its sums have overflowed.
+    """The sums of a whole row in their final form. The row is read again if its sums have overflowed or lost digits.
 
     Returns (target_z2, shift2, w_shift2, sum_exp, sum_exp_t, sum_w_t, argmax). shift2 is the shift of sum_exp and
     sum_exp_t in base 2, w_shift2 that of sum_w_t. argmax takes the target into account.
