@@ -134,7 +134,7 @@ def test_an_output_that_is_written_to_before_backward_is_found(form, options):
     out = form(options)(weight)
     with torch.no_grad():
         out.entropy.mul_(2)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+    with pytest.raises(RuntimeError, match="modified"):
         total(out).backward()
     out = form(options)(weight)
     with torch.no_grad():
@@ -265,7 +265,7 @@ def test_a_compiled_step_is_one_graph_for_any_number_of_tokens(fused, names, opt
             return linear_log_probs(hidden, weight, target, options=options, softcap=5.0)
         return log_probs(hidden @ weight.T, target, options=options, softcap=5.0)
 
-    for n in (5, 9, 14):
+    for n in (7, 9, 14):  # not D, which would be the same symbol
         hidden, target, upstream = make_logits((n, D)).requires_grad_(), make_target((n,), V), mixture((n,), names)
         got = torch.autograd.grad(total(values(hidden, weight, target), upstream), (hidden, weight))
         wide = [t.detach().double().requires_grad_() for t in (hidden, weight)]
