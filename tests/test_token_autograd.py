@@ -224,9 +224,7 @@ class Model(torch.nn.Module):
 
     def forward(self, hidden, target):
         if self.fused:
-            return linear_log_probs(
-                hidden, self.head.weight, target, linear_bias=self.head.bias, options=self.options
-            )
+            return linear_log_probs(hidden, self.head.weight, target, linear_bias=self.head.bias, options=self.options)
         return log_probs(self.head(hidden), target, options=self.options)
 
 
@@ -302,7 +300,7 @@ def test_checkpointing_gives_the_same_gradient(form, options):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast_rounds_the_products_and_not_the_values(dtype, options):
     hidden, weight = HIDDEN.clone().requires_grad_(), WEIGHT.clone().requires_grad_()
-    with torch.autocast("cpu", dtype):
+    with torch.autocast(HIDDEN.device.type, dtype):
         out = linear_log_probs(hidden, weight, TARGET, options=options)
     assert all(t.dtype == torch.float32 for t in out)
     got = torch.autograd.grad(total(out), (hidden, weight))

@@ -76,7 +76,9 @@ def test_the_reference_is_categorical_and_the_formulas(kind):
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-14)
         (gradient,) = torch.autograd.grad(got.sum(), x, retain_graph=True)
         torch.testing.assert_close(gradient, formula, rtol=1e-9, atol=1e-14)
-        torch.testing.assert_close(torch.autograd.grad(want.sum(), x, retain_graph=True)[0], formula, rtol=1e-9, atol=1e-14)
+        torch.testing.assert_close(
+            torch.autograd.grad(want.sum(), x, retain_graph=True)[0], formula, rtol=1e-9, atol=1e-14
+        )
 
 
 @pytest.mark.parametrize("names", SUBSETS, ids="+".join)
@@ -232,7 +234,7 @@ def test_any_layout(layout, int32, options):
 def make_head(n, v, d, dtype=torch.float32, bias=True, seed=0):
     generator = torch.Generator().manual_seed(seed)
     shapes = ((n, d), (v, d), (v,))[: 2 + bias]
-    hidden, *rest = (torch.randn(shape, generator=generator, device="cpu") for shape in shapes)
+    hidden, *rest = (torch.randn(shape, generator=generator) for shape in shapes)
     return [t.to(dtype) for t in (hidden / d**0.5 * 3, *rest)], make_target((n,), v, ignored=0.2)
 
 
@@ -313,7 +315,9 @@ def test_log_prob_has_the_bits_of_the_loss(options, fits):
         nll = linear_cross_entropy(*leaves[:2], target, linear_bias=leaves[2], reduction="none", options=options)
         assert torch.equal(mine, -nll)
         if needs_grad:
-            for a, b in zip(torch.autograd.grad(mine.sum(), leaves), torch.autograd.grad(nll.sum(), leaves), strict=True):
+            for a, b in zip(
+                torch.autograd.grad(mine.sum(), leaves), torch.autograd.grad(nll.sum(), leaves), strict=True
+            ):
                 assert torch.equal(a, -b)
     x = make_logits((16, 1000))
     nll = fused_ppl.cross_entropy(x, target, reduction="none", options=options)

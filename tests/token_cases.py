@@ -22,7 +22,7 @@ Upstream = Mapping[str, Tensor]
 def mixture(shape: Sequence[int], names: Sequence[str] = FIELDS, seed: int = 5) -> dict[str, Tensor]:
     """Random upstream gradients of some of the outputs. The others have none."""
     generator = torch.Generator().manual_seed(seed)
-    return {name: torch.randn(tuple(shape), generator=generator, dtype=torch.float64, device="cpu") for name in names}
+    return {name: torch.randn(tuple(shape), generator=generator, dtype=torch.float64) for name in names}
 
 
 def values_and_gradients(

@@ -190,7 +190,10 @@ def token_values(
             keywords = {**keywords, "vocab_group": (group, sizes)}
         weight, bias = leaves
         got = fused_ppl.linear_log_probs(hidden, weight, problem.target, linear_bias=bias, options=options, **keywords)
-        checked = [(hidden, dhidden), *((t, shard_of(g, sizes, rank)) for t, g in zip(leaves, dparameters, strict=True))]
+        checked = [
+            (hidden, dhidden),
+            *((t, shard_of(g, sizes, rank)) for t, g in zip(leaves, dparameters, strict=True)),
+        ]
     for field, value, true in zip(want._fields, got, want, strict=True):
         assert_close_to(value, true.detach(), field, tolerance)
     total(got).backward()
