@@ -66,7 +66,10 @@ def log_probs(logits: Tensor, target: Tensor, spec: LossSpec) -> LogProbs:
     logp = z.log_softmax(-1)
     # p log p is 0 for a logit of -inf, and so is its gradient
     entropy = -(logp.exp() * logp.masked_fill(logp == -torch.inf, 0)).sum(-1)
-    values = (logp.gather(-1, y.unsqueeze(-1)).squeeze(-1), entropy, z.logsumexp(-1))
+    # e^(z - lse), the gradient of lse, would keep the rounding of a large lse
+    top = z.detach().amax(-1, keepdim=True).clamp(torch.finfo(z.dtype).min, torch.finfo(z.dtype).max)
+    lse = (z - top).logsumexp(-1) + top.squeeze(-1)
+    values = (logp.gather(-1, y.unsqueeze(-1)).squeeze(-1), entropy, lse)
     return LogProbs(*(torch.where(counted, value, 0) for value in values))
 
 

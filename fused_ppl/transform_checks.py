@@ -44,7 +44,8 @@ def fail_batched_inplace() -> NoReturn:
 def check_no_graph_of_ops(inputs: Iterable[Tensor | None], name: str) -> None:
     """For values that have a gradient only by an autograd.Function, where torch traces ops and no Function."""
     traced = torch.compiler.is_compiling() and torch.is_grad_enabled()
-    if traced and any(t is not None and t.requires_grad for t in inputs):
+    # Dynamo says of an argument of torch.func.grad itself that it requires none; it does not say so of its views
+    if traced and any(t is not None and (t.requires_grad or t.view_as(t).requires_grad) for t in inputs):
         raise NotImplementedError(
             f"fused_ppl.{name} has no gradient in torch.export and in a transform of torch.func under torch.compile; "
             "got an input that requires a gradient there. Compile a step that ends in backward(), export under "

@@ -47,3 +47,27 @@ def test_other_reductions(pool: Pool, reduction: str) -> None:
 
 def test_the_gradient_may_take_the_place_of_the_logits(pool: Pool) -> None:
     pool.run(3, cases.logits, "sizes", "perplexity", "all", "mean", torch.float32, "torch", True)
+
+
+TOKEN_VALUES = ("log_prob", "entropy", "lse")
+TOKEN_KEYWORDS = [{}, {"softcap": 5.0, "logit_scale": 0.7}]
+
+
+@pytest.mark.parametrize("how", ["logits", "head", "dtensor"])
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_token_values_are_those_of_one_process(pool: Pool, size: int, how: str) -> None:
+    for keywords in TOKEN_KEYWORDS:
+        pool.run(size, cases.token_values, how, keywords)
+
+
+@pytest.mark.parametrize("name", TOKEN_VALUES)
+@pytest.mark.parametrize("how", ["logits", "head"])
+def test_each_token_value_alone_has_its_gradient(pool: Pool, how: str, name: str) -> None:
+    for size in (2, 3):
+        pool.run(size, cases.token_values, how, {}, (name,))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_token_values_of_other_dtypes(pool: Pool, dtype: torch.dtype) -> None:
+    for how in ("logits", "head"):
+        pool.run(3, cases.token_values, how, {"softcap": 5.0}, TOKEN_VALUES, dtype)

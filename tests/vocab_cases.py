@@ -151,3 +151,52 @@ def logits(
     if isinstance(got, DTensor):  # torch before 2.13 gathers what goes back through movedim
         got = got.redistribute(placements=[Shard(2)]).to_local()
     assert_close_to(got, shard_of(dlogits, sizes, rank, 2), "logits", tolerance)
+
+
+def token_values(
+    group: dist.ProcessGroup,
+    how: str,
+    keywords: dict[str, Any],
+    names: Sequence[str] = ("log_prob", "entropy", "lse"),
+    dtype: torch.dtype = torch.float32,
+    backend: str = "torch",
+) -> None:
+    """Log-probabilities, entropies and lse of shards: from "logits", by the "head", and that with a "dtensor"."""
+    rank, sizes, problem = group.rank(), SIZES[group.size()], Problem.make(dtype)
+    generator = torch.Generator().manual_seed(2)
+    upstream = {name: torch.randn(B, T, generator=generator, dtype=torch.float64) for name in names}
+
+    def total(out: Any) -> Tensor:
+        return sum(((getattr(out, name) * g.to(out.lse)).sum() for name, g in upstream.items()), out.lse.new_zeros(()))
+
+    wide = [t.double().clone().requires_grad_() for t in problem[:3]]
+    whole = torch.nn.functional.linear(*wide)
+    want = fused_ppl.log_probs(whole, problem.target, class_dim=-1, options=REFERENCE, **keywords)
+    dhidden, *dparameters, dlogits = torch.autograd.grad(total(want), (*wide, whole))
+    tolerance = {torch.float32: 2e-6, torch.float64: 1e-12, torch.bfloat16: 2e-2}[dtype]
+    options = Options(backend)
+    if how == "logits":
+        leaf = shard_of(whole.detach().to(dtype), sizes, rank, 2).requires_grad_()
+        x = leaf.movedim(-1, 1)
+        got = fused_ppl.log_probs(x, problem.target, vocab_group=(group, sizes), options=options, **keywords)
+        checked = [(leaf, shard_of(dlogits, sizes, rank, 2))]
+    else:
+        hidden, shards = problem.hidden.clone().requires_grad_(), problem[1:3]
+        if how == "dtensor":
+            mesh, sizes = mesh_of(group, "tp"), tuple(t.shape[0] for t in problem.weight.chunk(group.size()))
+            leaves: list[Tensor] = [distribute_tensor(t, mesh, [Shard(0)]).requires_grad_() for t in shards]
+        else:
+            leaves = [shard_of(t, sizes, rank).requires_grad_() for t in shards]
+            keywords = {**keywords, "vocab_group": (group, sizes)}
+        weight, bias = leaves
+        got = fused_ppl.linear_log_probs(hidden, weight, problem.target, linear_bias=bias, options=options, **keywords)
+        checked = [
+            (hidden, dhidden),
+            *((t, shard_of(g, sizes, rank)) for t, g in zip(leaves, dparameters, strict=True)),
+        ]
+    for field, value, true in zip(want._fields, got, want, strict=True):
+        assert_close_to(value, true.detach(), field, tolerance)
+    total(got).backward()
+    for leaf, true in checked:
+        gradient = leaf.grad.to_local() if isinstance(leaf.grad, DTensor) else leaf.grad
+        assert_close_to(gradient, true, f"gradient from {names}", tolerance)

@@ -73,7 +73,7 @@ def nll_backward(
         if upstream.grad_lse is not None or upstream.grad_entropy is not None:
             statistics = Statistics.of(rows, upstream)
             at_target += statistics.at_target(rows.of(nll))
-            factor = statistics.factor(z, rows.of(lse), c)  # before p takes the memory of z
+            factor = statistics.factor(z, rows.of(lse), c, whole=shard is None)  # before p takes the memory of z
             if shard is None:
                 torch.softmax(z, 1, out=p)
             else:
@@ -106,14 +106,21 @@ class Statistics(NamedTuple):
             return self.lse * torch.exp(-nll)
         return torch.exp(-nll) * (self.lse + self.entropy * (nll - self.value))
 
-    def factor(self, z: Tensor, lse: Tensor, c: Coefficients) -> Tensor:
-        """(n, V) or (n, 1): a + lse - entropy * (z_v - lse + H), which p_v is multiplied by."""
+    def factor(self, z: Tensor, lse: Tensor, c: Coefficients, *, whole: bool) -> Tensor:
+        """(n, V) or (n, 1): a + lse - entropy * (z_v - lse + H), which p_v is multiplied by.
+
+        `whole` says that z holds all classes. It matters in float64, where a large lse has been rounded.
+        """
         constant = _column(c.a + self.lse)
         if self.entropy is None or self.value is None:
             return constant
-        high = lse.to(z.dtype)  # what it loses is added with H; below -1000 p is 0, and 0 * -inf would be NaN
-        log_p = (z - high.unsqueeze(1)).clamp_(min=-1e3)
-        log_p += ((high - lse).to(z.dtype) + self.value).unsqueeze(1)
+        high, value = lse.to(z.dtype), self.value  # below -1000 p is 0, and 0 * -inf would be NaN
+        if whole and lse.dtype == z.dtype:
+            log_p = torch.log_softmax(z, 1).clamp_(min=-1e3)
+        else:
+            log_p = (z - high.unsqueeze(1)).clamp_(min=-1e3)
+            value = (high - lse).to(z.dtype) + value  # what `high` has lost
+        log_p += value.unsqueeze(1)
         return log_p.mul_(-self.entropy.unsqueeze(1)).add_(constant)
 
 
