@@ -191,6 +191,37 @@ def test_bad_arguments_are_refused_in_a_sentence(
     assert stop.value.code == 2 and sentence in capsys.readouterr().err
 
 
+def test_grpo_tiny_draws_both_runs_and_says_its_accuracy(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(EXAMPLES)
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)  # that of the other tests stays
+    grpo = importlib.import_module("grpo_tiny")
+    printed = []
+    for _ in range(2):  # the seed is fixed, so a second run prints the same numbers
+        assert grpo.main(["--steps", "3", "--questions", "4", "--group", "4", "--out", str(tmp_path)]) == 0
+        printed.append(capsys.readouterr().out.splitlines()[:2])
+    assert printed[0] == printed[1]
+    assert printed[0][0].startswith("no entropy bonus: final accuracy ") and "of 100 questions" in printed[0][0]
+    assert printed[0][1].startswith("entropy bonus 0.05: final accuracy ")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_grpo_tiny_ignores_what_follows_the_end_of_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(EXAMPLES)
+    grpo = importlib.import_module("grpo_tiny")
+    questions, right = grpo.all_questions()
+    assert len(right) == 100 and right[0] == "0." and right[99] == "18."
+    answers = torch.tensor([[grpo.CHARACTERS.index(c) for c in text] for text in ("7.3", "18.", "..1", "123")])
+    monkeypatch.setattr(grpo, "answer", lambda policy, questions: torch.cat([questions, answers], 1))
+    torch.manual_seed(0)
+    samples = grpo.sample(grpo.Policy(8), questions[:4], ["7.", "18.", "1.", "12."])
+    assert samples.target.eq(-100).tolist() == [[False, False, True], [False] * 3, [False, True, True], [False] * 3]
+    assert samples.reward.tolist() == [1, 1, 0, 0]
+    assert samples.log_prob[samples.target.eq(-100)].eq(0).all() and samples.log_prob[1].lt(0).all()
+    assert grpo.advantages(samples.reward, 4).sum().abs() < 1e-6
+
+
 class TestData:
     @pytest.fixture(autouse=True)
     def _path(self, monkeypatch: pytest.MonkeyPatch) -> None:

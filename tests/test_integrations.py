@@ -115,7 +115,9 @@ def test_what_liger_has_and_we_have_not_raises(keywords, message):
         liger.LigerFusedLinearCrossEntropyLoss(**keywords)
 
 
-OPTIONAL = "transformers accelerate triton rich matplotlib liger_kernel cut_cross_entropy torchtitan trl peft lightning"
+OPTIONAL = (
+    "transformers accelerate triton rich matplotlib liger_kernel cut_cross_entropy torchtitan trl verl peft lightning"
+)
 
 # imports everything with the optional packages out of reach, and prints what else was loaded
 WITHOUT = f"""

@@ -33,8 +33,8 @@ LAYERS = (
     {"cli"},
 )
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
-# these take the arguments of Liger-Kernel and cut-cross-entropy, in their order
-PEERS_SIGNATURES = {"fused_ppl/integrations/liger.py", "fused_ppl/integrations/cut_cross_entropy.py"}
+# these take the arguments of other packages, in their order
+PEERS_SIGNATURES = {f"fused_ppl/integrations/{name}.py" for name in ("cut_cross_entropy", "liger", "trl", "verl")}
 TRITON_BACKEND = {"fused_ppl/backends/triton_rows.py", "fused_ppl/backends/triton_compact.py"}
 
 # one of these outside its room is a second copy of the row formula, or an exp of a mean

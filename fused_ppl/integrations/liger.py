@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The loss modules of Liger-Kernel with the same arguments, computed by fused_ppl, for code that constructs them.
+"""The losses of Liger-Kernel with the same arguments, computed by fused_ppl, for code that has Liger's names.
 
     liger_kernel.transformers.LigerFusedLinearCrossEntropyLoss = fused_ppl.integrations.liger.Liger...
+    liger_kernel.ops.LigerFusedLinearScaledCrossEntropyFunction = fused_ppl.integrations.liger.Liger...
 
 This module does not need Liger. Arguments that fused_ppl does not support raise NotImplementedError.
 """
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fused_ppl import LossOutput, cross_entropy_with_stats, linear_cross_entropy_with_stats
+from fused_ppl import LossOutput, cross_entropy_with_stats, linear_cross_entropy_with_stats, linear_log_probs
 from fused_ppl import cross_entropy as _cross_entropy
 from fused_ppl import linear_cross_entropy as _linear_cross_entropy
 
@@ -182,3 +183,43 @@ class LigerFusedLinearCrossEntropyLoss(_LigerLoss):
         if not self._needs_stats:
             return self._loss(_linear_cross_entropy(_input, lin_weight, target, **keywords), target)
         return self._output(linear_cross_entropy_with_stats(_input, lin_weight, target, **keywords), target)
+
+
+class LigerFusedLinearScaledCrossEntropyFunction:
+    """`liger_kernel.ops.LigerFusedLinearScaledCrossEntropyFunction`, for losses of policies. Call `apply`.
+
+    Unlike there, the results are float32 for every half precision, and hidden states of any number of dimensions fit.
+    """
+
+    @staticmethod
+    def apply(
+        _input: Tensor,
+        weight: Tensor,
+        target: Tensor,
+        temperature: float = 1.0,
+        ignore_index: int = -100,
+        m_tiles_per_cluster: int = 1,
+        return_entropy: bool = False,
+        selected_token_ids: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Return the negative log-probability of each target, and the entropy as well if `return_entropy` is True.
+
+        Both are differentiable, and 0 for ignored tokens. `m_tiles_per_cluster` is ignored, because it is a setting of
+        Liger's kernel. `selected_token_ids` must be None.
+
+        Example:
+            >>> import torch
+            >>> hidden, weight, target = torch.zeros(2, 8), torch.zeros(50, 8), torch.tensor([0, -100])
+            >>> LigerFusedLinearScaledCrossEntropyFunction.apply(hidden, weight, target, return_entropy=True)
+            (tensor([3.9120, 0.0000]), tensor([3.9120, 0.0000]))
+        """
+        if selected_token_ids is not None:
+            raise NotImplementedError(
+                "selected_token_ids must be None, because fused_ppl computes the log-probability of one token of each "
+                "row. Call fused_ppl.linear_log_probs once for each of these tokens, as the target."
+            )
+        if not temperature > 0:
+            raise ValueError(f"temperature must be > 0; got {temperature}.")
+        values = linear_log_probs(_input, weight, target, ignore_index=ignore_index, logit_scale=1 / temperature)
+        nll = 0 - values.log_prob  # a minus sign would make the 0 of an ignored token -0
+        return (nll, values.entropy) if return_entropy else nll
