@@ -139,7 +139,7 @@ def token_loss_from_hidden(
         found = reference.log_probs(logits.logits.flatten(0, -2), labels, spec)
         loss = function(found.log_prob, found.entropy, *constants)
         token_checks.check_token_loss(loss, found.log_prob)
-        return reference.token_loss(loss, labels, spec, inputs.num_items)
+        return reference.token_loss(loss.to(found.log_prob.dtype), labels, spec, inputs.num_items)
     execution = request.execution
     # forward knows the derivatives, and so the gradients are made there
     kind = "rows" if any(execution.grads) else "forward"
