@@ -20,6 +20,23 @@ def check_token_loss(loss: object, log_prob: Tensor) -> None:
         )
 
 
+def check_depends_on_nothing_else(loss: Tensor, *known: Tensor) -> None:
+    """The function of `linear_token_loss` has a gradient for these leaves only: any other would silently get none."""
+    nodes, seen = [loss.grad_fn], set()
+    while nodes:
+        node: Any = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and not any(leaf is tensor for tensor in known):
+            raise ValueError(
+                f"fn has a gradient for log_prob and entropy only, but it uses a tensor of shape {tuple(leaf.shape)} "
+                "that requires grad. Detach it, or use linear_log_probs, which any function may follow."
+            )
+        nodes += [following for following, _ in node.next_functions]
+
+
 def check_exact(options: Any) -> None:
     """For log-probabilities, whose upstream gradients are known only in backward."""
     if options.inplace_backward:

@@ -157,7 +157,8 @@ def linear_token_loss(
         input, linear_weight, target, linear_bias, ignore_index, logit_scale, softcap: as in `linear_log_probs`.
         fn: takes `log_prob` and `entropy`, each float32 of shape (R,), and the entries of `per_token` for the same R
             tokens, and returns the R losses. It must treat each token by itself: how tokens are divided into chunks is
-            not defined. It is called once for each chunk. Ignored tokens may be among them, and count as 0.
+            not defined. It is called once for each chunk. Ignored tokens may be among them, and count as 0. It may use
+            no other tensor that requires a gradient.
         per_token: constants of each token, of the shape of `target` and of any dtype: advantages, old
             log-probabilities. They must not require a gradient.
         reduction: "mean" over the counted tokens, or "sum".

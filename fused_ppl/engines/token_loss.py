@@ -91,6 +91,7 @@ def _losses(
             loss = torch.where(chunk.tokens.target != spec.ignore_index, loss, 0)
         if not differentiate or not loss.requires_grad:
             return loss.detach(), None if not differentiate else _no_upstream(log_prob)
+        token_checks.check_depends_on_nothing_else(loss, log_prob, entropy)
         of_log_prob, of_entropy = torch.autograd.grad(loss.sum(), (log_prob, entropy), allow_unused=True)
     of_nll = torch.zeros_like(stats.nll) if of_log_prob is None else -of_log_prob
     value = None if of_entropy is None else stats.entropy
