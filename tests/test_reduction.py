@@ -133,14 +133,14 @@ def test_sums_are_float64_whatever_the_rows_are():
 def test_upstream_of_a_row_is_that_of_its_group():
     factor, shape = torch.tensor([2.0, 3.0], dtype=F64), torch.Size((2, 3))
     upstream = Upstream(factor, factor * 2, torch.tensor([1.0, 10.0]), torch.tensor([0.5, 0.25]))
-    of_s, of_z = reduction.row_upstream(upstream, LossSpec("sequence", z_loss=1.0), shape, F64)
+    of_s, of_z, *_ = reduction.row_upstream(upstream, LossSpec("sequence", z_loss=1.0), shape, F64)
     assert of_s.tolist() == [2 + 2] * 3 + [30 + 1.5] * 3
     assert of_z.tolist() == [2.0] * 3 + [30.0] * 3  # the perplexity has no z-loss
 
 
 def test_upstream_of_one_loss_is_one_number():
     shape, factors = torch.Size((7,)), (scalar(3), scalar(5))
-    of_s, _ = reduction.row_upstream(Upstream(*factors, scalar(2), None), LossSpec(), shape, torch.float32)
+    of_s, *_ = reduction.row_upstream(Upstream(*factors, scalar(2), None), LossSpec(), shape, torch.float32)
     assert of_s.shape == () and of_s.item() == 6.0
-    of_s, _ = reduction.row_upstream(Upstream(*factors, None, scalar(2)), LossSpec(), shape, torch.float32)
+    of_s, *_ = reduction.row_upstream(Upstream(*factors, None, scalar(2)), LossSpec(), shape, torch.float32)
     assert of_s.shape == () and of_s.item() == 10.0

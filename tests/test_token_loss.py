@@ -7,8 +7,8 @@ from typing import Any
 
 import distributed_cases as cases
 import pytest
+import token_rank_cases
 import torch
-import torch.distributed as dist
 from pool import Pool
 from torch import Tensor
 from torch.testing import assert_close
@@ -260,37 +260,12 @@ def test_autocast_and_no_grad():
     assert_close(loss.detach(), plain, rtol=0.05, atol=0.05)
 
 
-def rank_of_a_batch(group: dist.ProcessGroup, kind: str, reduction: dict[str, Any]) -> None:
-    """Loss and averaged gradients of ranks are those of one process with the whole batch."""
-    tokens, targets = cases.batch(kind, group.size())
-    generator = torch.Generator().manual_seed(9)
-    advantages = torch.randn(sum(map(len, targets)), generator=generator).split([len(t) for t in targets])
-
-    def loss(model: cases.Model, tokens: Tensor, target: Tensor, advantage: Tensor, **keywords: Any) -> Tensor:
-        def fn(log_prob: Tensor, entropy: Tensor, advantage: Tensor) -> Tensor:
-            return -advantage * log_prob.exp() - 0.1 * entropy
-
-        return linear_token_loss(
-            model.hidden(tokens), model.head.weight, target, fn, advantage, linear_bias=model.head.bias, **keywords
-        )
-
-    whole = cases.Model(torch.float64)
-    want = loss(whole, *(torch.cat(parts) for parts in (tokens, targets, advantages)), options=REFERENCE, **reduction)
-    want.backward()
-    rank, model = group.rank(), cases.Model()
-    got = loss(model, tokens[rank], targets[rank], advantages[rank], group=group, **reduction)
-    cases.assert_close_to(got, want.detach(), "loss")
-    got.backward()
-    cases.average(list(model.parameters()), group)
-    cases.assert_gradients(model, {n: p.grad for n, p in whole.named_parameters()}, 2e-6)
-
-
 @pytest.mark.parametrize("kind", cases.BATCHES)
 def test_ranks_have_the_loss_and_the_gradient_of_one_process(pool: Pool, kind: str) -> None:
     for reduction in ({}, {"num_items": 40}):
-        pool.run(2, rank_of_a_batch, kind, reduction)
+        pool.run(2, token_rank_cases.rank_of_a_batch, kind, reduction)
 
 
 def test_a_group_is_for_the_mean_only(pool: Pool) -> None:
     with pytest.raises(AssertionError, match="reduction"):
-        pool.run(2, rank_of_a_batch, "unequal", {"reduction": "sum"})
+        pool.run(2, token_rank_cases.rank_of_a_batch, "unequal", {"reduction": "sum"})
