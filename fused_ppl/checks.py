@@ -189,8 +189,10 @@ def check_constant(name: str, value: object, shape: Sequence[int], what: str, *,
 
 def check_no_grad(name: str, value: Tensor) -> None:
     if value.requires_grad and torch.is_grad_enabled():
-        hint = "Detach it, or scale the hidden states by it." if name == "logit_scale" else "Detach it."
-        raise ValueError(f"{name} is a constant of the loss and gets no gradient, but it requires grad. {hint}")
+        raise ValueError(
+            f"{name} is a constant of the loss and gets no gradient, but it requires grad. "
+            "Detach it, or multiply by it outside of the loss."
+        )
 
 
 def check_num_items(value: object, reduction: str) -> None:

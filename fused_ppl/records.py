@@ -257,6 +257,14 @@ class RowUpstream(NamedTuple):
     grad_entropy: Tensor | None = None
     entropy: Tensor | None = None  # None without grad_entropy
 
+    def map(self, function: Callable[[Tensor], Tensor]) -> RowUpstream:
+        """`function` of each field that is there."""
+        return RowUpstream(*(None if g is None else function(g) for g in self))  # type: ignore[arg-type]  # the first is there
+
+
+# (nll, entropy, place of the rows in their chunk) of some rows to their upstream gradients
+RowFunction: TypeAlias = Callable[[Tensor, Tensor | None, slice], RowUpstream]
+
 
 class ColumnSums(NamedTuple):
     """Of the softmax part of a gradient, dz[i,v] + C[i] * w[v] * scale (C of the label smoothing), without the

@@ -35,7 +35,8 @@ def logits_log_probs(inputs: LogitsInputs, request: LogitsRequest) -> LogProbs:
     if apply is None:
         transform_checks.check_no_graph_of_ops(inputs, "log_probs")
         return _values(loss.logits_loss(inputs, request))
-    return LogProbs(*apply(request, *inputs)[: len(LogProbs._fields)])
+    log_prob, entropy, lse, *_ = apply(request, *inputs)
+    return LogProbs(log_prob, entropy, lse)
 
 
 def head_log_probs(inputs: HeadInputs, request: HeadRequest) -> LogProbs:
@@ -43,7 +44,8 @@ def head_log_probs(inputs: HeadInputs, request: HeadRequest) -> LogProbs:
     if apply is None:
         transform_checks.check_no_graph_of_ops(inputs, "linear_log_probs")
         return _values(loss.head_loss(inputs, request).losses)
-    return LogProbs(*apply(request, *inputs)[: len(LogProbs._fields)])
+    log_prob, entropy, lse, *_ = apply(request, *inputs)
+    return LogProbs(log_prob, entropy, lse)
 
 
 def _values(results: LossResults) -> LogProbs:
@@ -60,11 +62,11 @@ def _outputs(results: LossResults) -> tuple[Tensor, ...]:
     return (*values, results.nll, lse)
 
 
-def _upstream(gradients: tuple[Tensor | None, ...]) -> TokenUpstream | None:
-    """None where nothing has a gradient."""
-    values = TokenUpstream(*gradients[: len(TokenUpstream._fields)])
-    grad_log_prob, grad_entropy, grad_lse = values
-    return None if grad_log_prob is None and grad_entropy is None and grad_lse is None else values
+def _upstream(grad_log_prob: Tensor | None, grad_entropy: Tensor | None, grad_lse: Tensor | None, *_: None) -> Any:
+    """`TokenUpstream`, or None if there is none. The constants among the outputs have no gradient."""
+    if grad_log_prob is None and grad_entropy is None and grad_lse is None:
+        return None
+    return TokenUpstream(grad_log_prob, grad_entropy, grad_lse)
 
 
 class TokenLossCall(NamedTuple):
@@ -114,9 +116,9 @@ class LogitsTokens(torch.autograd.Function):
         ctx.save_for_backward(logits, target, lse, nll, entropy)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
+    def backward(ctx: Any, *gradients: Any) -> Any:
         rest = (None,) * (len(LogitsInputs._fields) - 1)
-        upstream = _upstream(gradients)
+        upstream = _upstream(*gradients)
         if upstream is None:
             return None, None, *rest
         logits, target, lse, nll, entropy = ctx.saved_tensors
@@ -144,9 +146,9 @@ class HeadTokens(torch.autograd.Function):
         ctx.save_for_backward(hidden, linear_weight, linear_bias, target, nll, lse, entropy)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
+    def backward(ctx: Any, *gradients: Any) -> Any:
         rest = (None,) * (len(HeadInputs._fields) - len(DIFFERENTIABLE))
-        upstream, request = _upstream(gradients), ctx.request
+        upstream, request = _upstream(*gradients), ctx.request
         if upstream is None:
             return None, None, None, None, *rest
         hidden, linear_weight, linear_bias, target, nll, lse, entropy = ctx.saved_tensors

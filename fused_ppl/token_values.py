@@ -164,7 +164,8 @@ def linear_token_loss(
         reduction: "mean" over the counted tokens, or "sum".
         num_items: replaces the number of counted tokens in "mean", as in `cross_entropy`.
         group: the ranks that hold the other parts of the batch, as in `cross_entropy`. Only for "mean".
-        options: how the loss is computed, see `Options`. There is no compact plan.
+        options: how the loss is computed, see `Options`. There is no compact plan, and `memory_budget` bounds the
+            logits of a chunk, but not the float32 gradient of the weight.
 
     Returns:
         The loss, of shape (), in float32, or in float64 for float64 input.

@@ -69,6 +69,15 @@ def backend(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+@pytest.fixture
+def nothing_compiled() -> Iterator[None]:
+    """Nothing is compiled before a test, and nothing of it is left after it."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
 @pytest.fixture(scope="session")
 def options(backend: str) -> Options:
     return Options(backend=backend)

@@ -32,12 +32,7 @@ EACH = {name: None for name in option_table.alone(cross_entropy)}
 EACH |= {"ignore_index": {"ignore_index": None}} | {r: {"reduction": r} for r in ("none", "sum", "sequence")}
 
 
-@pytest.fixture(autouse=True)
-def _nothing_compiled_before():
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("nothing_compiled")
 
 
 def both(loss):

@@ -41,7 +41,7 @@ ROWS = [
     ("check_choice", lambda: with_stats(X, Y, reduction=None), ValueError, "one of 'mean'", "None", ""),
     ("check_choice", lambda: Options(backend="cuda"), ValueError, "one of 'triton'", "'cuda'", "None picks"),
     ("check_constant", lambda: perplexity(X, Y, softcap=X[0]), ValueError, "shape (), one number", "(7,)", ""),
-    ("check_no_grad", lambda: perplexity(X, Y, logit_scale=LEAF[0, 0]), ValueError, "logit_scale", "grad", "hidden st"),
+    ("check_no_grad", lambda: perplexity(X, Y, logit_scale=LEAF[0, 0]), ValueError, "logit_scale", "grad", "outside"),
     ("check_number", lambda: cross_entropy(X, Y, softcap=True), TypeError, "number > 0", "bool", "None for no cap"),
     ("check_number", lambda: cross_entropy(X, Y, z_loss="1"), TypeError, ">= 0", "str", ""),
     ("check_number", lambda: cross_entropy(X, Y, label_smoothing=1.5), ValueError, "in [0, 1]", "1.5", ""),

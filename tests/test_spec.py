@@ -25,12 +25,7 @@ HIDDEN, WEIGHT, LOGITS = torch.randn(N, D), torch.randn(V, D), make_logits((N, V
 NUMBERS = {"logit_scale": 0.75, "softcap": 3.1, "z_loss": 0.013, "max_nll": 1.3}
 
 
-@pytest.fixture(autouse=True)
-def _nothing_compiled_before():
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("nothing_compiled")
 
 
 def numbers_of(function, step=0):

@@ -31,11 +31,7 @@ HIDDEN, WEIGHT = make_logits((N, D), seed=1) / 4, make_logits((V, D), seed=2) / 
 UPSTREAM = {name: g.float() for name, g in mixture((N,)).items()}
 
 
-@pytest.fixture(autouse=True)
-def _nothing_compiled_before():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("nothing_compiled")
 
 
 def of_logits(options, target=TARGET, **keywords):

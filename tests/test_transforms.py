@@ -20,11 +20,7 @@ TARGET = make_target((6,), 11, ignored=0.2)
 HIDDEN, WEIGHT = make_logits((6, 5), seed=1) / 4, make_logits((11, 5), seed=2) / 4
 
 
-@pytest.fixture(autouse=True)
-def _nothing_compiled_before():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("nothing_compiled")
 
 
 def of_logits(options, loss=cross_entropy, **keywords):

@@ -22,6 +22,7 @@ from fused_ppl.records import (
     KeptColumns,
     Normalizers,
     RowFactors,
+    RowFunction,
     RowStats,
     RowUpstream,
     Shard,
@@ -70,11 +71,12 @@ class RowBackend(Protocol):
         spec: LossSpec,
         *,
         target_logit: Tensor,
-        upstream: float | None,
+        upstream: float | RowFunction | None,
         memory_budget: int | None,
     ) -> RowStats:
         """The statistics of a chunk (R, V), which becomes `upstream` times the gradient of l, or stays for None.
 
+        A function is called for parts of the chunk, and returns their upstream gradients; the spec has `stats` then.
         `target_logit` (R,) takes the place of logits[i, y_i], which the products may have rounded.
         """
 

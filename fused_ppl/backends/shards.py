@@ -66,7 +66,9 @@ def merge(
     dtype: torch.dtype,
 ) -> RowStats:
     """The statistics of rows over all classes."""
-    (target, weight, token_weight), (others, z, *rest) = tokens, added.unbind(1)
+    target, weight, token_weight = tokens
+    columns = iter(added.unbind(1))  # in the order of `sums`
+    others, z = next(columns), next(columns)
     m = top[:-CHECKS, 0]
     log_others = others.log() + m
     nll = torch.nn.functional.softplus(log_others - z, threshold=40.0)
@@ -82,12 +84,12 @@ def merge(
     a = spec.label_smoothing
     if a:
         total = num_classes if weight is None else weight.sum(dtype=lse.dtype)
-        loss = (1 - a) * loss + a / num_classes * (total * lse - rest[0] - of_target * z)
+        loss = (1 - a) * loss + a / num_classes * (total * lse - next(columns) - of_target * z)
     entropy = predicted = None
     if spec.stats:
         below = (z - m).clamp(min=-1e3)  # e^-1000 is 0, and 0 * -inf would be NaN
         share = below.exp()
-        entropy = (lse - m) - (rest[-1] + share * below) / (others + share)
+        entropy = (lse - m) - (next(columns) + share * below) / (others + share)
         predicted = _unpack(top[:-CHECKS, 1])
     weights = (u * of_target).expand(target.shape)
     asked = (None if entropy is None else entropy.to(dtype), predicted)

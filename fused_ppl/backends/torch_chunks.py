@@ -191,6 +191,14 @@ def transform(x: Tensor, spec: LossSpec, derivative: Tensor | None = None) -> Te
     return x.mul_(cap)
 
 
+def chain(gradient: Tensor, spec: LossSpec, derivative: Tensor | None) -> None:
+    """The gradient of x in place, from the one of z and the `derivative` of `transform`."""
+    if derivative is not None:
+        gradient.mul_(derivative)
+    elif spec.logit_scale != 1:
+        gradient.mul_(spec.logit_scale)
+
+
 def _matrix(chunk: Tensor) -> Tensor:
     return chunk if chunk.ndim == 2 else chunk.view(-1, chunk.shape[-1])
 

@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_ppl.backends.torch_chunks import Chunks, Rows, transform
-from fused_ppl.backends.torch_rows import Coefficients, coefficients, exponentials, finish_gradient, probabilities
+from fused_ppl.backends.torch_chunks import Chunks, Rows, chain, transform
+from fused_ppl.backends.torch_rows import Coefficients, coefficients, exponentials, finish_gradient
 from fused_ppl.backends.torch_stats import others_mass, stats_of_others, target_z, without_target
 from fused_ppl.records import ColumnSums, KeptColumns, Normalizers, RowFactors, RowStats, Shard, TokenInputs
 from fused_ppl.spec import LossSpec
@@ -38,12 +38,10 @@ def nll_columns(
         slope = None if spec.softcap is None else torch.empty_like(chunks.buffer)
         for rows in chunks:
             derivative = None if slope is None else slope[: rows.target.shape[0]]
-            of_rows, p, factor, others = without_target(
-                chunks, rows, target_logit=target_logit, z_y=z_y, derivative=derivative
-            )
+            of_rows, p = without_target(chunks, rows, target_logit=target_logit, z_y=z_y, derivative=derivative)
             found.append(of_rows)
             lse = of_rows.lse(chunks, rows.of(z_y)) if spec.z_loss else None
-            yield _Part(rows, p, factor, others, lse, derivative)
+            yield _Part(rows, p.others, p.scale, p.rest, lse, derivative)
 
     columns, factors = _sums(chunks, parts(), signed)
     return stats_of_others(chunks, found, z_y), columns, factors
@@ -189,7 +187,7 @@ def _factors(spec: LossSpec, rows: Rows, known: _Known) -> RowFactors:
     if rows.counted is not None:
         a, rest, row_sum, at_target = (torch.where(rows.counted, x, 0) for x in (a, rest, row_sum, at_target))
         smoothing = torch.where(rows.counted, smoothing, 0) if smoothing.numel() else smoothing
-    return RowFactors(a, rest, smoothing, row_sum, at_target)
+    return RowFactors(a, rest, smoothing, row_sum, at_target, () if rows.counted is None else (rows.counted,))
 
 
 def nll_kept(
@@ -212,11 +210,10 @@ def nll_kept(
         _gather(logits[i], index, out[i])
         p = chunks.copy(rows)
         transform(p, chunks.spec, derivative)
-        probabilities(p, stats.lse[i], stats.nll[i], factor=factors.a[i], out=p)
-        if derivative is not None:
-            p.mul_(derivative)
-        elif spec.logit_scale != 1:
-            p.mul_(spec.logit_scale)
+        _mask_ignored(p, factors, i)
+        scale = exponentials(p, stats.lse[i], stats.nll[i], p)
+        p.mul_((factors.a[i] * scale).unsqueeze(1))
+        chain(p, spec, derivative)
         # at the target the factors have the slope of the fp32 logit, which the chunk holds rounded
         at_target = factors.at_target[i].unsqueeze(1)
         if rows.owned is not None:
@@ -256,12 +253,14 @@ def nll_rescreen(
         q, derivative = other[:n], None if spec.softcap is None else slope[:n]
         q.copy_(_gather(screened[i], index, coarse[:n]))
         transform(q, chunks.spec, derivative)
+        _mask_ignored(q, factors, i)
         scale = exponentials(q, stats.lse[i], stats.nll[i], q)
         q.scatter_(1, rows.target, 0)
         mass_before = q.sum(1) * scale
         part_before = mass_before * spec.logit_scale if derivative is None else q.mul_(derivative).sum(1) * scale
         p = chunks.copy(rows)
         transform(p, chunks.spec, derivative)
+        _mask_ignored(p, factors, i)
         exponentials(p, stats.lse[i], stats.nll[i], p)
         p.scatter_(1, rows.target, 0)
         mass = p.sum(1) * scale
@@ -283,6 +282,12 @@ def nll_rescreen(
     if factors.smoothing.numel():
         loss = loss + factors.smoothing * (change * weight_sum / spec.logit_scale)
     return stats._replace(nll=nll, lse=stats.lse + change, loss=loss), left, wrong
+
+
+def _mask_ignored(z: Tensor, factors: RowFactors, rows: slice) -> None:
+    """Ignored rows have lse = 0, and e^z of a large bias would be inf there, times a factor of 0. With -inf it is 0."""
+    for counted in factors.of_backend:
+        z.masked_fill_(~counted[rows].unsqueeze(1), -torch.inf)
 
 
 def _gather(logits: Tensor, index: Tensor, out: Tensor) -> Tensor:

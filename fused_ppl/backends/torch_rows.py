@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_ppl.backends.torch_chunks import Chunks, Rows, transform
+from fused_ppl.backends.torch_chunks import Chunks, Rows, chain, transform
 from fused_ppl.backends.torch_stats import (
     Others,
     chunk_stats,
@@ -24,8 +24,9 @@ from fused_ppl.backends.torch_stats import (
     stats_of_others,
     target_z,
     without_target,
+    x_log_x,
 )
-from fused_ppl.records import Normalizers, RowStats, RowUpstream, Shard, TokenInputs, Totals
+from fused_ppl.records import Normalizers, RowFunction, RowStats, RowUpstream, Shard, TokenInputs, Totals
 from fused_ppl.spec import LossSpec
 
 
@@ -65,68 +66,54 @@ def nll_backward(
             continue
         derivative = None if slope is None else slope[: rows.target.shape[0]]
         z, p = chunks.load(rows, derivative), chunks.work(rows)
-        grad_lse = None
-        if upstream.grad_z is not None:
-            grad_lse = rows.of(upstream.grad_z) * (2 * spec.z_loss) * rows.of(lse).to(chunks.dtype)
-        c = coefficients(chunks, rows, grad_s=rows.of(upstream.grad_s), grad_lse=grad_lse)
-        at_target = c.at_target(-others_mass(rows.of(nll)))
-        if upstream.grad_lse is not None or upstream.grad_entropy is not None:
-            statistics = Statistics.of(rows, upstream)
-            at_target += statistics.at_target(rows.of(nll))
-            factor = statistics.factor(z, rows.of(lse), c, whole=shard is None)  # before p takes the memory of z
-            if shard is None:
-                torch.softmax(z, 1, out=p)
-            else:
-                probabilities(z, rows.of(lse), rows.of(nll), factor=torch.ones_like(c.a), out=p)
-            p.mul_(factor)
-        elif shard is None:
+        if shard is None:
+            scale = None
             torch.softmax(z, 1, out=p)
-            p.mul_(_column(c.a))
         else:
-            probabilities(z, rows.of(lse), rows.of(nll), factor=c.a, out=p)
+            scale = exponentials(z, rows.of(lse), rows.of(nll), p)
+        of_rows = upstream.map(rows.of)
+        grad_lse = None
+        if of_rows.grad_z is not None:
+            grad_lse = of_rows.grad_z * (2 * spec.z_loss) * rows.of(lse).to(chunks.dtype)
+        c = coefficients(chunks, rows, grad_s=of_rows.grad_s, grad_lse=grad_lse)
+        at_target = c.at_target(-others_mass(rows.of(nll)))
+        if of_rows.grad_lse is not None or of_rows.grad_entropy is not None:
+            at_target += statistics_at_target(of_rows, rows.of(nll))
+        softmax_part(p, scale, c.a, of_rows)
         finish_gradient(chunks, rows, p, c=c, at_target=at_target, derivative=derivative)
         chunks.store(rows, p)
 
 
-class Statistics(NamedTuple):
-    """The part of lse and entropy H in the gradient: dz[v] = p_v * (lse - entropy * (z_v - lse + H)), by upstream."""
+def softmax_part(
+    p: Tensor,  # (n, V): p up to a factor of each row; it is overwritten
+    scale: Tensor | None,  # (n,): that factor, or None for 1
+    a: Tensor,  # (n,) or ()
+    upstream: RowUpstream,
+    p_log_p: Tensor | None = None,  # (n, V): p * log p of the given p, if it is known
+) -> None:
+    """dz[v] = p_v * (a + grad_lse - grad_entropy * (log p_v + H)), H the entropy.
 
-    lse: Tensor  # (n,) or 0: the upstream gradient of lse
-    entropy: Tensor | None  # (n,)
-    value: Tensor | None  # (n,): H
-
-    @classmethod
-    def of(cls, rows: Rows, upstream: RowUpstream) -> Statistics:
-        lse, entropy, value = (None if g is None else rows.of(g) for g in upstream[2:])
-        return cls(torch.zeros_like(entropy) if lse is None else lse, entropy, value)  # type: ignore[arg-type]  # one is there
-
-    def at_target(self, nll: Tensor) -> Tensor:
-        nll = nll.clamp(max=1e3)  # e^-1000 is 0, and 0 * inf would be NaN
-        if self.entropy is None or self.value is None:
-            return self.lse * torch.exp(-nll)
-        return torch.exp(-nll) * (self.lse + self.entropy * (nll - self.value))
-
-    def factor(self, z: Tensor, lse: Tensor, c: Coefficients, *, whole: bool) -> Tensor:
-        """(n, V) or (n, 1): a + lse - entropy * (z_v - lse + H), which p_v is multiplied by.
-
-        `whole` says that z holds all classes. It matters in float64, where a large lse has been rounded.
-        """
-        constant = _column(c.a + self.lse)
-        if self.entropy is None or self.value is None:
-            return constant
-        high, value = lse.to(z.dtype), self.value  # below -1000 p is 0, and 0 * -inf would be NaN
-        if whole and lse.dtype == z.dtype:
-            log_p = torch.log_softmax(z, 1).clamp_(min=-1e3)
-        else:
-            log_p = (z - high.unsqueeze(1)).clamp_(min=-1e3)
-            value = (high - lse).to(z.dtype) + value  # what `high` has lost
-        log_p += value.unsqueeze(1)
-        return log_p.mul_(-self.entropy.unsqueeze(1)).add_(constant)
+    With p = scale * q and log p = log q + log scale, it is a multiple of q and one of q * log q, by row.
+    """
+    if upstream.grad_lse is not None:
+        a = a + upstream.grad_lse
+    of_entropy = upstream.grad_entropy
+    if of_entropy is None or upstream.entropy is None:
+        p.mul_(_column(product(a, scale)))
+        return
+    log_scale = 0 if scale is None else scale.log()
+    a = a - of_entropy * (upstream.entropy + log_scale)
+    p_log_p = x_log_x(p) if p_log_p is None else p_log_p
+    p.mul_(_column(product(a, scale))).addcmul_(p_log_p, _column(product(of_entropy, scale)), value=-1)
 
 
-def probabilities(z: Tensor, lse: Tensor, nll: Tensor, *, factor: Tensor, out: Tensor) -> None:
-    """factor * exp(z - lse) of the rows."""
-    out.mul_((factor * exponentials(z, lse, nll, out)).unsqueeze(1))
+def statistics_at_target(upstream: RowUpstream, nll: Tensor) -> Tensor:
+    """(n,): p_y * (grad_lse - grad_entropy * (log p_y + H)), where log p_y = -nll."""
+    nll = nll.clamp(max=1e3)  # e^-1000 is 0, and 0 * inf would be NaN
+    factor = 0 if upstream.grad_lse is None else upstream.grad_lse
+    if upstream.grad_entropy is not None and upstream.entropy is not None:
+        factor = factor + upstream.grad_entropy * (nll - upstream.entropy)
+    return torch.exp(-nll) * factor
 
 
 def exponentials(z: Tensor, lse: Tensor, nll: Tensor, out: Tensor) -> Tensor:
@@ -147,16 +134,14 @@ def nll_forward_backward(
     spec: LossSpec,
     *,
     target_logit: Tensor,  # (R,) fp32
-    upstream: float | None,
+    upstream: float | RowFunction | None,
     memory_budget: int | None,
 ) -> RowStats:
-    """The statistics of a chunk of the fused LM head; its logits become `upstream` times the gradient of l.
+    """The statistics of a chunk of the fused LM head; its logits become their gradient, see `fused_ppl.backends`.
 
     The target is left out of the sum, so that nothing of it is lost where it holds nearly all of the mass:
 
         lse_o = log sum_{v != y} exp z_v,    nll = log(1 + exp(lse_o - z_y)) >= 0,    1 - p_y = -expm1(-nll)
-
-    `upstream` None computes no gradient, and the logits stay.
     """
     out = None if upstream is None else logits
     chunks = Chunks(logits, tokens, spec, memory_budget=memory_budget, out=out)
@@ -170,19 +155,24 @@ def nll_forward_backward(
             parts.append(Others.none(chunks, rows))
             continue
         derivative = None if slope is None else slope[: rows.target.shape[0]]
-        found, p, of_others, others = without_target(
-            chunks, rows, target_logit=target_logit, z_y=z_y, derivative=derivative
-        )
+        found, p = without_target(chunks, rows, target_logit=target_logit, z_y=z_y, derivative=derivative)
         parts.append(found)
-        if upstream is not None:
-            grad_s = torch.full_like(found.nll, upstream)
-            grad_lse = None
-            if spec.z_loss:
-                grad_lse = grad_s * (2 * spec.z_loss) * found.lse(chunks, rows.of(z_y)).to(chunks.dtype)
-            c = coefficients(chunks, rows, grad_s=grad_s, grad_lse=grad_lse)
-            p.mul_((c.a * of_others).unsqueeze(1))
-            finish_gradient(chunks, rows, p, c=c, at_target=c.at_target(-others), derivative=derivative)
-            chunks.store(rows, p)
+        if upstream is None:
+            continue
+        if callable(upstream):
+            of_rows = upstream(found.nll, found.entropy, rows.span)
+        else:
+            of_rows = RowUpstream(torch.full_like(found.nll, upstream), None)
+        grad_lse = None
+        if spec.z_loss:
+            grad_lse = of_rows.grad_s * (2 * spec.z_loss) * found.lse(chunks, rows.of(z_y)).to(chunks.dtype)
+        c = coefficients(chunks, rows, grad_s=of_rows.grad_s, grad_lse=grad_lse)
+        at_target = c.at_target(-p.rest)
+        if of_rows.grad_entropy is not None:
+            at_target += statistics_at_target(of_rows, found.nll)
+        softmax_part(p.others, p.scale, c.a, of_rows, p.p_log_p)
+        finish_gradient(chunks, rows, p.others, c=c, at_target=at_target, derivative=derivative)
+        chunks.store(rows, p.others)
     return stats_of_others(chunks, parts, z_y)
 
 
@@ -236,10 +226,7 @@ def finish_gradient(
             p.sub_(_column(c.c))
         else:
             p.addcmul_(_column(c.c), weight, value=-1)
-    if derivative is not None:
-        p.mul_(derivative)
-    elif chunks.spec.logit_scale != 1:
-        p.mul_(chunks.spec.logit_scale)
+    chain(p, chunks.spec, derivative)
     if rows.counted is not None:
         p.masked_fill_(~rows.counted.unsqueeze(1), 0)
 

@@ -120,10 +120,19 @@ def stats_of_others(chunks: Chunks, parts: list[Others], z_y: Tensor) -> RowStat
     return stats if chunks.on_cpu else _mark_out_of_range(stats, chunks)
 
 
+class SoftmaxOfOthers(NamedTuple):
+    """p of the classes that are not the target, for the gradient."""
+
+    others: Tensor  # (n, V): p up to a factor of each row, 0 at the target; it may be overwritten
+    scale: Tensor  # (n,): that factor
+    rest: Tensor  # (n,): 1 - p_y
+    p_log_p: Tensor | None  # (n, V): x log x of `others`, if the entropy was asked for
+
+
 def without_target(
     chunks: Chunks, rows: Rows, *, target_logit: Tensor, z_y: Tensor, derivative: Tensor | None
-) -> tuple[Others, Tensor, Tensor, Tensor]:
-    """(statistics, p of the classes that are not the target up to a factor, that factor of each row, 1 - p_y)."""
+) -> tuple[Others, SoftmaxOfOthers]:
+    """The statistics of the other classes, and their p."""
     spec, y, z_y = chunks.spec, rows.target, rows.of(z_y)
     x = chunks.copy(rows)
     if spec.softcap is not None or spec.label_smoothing or spec.stats:
@@ -145,13 +154,19 @@ def without_target(
     nll = torch.nn.functional.softplus(top - z_y + excess, threshold=40.0)
     if rows.bad is not None:
         nll = nll.masked_fill(rows.bad, torch.nan)
-    others = others_mass(nll)
+    rest = others_mass(nll)
     left.clamp_min_(0.25)  # it is at least 0.5, unless no other class has any mass
-    entropy = None
+    entropy = p_log_p = None
     if spec.stats:
-        rest = torch.special.entr(others) + others * (torch.special.entr(x).sum(1) / left + left.log())
-        entropy = torch.where(others < 1, (1 - others) * nll, 0) + rest
-    return Others(nll, top, excess, plain_sum, entropy, predicted), x, others / left, others
+        p_log_p = x_log_x(x)
+        of_others = torch.special.entr(rest) + rest * (left.log() - p_log_p.sum(1) / left)
+        entropy = torch.where(rest < 1, (1 - rest) * nll, 0) + of_others
+    return Others(nll, top, excess, plain_sum, entropy, predicted), SoftmaxOfOthers(x, rest / left, rest, p_log_p)
+
+
+def x_log_x(x: Tensor) -> Tensor:
+    """x * log x of numbers >= 0, and 0 for 0. On a CPU it takes half the time of torch.special.entr."""
+    return x.clamp(min=torch.finfo(x.dtype).tiny).log_().mul_(x)
 
 
 def others_mass(nll: Tensor) -> Tensor:

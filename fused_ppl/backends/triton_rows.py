@@ -15,7 +15,7 @@ from fused_ppl.kernels import launch
 from fused_ppl.kernels.nll_backward import launch_nll_backward
 from fused_ppl.kernels.nll_forward import launch_nll_forward
 from fused_ppl.kernels.nll_forward_backward import launch_nll_forward_backward
-from fused_ppl.records import Normalizers, RowStats, RowUpstream, Shard, TokenInputs, Totals
+from fused_ppl.records import Normalizers, RowFunction, RowStats, RowUpstream, Shard, TokenInputs, Totals
 from fused_ppl.spec import LossSpec
 
 
@@ -76,10 +76,7 @@ def nll_backward(
         numbers(spec) if upstream.grad_z is not None else numbers(spec)._replace(z_loss=None),
         lse=normalizers.lse.to(torch.float64).contiguous(),
         nll=normalizers.nll.contiguous(),
-        upstream=launch.Upstream(
-            *(None if g is None else g.to(torch.float32).expand(target.shape) for g in upstream[:2]),  # type: ignore[arg-type]  # grad_s is there
-            *(None if g is None else g.to(torch.float32).contiguous() for g in upstream[2:]),
-        ),
+        upstream=_upstream(upstream, target.shape),
         out=out,
         config=_config(logits, heavy=spec.softcap is not None or weighted or upstream.grad_entropy is not None),
         ignore_index=spec.ignore_index,
@@ -94,12 +91,12 @@ def nll_forward_backward(
     spec: LossSpec,
     *,
     target_logit: Tensor,  # (R,) fp32
-    upstream: float | None,
+    upstream: float | RowFunction | None,
     memory_budget: int | None,
 ) -> RowStats:
-    """The statistics of a chunk of the fused LM head; its logits become `upstream` times the gradient of l.
+    """The statistics of a chunk of the fused LM head; its logits become their gradient, see `fused_ppl.backends`.
 
-    `upstream` None computes no gradient, and the logits stay.
+    A function of the statistics needs a second launch for the gradient, because it is not part of a kernel.
     """
     stats = _check_and_allocate(logits, tokens.target, spec)
     size, scalars = launch.device_size(logits.device), numbers(spec)
@@ -111,10 +108,21 @@ def nll_forward_backward(
         scalars,
         target_logit=target_logit.contiguous(),
         rows=launch.Rows(*stats),  # type: ignore[arg-type]  # lse is there
-        upstream=upstream,
+        upstream=None if callable(upstream) else upstream,
         config=launch.choose_two_pass_config(logits.shape[1], logits.itemsize, size, register_pressure=pressure),
         ignore_index=spec.ignore_index,
     )
+    if callable(upstream):
+        assert stats.lse is not None
+        nll_backward(
+            logits,
+            tokens,
+            spec,
+            normalizers=Normalizers(stats.lse, stats.nll),
+            upstream=upstream(stats.nll, stats.entropy, slice(None)),
+            out=logits,
+            memory_budget=memory_budget,
+        )
     return stats
 
 
@@ -134,6 +142,15 @@ def _check_and_allocate(logits: Tensor, target: Tensor, spec: LossSpec) -> RowSt
         entropy=rows(torch.float32) if spec.stats else None,
         predicted=rows(torch.int64) if spec.stats else None,
     )
+
+
+def _upstream(upstream: RowUpstream, shape: torch.Size) -> launch.Upstream:
+    """The first two may be one number for all rows, with stride 0; the kernel takes the others contiguous."""
+    floats = upstream.map(lambda g: g.to(torch.float32).expand(shape))
+    dlse, dentropy, entropy = (
+        None if g is None else g.contiguous() for g in (floats.grad_lse, floats.grad_entropy, floats.entropy)
+    )
+    return launch.Upstream(floats.grad_s, floats.grad_z, dlse, dentropy, entropy)
 
 
 def _three_dims(logits: Tensor) -> Tensor:

@@ -209,7 +209,8 @@ class Head:
 
     def add_product(self, out: Tensor, a: Tensor, b: Tensor, fresh: bool = False) -> None:
         if a.dtype == out.dtype:
-            torch.mm(a, b, out=out) if fresh else out.addmm_(a, b)
+            # not addmm_, whose FLOPs torch.utils.flop_counter does not count
+            torch.mm(a, b, out=out) if fresh else torch.addmm(out, a, b, out=out)
             return
         product = torch.mm(a, b) if self.on_cpu else torch.mm(a, b, out_dtype=out.dtype)
         out.copy_(product) if fresh else out.add_(product)

@@ -355,7 +355,7 @@ class _GroupLoop:
                 self.grad_hidden[product.rows].addcmul_(product.of_rows.unsqueeze(1), row)
         if self.needed[1]:
             rows = [p.of_rows @ head.hidden[p.rows].to(p.of_rows.dtype) for p in self.products]
-            self.grad_weight.addmm_(c.t(), torch.stack(rows))
+            torch.addmm(self.grad_weight, c.t(), torch.stack(rows), out=self.grad_weight)
 
     def residual(self) -> Tensor:
         """(): |G - G'| / |G|, at the end of the step."""

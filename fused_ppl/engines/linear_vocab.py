@@ -77,7 +77,7 @@ def gradients(
     """The loop over slices of the vocabulary. `upstream` and `normalizers` are those of all tokens."""
     backend, grads = backends.load(execution.backend), execution.grads
     head, (v, d) = Head(inputs, spec, execution), inputs.linear_weight.shape
-    of_rows = RowUpstream(*(head.of_rows(g) for g in upstream))  # type: ignore[arg-type]  # the first is there
+    of_rows = upstream.map(head.of_rows)
     known = Normalizers(*(head.of_rows(t.reshape(-1)) for t in normalizers))
     h, n = head.hidden.to(head.dtype), head.num_rows
     columns = plan.linear_plan(linear_case(h, inputs.linear_weight, execution), "vocab").columns

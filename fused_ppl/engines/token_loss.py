@@ -19,7 +19,7 @@ from torch import Tensor
 from fused_ppl import backends, reduction, token_checks
 from fused_ppl.engines.head import Chunk, HeadLoop
 from fused_ppl.engines.ops import without_autocast
-from fused_ppl.records import HeadExecution, HeadInputs, Normalizers, RowStats, RowUpstream, Unscaled
+from fused_ppl.records import HeadExecution, HeadInputs, RowUpstream, Unscaled
 from fused_ppl.spec import LossSpec
 
 TokenFunction: TypeAlias = Callable[..., Tensor]  # (log_prob, entropy, *per_token), each (R,), to the loss (R,)
@@ -42,61 +42,52 @@ def sums_and_gradients(
     total, count = (torch.zeros((), dtype=dtype, device=device) for _ in range(2))
     constants = [loop.head.of_rows(values.reshape(-1)) for values in per_token]
     for chunk in loop.chunks():
+        losses = _Losses(chunk, spec, total, function=function, constants=[values[chunk.rows] for values in constants])
         loop.head.logits(chunk.hidden, chunk.logits)
         stats = backend.nll_forward_backward(
             chunk.logits,
             chunk.tokens,
             spec,
             target_logit=chunk.target_logit,
-            upstream=None,
+            upstream=losses.differentiate if any(grads) else None,
             memory_budget=execution.memory_budget,
         )
-        loss, upstream = _losses(chunk, stats, spec, function=function, constants=constants, differentiate=any(grads))
-        total += loss.sum(dtype=dtype)
         count += stats.weight.sum(dtype=dtype)
-        if upstream is None:
-            continue
-        assert stats.lse is not None
-        backend.nll_backward(
-            chunk.logits,
-            chunk.tokens,
-            spec,
-            normalizers=Normalizers(stats.lse, stats.nll),
-            upstream=upstream,
-            out=chunk.logits,
-            memory_budget=execution.memory_budget,
-        )
-        loop.add_gradients(chunk)
+        if any(grads):
+            loop.add_gradients(chunk)
+        else:
+            losses.add(0 - stats.nll, stats.entropy, slice(None))
     return torch.stack((total, count)), loop.finished()
 
 
-def _losses(
-    chunk: Chunk,
-    stats: RowStats,
-    spec: LossSpec,
-    *,
-    function: TokenFunction,
-    constants: Sequence[Tensor],
-    differentiate: bool,
-) -> tuple[Tensor, RowUpstream | None]:
-    """The loss of each row of a chunk, 0 where it is ignored, and the upstream gradients of the rows."""
-    assert stats.entropy is not None
-    log_prob, entropy = 0 - stats.nll, stats.entropy.clone()
-    with torch.set_grad_enabled(differentiate):
-        if differentiate:
-            log_prob.requires_grad_(), entropy.requires_grad_()
-        loss = function(log_prob, entropy, *(values[chunk.rows] for values in constants))
+class _Losses:
+    """f for rows of a chunk: its sum over the counted rows is added to `total`."""
+
+    def __init__(
+        self, chunk: Chunk, spec: LossSpec, total: Tensor, *, function: TokenFunction, constants: list[Tensor]
+    ) -> None:
+        self.total, self.function, self.constants = total, function, constants
+        target = chunk.tokens.target
+        self.counted = None if spec.ignore_index is None else target != spec.ignore_index
+
+    def add(self, log_prob: Tensor, entropy: Tensor | None, rows: slice) -> Tensor:
+        """Add the losses of some rows of the chunk, and return them: 0 where a row is ignored."""
+        loss = self.function(log_prob, entropy, *(values[rows] for values in self.constants))
         token_checks.check_token_loss(loss, log_prob)
-        if spec.ignore_index is not None:
-            loss = torch.where(chunk.tokens.target != spec.ignore_index, loss, 0)
-        if not differentiate or not loss.requires_grad:
-            return loss.detach(), None if not differentiate else _no_upstream(log_prob)
-        token_checks.check_depends_on_nothing_else(loss, log_prob, entropy)
-        of_log_prob, of_entropy = torch.autograd.grad(loss.sum(), (log_prob, entropy), allow_unused=True)
-    of_nll = torch.zeros_like(stats.nll) if of_log_prob is None else -of_log_prob
-    value = None if of_entropy is None else stats.entropy
-    return loss.detach(), RowUpstream(of_nll, None, None, of_entropy, value)
+        if self.counted is not None:
+            loss = torch.where(self.counted[rows], loss, 0)
+        self.total += loss.detach().sum(dtype=self.total.dtype)
+        return loss
 
-
-def _no_upstream(like: Tensor) -> RowUpstream:
-    return RowUpstream(torch.zeros_like(like, requires_grad=False), None)
+    def differentiate(self, nll: Tensor, entropy: Tensor | None, rows: slice) -> RowUpstream:
+        """`add`, and the derivatives of the losses: the `RowFunction` of the backends."""
+        assert entropy is not None
+        known = (-nll).requires_grad_(), entropy.clone().requires_grad_()
+        with torch.enable_grad():
+            loss = self.add(*known, rows)
+        if not loss.requires_grad:
+            return RowUpstream(torch.zeros_like(nll), None)
+        token_checks.check_depends_on_nothing_else(loss, *known)
+        of_log_prob, of_entropy = torch.autograd.grad(loss, known, torch.ones_like(loss), allow_unused=True)
+        of_nll = torch.zeros_like(nll) if of_log_prob is None else -of_log_prob
+        return RowUpstream(of_nll, None, None, of_entropy, None if of_entropy is None else entropy)
