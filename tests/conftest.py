@@ -12,6 +12,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import hypothesis
 import interpreter
@@ -35,6 +36,7 @@ hypothesis.settings.register_profile("suite", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("suite")
 
 LIMITS = {"interpreter": 20_000, "emulator": 1_000_000}  # logits; more would take minutes
+WORKERS: list[str] = []  # what each process of pytest-xdist has emulated
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -58,9 +60,22 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("backend", on_device.backends(), indirect=True, scope="session")
 
 
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if on_device.emulated is not None and hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["emulated"] = on_device.emulated.report()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Keep what a process of pytest-xdist has emulated."""
+    if report := node.workeroutput.get("emulated"):
+        WORKERS.append(report)
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if on_device.emulated is not None:
-        terminalreporter.write_line(on_device.emulated.report())
+        for report in WORKERS or [on_device.emulated.report()]:
+            terminalreporter.write_line(report)
 
 
 @pytest.fixture(scope="session")

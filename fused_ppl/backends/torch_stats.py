@@ -21,7 +21,7 @@ def chunk_stats(chunks: Chunks, rows: Rows) -> RowStats:
     spec, y, w = chunks.spec, rows.target, chunks.weight
     z = chunks.load(rows)
     # lse = z - logp in every column; in the column of the largest z nothing cancels and logp is finite
-    top = z.argmax(1, keepdim=True) if spec.stats or spec.z_loss else y
+    top = argmax(z).unsqueeze(1) if spec.stats or spec.z_loss else y
     top_logit = z.gather(1, top) if chunks.keep_lse else None
     # several chunks share one buffer
     logp = torch.log_softmax(z, 1) if rows.whole else torch.log_softmax(z, 1, out=chunks.work(rows))
@@ -141,7 +141,7 @@ def without_target(
     plain_sum = None
     if spec.label_smoothing:
         plain_sum = x.sum(1) if chunks.weight is None else x @ chunks.weight
-    predicted = x.argmax(1) if spec.stats else None
+    predicted = argmax(x) if spec.stats else None
     # the largest of the others takes the place of the target: softmax then gives its share of a sum that it is part of
     x.scatter_(1, y, -torch.inf)
     top = x.amax(1, keepdim=True).clamp_min_(torch.finfo(x.dtype).min)  # if all others are masked they have no mass
@@ -162,6 +162,23 @@ def without_target(
         of_others = torch.special.entr(rest) + rest * (left.log() - p_log_p.sum(1) / left)
         entropy = torch.where(rest < 1, (1 - rest) * nll, 0) + of_others
     return Others(nll, top, excess, plain_sum, entropy, predicted), SoftmaxOfOthers(x, rest / left, rest, p_log_p)
+
+
+def argmax(x: Tensor) -> Tensor:
+    """(n,): the column of the largest of each row, the first one among equals.
+
+    A CPU looks for the largest of each block of columns first. aten's amax is vectorised, and its argmax is not.
+    """
+    columns, size = x.shape[1], 256
+    if x.device.type != "cpu" or columns < 16 * size:
+        return x.argmax(1)
+    count = columns // size
+    of_blocks = x[:, : count * size].unflatten(1, (count, size)).amax(2)
+    of_last = x[:, columns - size :].amax(1, keepdim=True)  # a whole block that ends with the row
+    block = torch.cat((of_blocks, of_last), 1).argmax(1)
+    first = torch.where(block == count, columns - size, block * size).unsqueeze(1)
+    place = x.gather(1, first + torch.arange(size, dtype=torch.int64, device=x.device)).argmax(1, keepdim=True)
+    return (first + place).squeeze(1)
 
 
 def x_log_x(x: Tensor) -> Tensor:
@@ -200,8 +217,8 @@ def shard_stats(chunks: Chunks, z: Tensor, y: Tensor, *, owned: Tensor) -> Tenso
     """The fields of `RowBackend.nll_forward_shard`."""
     w = chunks.own_weight
     of_target = z.gather(1, y)
-    top, column = z.max(1, keepdim=True)
-    top = top.clamp(min=LOWEST)
+    column = argmax(z).unsqueeze(1)
+    top = z.gather(1, column).clamp(min=LOWEST)
     spread = torch.zeros_like(top)
     if chunks.spec.label_smoothing:
         z.scatter_(1, y, torch.where(owned, 0, of_target))
