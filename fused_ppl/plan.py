@@ -14,7 +14,7 @@ from fused_ppl.records import Compact, Needed
 
 # Bytes of the buffer of a chunk of rows. On a CPU the buffer stays in the shared cache. Smaller buffers cost more
 # barriers between threads, which are slow if other programs use the cores. On a GPU the buffer fills the device.
-CPU_BUFFER_PER_THREAD = 2**20
+CPU_BUFFER_PER_THREAD = 2 * 2**20
 CPU_BUFFER = 16 * 2**20
 GPU_BUFFER = 64 * 2**20
 

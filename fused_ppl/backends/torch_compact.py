@@ -38,10 +38,11 @@ def nll_columns(
         slope = None if spec.softcap is None else torch.empty_like(chunks.buffer)
         for rows in chunks:
             derivative = None if slope is None else slope[: rows.target.shape[0]]
-            of_rows, p = without_target(chunks, rows, target_logit=target_logit, z_y=z_y, derivative=derivative)
+            of_rows, p, rest = without_target(chunks, rows, target_logit=target_logit, z_y=z_y, derivative=derivative)
+            assert p.scale is not None
             found.append(of_rows)
             lse = of_rows.lse(chunks, rows.of(z_y)) if spec.z_loss else None
-            yield _Part(rows, p.others, p.scale, p.rest, lse, derivative)
+            yield _Part(rows, p.q, p.scale, rest, lse, derivative)
 
     columns, factors = _sums(chunks, parts(), signed)
     return stats_of_others(chunks, found, z_y), columns, factors

@@ -16,6 +16,7 @@ from torch import Tensor
 from fused_ppl.backends.torch_chunks import Chunks, Rows, chain, transform
 from fused_ppl.backends.torch_stats import (
     Others,
+    Softmax,
     chunk_stats,
     collect,
     others_mass,
@@ -67,10 +68,9 @@ def nll_backward(
         derivative = None if slope is None else slope[: rows.target.shape[0]]
         z, p = chunks.load(rows, derivative), chunks.work(rows)
         if shard is None:
-            scale = None
-            torch.softmax(z, 1, out=p)
+            softmax = Softmax(torch.softmax(z, 1, out=p), None)
         else:
-            scale = exponentials(z, rows.of(lse), rows.of(nll), p)
+            softmax = Softmax(p, exponentials(z, rows.of(lse), rows.of(nll), p))
         of_rows = upstream.map(rows.of)
         grad_lse = None
         if of_rows.grad_z is not None:
@@ -79,32 +79,25 @@ def nll_backward(
         at_target = c.at_target(-others_mass(rows.of(nll)))
         if of_rows.grad_lse is not None or of_rows.grad_entropy is not None:
             at_target += statistics_at_target(of_rows, rows.of(nll))
-        softmax_part(p, scale, c.a, of_rows)
+        softmax_part(softmax, c.a, of_rows)
         finish_gradient(chunks, rows, p, c=c, at_target=at_target, derivative=derivative)
         chunks.store(rows, p)
 
 
-def softmax_part(
-    p: Tensor,  # (n, V): p up to a factor of each row; it is overwritten
-    scale: Tensor | None,  # (n,): that factor, or None for 1
-    a: Tensor,  # (n,) or ()
-    upstream: RowUpstream,
-    p_log_p: Tensor | None = None,  # (n, V): p * log p of the given p, if it is known
-) -> None:
-    """dz[v] = p_v * (a + grad_lse - grad_entropy * (log p_v + H)), H the entropy.
-
-    With p = scale * q and log p = log q + log scale, it is a multiple of q and one of q * log q, by row.
-    """
+def softmax_part(p: Softmax, a: Tensor, upstream: RowUpstream) -> None:
+    """q becomes p_v * (a + grad_lse - grad_entropy * (log p_v + H)) by rows; H is the entropy, a is (n,) or ()."""
     if upstream.grad_lse is not None:
         a = a + upstream.grad_lse
     of_entropy = upstream.grad_entropy
     if of_entropy is None or upstream.entropy is None:
-        p.mul_(_column(product(a, scale)))
+        p.q.mul_(_column(product(a, p.scale)))
         return
-    log_scale = 0 if scale is None else scale.log()
-    a = a - of_entropy * (upstream.entropy + log_scale)
-    p_log_p = x_log_x(p) if p_log_p is None else p_log_p
-    p.mul_(_column(product(a, scale))).addcmul_(p_log_p, _column(product(of_entropy, scale)), value=-1)
+    q_log_q, shift = p.q_log_q, p.shift
+    if q_log_q is None:
+        q_log_q = x_log_x(p.q)
+        shift = None if p.scale is None else p.scale.log()
+    a = a - of_entropy * (upstream.entropy if shift is None else upstream.entropy + shift)
+    p.q.mul_(_column(product(a, p.scale))).addcmul_(q_log_q, _column(product(of_entropy, p.scale)), value=-1)
 
 
 def statistics_at_target(upstream: RowUpstream, nll: Tensor) -> Tensor:
@@ -155,7 +148,7 @@ def nll_forward_backward(
             parts.append(Others.none(chunks, rows))
             continue
         derivative = None if slope is None else slope[: rows.target.shape[0]]
-        found, p = without_target(chunks, rows, target_logit=target_logit, z_y=z_y, derivative=derivative)
+        found, p, rest = without_target(chunks, rows, target_logit=target_logit, z_y=z_y, derivative=derivative)
         parts.append(found)
         if upstream is None:
             continue
@@ -167,12 +160,12 @@ def nll_forward_backward(
         if spec.z_loss:
             grad_lse = of_rows.grad_s * (2 * spec.z_loss) * found.lse(chunks, rows.of(z_y)).to(chunks.dtype)
         c = coefficients(chunks, rows, grad_s=of_rows.grad_s, grad_lse=grad_lse)
-        at_target = c.at_target(-p.rest)
+        at_target = c.at_target(-rest)
         if of_rows.grad_entropy is not None:
             at_target += statistics_at_target(of_rows, found.nll)
-        softmax_part(p.others, p.scale, c.a, of_rows, p.p_log_p)
-        finish_gradient(chunks, rows, p.others, c=c, at_target=at_target, derivative=derivative)
-        chunks.store(rows, p.others)
+        softmax_part(p, c.a, of_rows)
+        finish_gradient(chunks, rows, p.q, c=c, at_target=at_target, derivative=derivative)
+        chunks.store(rows, p.q)
     return stats_of_others(chunks, parts, z_y)
 
 

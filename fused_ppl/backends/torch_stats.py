@@ -120,19 +120,19 @@ def stats_of_others(chunks: Chunks, parts: list[Others], z_y: Tensor) -> RowStat
     return stats if chunks.on_cpu else _mark_out_of_range(stats, chunks)
 
 
-class SoftmaxOfOthers(NamedTuple):
-    """p of the classes that are not the target, for the gradient."""
+class Softmax(NamedTuple):
+    """p of some classes of each row, as p_v = scale * q_v and log p_v = log_q_v + shift."""
 
-    others: Tensor  # (n, V): p up to a factor of each row, 0 at the target; it may be overwritten
-    scale: Tensor  # (n,): that factor
-    rest: Tensor  # (n,): 1 - p_y
-    p_log_p: Tensor | None  # (n, V): x log x of `others`, if the entropy was asked for
+    q: Tensor  # (n, V); the gradient takes its memory
+    scale: Tensor | None  # (n,), or None for 1
+    q_log_q: Tensor | None = None  # (n, V), and 0 where q is 0; None if nobody has computed it
+    shift: Tensor | None = None  # (n,), or None for log scale
 
 
 def without_target(
     chunks: Chunks, rows: Rows, *, target_logit: Tensor, z_y: Tensor, derivative: Tensor | None
-) -> tuple[Others, SoftmaxOfOthers]:
-    """The statistics of the other classes, and their p."""
+) -> tuple[Others, Softmax, Tensor]:
+    """The statistics of the other classes, their p, which is 0 at the target, and 1 - p_y."""
     spec, y, z_y = chunks.spec, rows.target, rows.of(z_y)
     x = chunks.copy(rows)
     if spec.softcap is not None or spec.label_smoothing or spec.stats:
@@ -146,6 +146,7 @@ def without_target(
     x.scatter_(1, y, -torch.inf)
     top = x.amax(1, keepdim=True).clamp_min_(torch.finfo(x.dtype).min)  # if all others are masked they have no mass
     x.scatter_(1, y, top)
+    below_top = x - top if spec.stats else None
     torch.softmax(x, 1, out=x)
     share = x.gather(1, y).squeeze(1)
     x.scatter_(1, y, 0)
@@ -155,13 +156,21 @@ def without_target(
     if rows.bad is not None:
         nll = nll.masked_fill(rows.bad, torch.nan)
     rest = others_mass(nll)
-    left.clamp_min_(0.25)  # it is at least 0.5, unless no other class has any mass
-    entropy = p_log_p = None
-    if spec.stats:
-        p_log_p = x_log_x(x)
-        of_others = torch.special.entr(rest) + rest * (left.log() - p_log_p.sum(1) / left)
-        entropy = torch.where(rest < 1, (1 - rest) * nll, 0) + of_others
-    return Others(nll, top, excess, plain_sum, entropy, predicted), SoftmaxOfOthers(x, rest / left, rest, p_log_p)
+    scale = rest / left.clamp_min_(0.25)  # it is at least 0.5, unless no other class has any mass
+    found, p = Others(nll, top, excess, plain_sum, None, predicted), Softmax(x, scale)
+    if below_top is not None:
+        # among the others log p is below_top - excess, and excess >= 0 unless they have no mass
+        lost = excess.clamp(min=0)
+        q_log_q = below_top.clamp_(min=-1e3).mul_(x)
+        of_others = torch.special.entr(rest) + rest * (lost - q_log_q.sum(1) / left)
+        found = found._replace(entropy=torch.where(rest < 1, (1 - rest) * nll, 0) + of_others)
+        p = p._replace(q_log_q=q_log_q, shift=rest.clamp(min=torch.finfo(x.dtype).tiny).log() - lost)
+    return found, p, rest
+
+
+def others_mass(nll: Tensor) -> Tensor:
+    """1 - p_y = -expm1(-nll), with a small relative error also near 0."""
+    return -torch.expm1(-nll)
 
 
 def argmax(x: Tensor) -> Tensor:
@@ -184,11 +193,6 @@ def argmax(x: Tensor) -> Tensor:
 def x_log_x(x: Tensor) -> Tensor:
     """x * log x of numbers >= 0, and 0 for 0. On a CPU it takes half the time of torch.special.entr."""
     return x.clamp(min=torch.finfo(x.dtype).tiny).log_().mul_(x)
-
-
-def others_mass(nll: Tensor) -> Tensor:
-    """1 - p_y = -expm1(-nll), with a small relative error also near 0."""
-    return -torch.expm1(-nll)
 
 
 def _mark_out_of_range(stats: RowStats, chunks: Chunks) -> RowStats:
