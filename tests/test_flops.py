@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fused_ppl import Options, linear_cross_entropy, linear_log_probs, plan
+from fused_ppl import Options, linear_cross_entropy, linear_log_probs, linear_token_loss, plan
 
 N, V, D = 6, 11, 5
 PRODUCT = 2 * N * V * D
@@ -49,7 +49,17 @@ def test_log_probabilities_take_four_products(options):
         (values.log_prob + values.entropy).sum().backward()
 
     assert count(log_probs, *head()) == 4 * PRODUCT
-    # linear_token_loss is no op: torch's counter sees its products one by one, and does not know addmm_
+
+
+@pytest.mark.parametrize("budget", [None, 2 * V * 4], ids=["one chunk", "chunks"])
+def test_a_loss_of_tokens_takes_three(budget, backend):
+    """It is no op: torch's counter sees its products one by one."""
+
+    def token_loss(hidden, weight, target):
+        how = Options(backend, memory_budget=budget)
+        linear_token_loss(hidden, weight, target, lambda log_prob, entropy: entropy - log_prob, options=how).backward()
+
+    assert count(token_loss, *head()) == 3 * PRODUCT
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
