@@ -38,6 +38,7 @@ def all_steps(dry: bool) -> tuple[dict[str, Any], Any]:
     """Every step in the order in which they run, and the card that they run on."""
     import gpu_checks
     import gpu_times
+    import gpu_tokens
     import gpu_training
     import torch
     from gpu_device import Card, StandIn
@@ -51,6 +52,7 @@ def all_steps(dry: bool) -> tuple[dict[str, Any], Any]:
         *gpu_times.kernel_steps(card, sizes),
         *gpu_times.loss_steps(card, sizes),
         *gpu_times.variant_steps(card, sizes),
+        *gpu_tokens.token_steps(card, sizes),
         *gpu_training.training_steps(card, dry),
     ]
     steps.sort(key=lambda step: GROUPS.index(step.group))
