@@ -2,6 +2,12 @@
 """Fused perplexity and cross-entropy losses over large vocabularies, for PyTorch, in Triton and in plain PyTorch."""
 
 from fused_ppl.accumulate import PerplexityAccumulator
+from fused_ppl.divergences import (
+    kl_divergence,
+    kl_divergence_with_stats,
+    linear_kl_divergence,
+    linear_kl_divergence_with_stats,
+)
 from fused_ppl.functional import (
     cross_entropy,
     cross_entropy_with_stats,
@@ -12,7 +18,7 @@ from fused_ppl.functional import (
 )
 from fused_ppl.metrics import Perplexity
 from fused_ppl.modules import CrossEntropyLoss, LinearCrossEntropyLoss, LinearPerplexityLoss, PerplexityLoss
-from fused_ppl.spec import LogProbs, LossOutput, Options
+from fused_ppl.spec import DivergenceOutput, LogProbs, LossOutput, Options
 from fused_ppl.targets import next_token_targets
 from fused_ppl.token_values import linear_log_probs, linear_token_loss, log_probs
 
@@ -20,6 +26,7 @@ __version__ = "0.1.0.dev0"
 
 __all__ = [
     "CrossEntropyLoss",
+    "DivergenceOutput",
     "LinearCrossEntropyLoss",
     "LinearPerplexityLoss",
     "LogProbs",
@@ -30,8 +37,12 @@ __all__ = [
     "PerplexityLoss",
     "cross_entropy",
     "cross_entropy_with_stats",
+    "kl_divergence",
+    "kl_divergence_with_stats",
     "linear_cross_entropy",
     "linear_cross_entropy_with_stats",
+    "linear_kl_divergence",
+    "linear_kl_divergence_with_stats",
     "linear_log_probs",
     "linear_perplexity",
     "linear_token_loss",

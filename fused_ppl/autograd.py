@@ -8,6 +8,7 @@ A Function takes the request, and then each tensor of the inputs, because autogr
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -46,7 +47,7 @@ def head_loss(inputs: HeadInputs, request: HeadRequest) -> HeadResults:
     return results
 
 
-def apply_of(function: Any, inputs: LogitsInputs | HeadInputs) -> Any:
+def apply_of(function: Any, inputs: Iterable[Tensor | None]) -> Any:
     """`apply` of the Function in the form that this call needs, or None where nothing records a gradient."""
     if torch.compiler.is_compiling():
         if torch._C._are_functorch_transforms_active() or _exporting():
@@ -177,8 +178,7 @@ class HeadLoss(torch.autograd.Function):
         inputs, unscaled = HeadInputs(*tensors), Unscaled(hidden, linear_weight, linear_bias)
         upstream = Upstream(loss_factor, perplexity_factor, grad_loss, grad_perplexity)
         with torch.no_grad():
-            last = not torch.compiler.is_compiling() and not _kept() and not _batched(grad_loss, grad_perplexity)
-            last = last and _unhooked(*unscaled)
+            last = is_last_use(unscaled, grad_loss, grad_perplexity)
             known = Normalizers(lse, nll), unscaled
             made = loss.head_gradients(inputs, known, upstream, request, last=last)
         gradients: list[Any] = [g if n else None for g, n in zip(made, request.execution.grads, strict=True)]
@@ -186,6 +186,13 @@ class HeadLoss(torch.autograd.Function):
             parents = (grad_loss, grad_perplexity, inputs.hidden, inputs.linear_weight, inputs.linear_bias)
             gradients = [None if g is None else first_order(g, *parents) for g in gradients]
         return None, *gradients, *_REST_OF_HEAD
+
+
+def is_last_use(unscaled: Unscaled, *upstream: Tensor | None) -> bool:
+    """True if nothing reads the saved gradients after this backward, so that it may write to them."""
+    if torch.compiler.is_compiling() or _kept() or _batched(*upstream):
+        return False
+    return _unhooked(*unscaled)
 
 
 def _kept() -> bool:

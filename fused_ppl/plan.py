@@ -93,6 +93,8 @@ class LinearCase:
     memory_budget: int | None = None
     compact: Compact | None = None
     converts: bool = False  # whether the products have another dtype than the weight, as under autocast
+    teacher_size: int = 0  # hidden size of a second head whose logits of a chunk exist at the same time, else 0
+    teacher_itemsize: int = 0
 
     @property
     def converted_bytes(self) -> int:
@@ -191,7 +193,7 @@ def linear_plan(case: LinearCase, kind: str) -> LinearPlan:
     wide, product = max(4, size), 2 * n * v * d
     least, most = MIN_ROWS[case.place][size], MAX_ROWS[case.place]
     screened = kind == "compact" and case.compact is not None and case.compact.screen is not None
-    logit = 2 if screened else size
+    logit = (2 if screened else size) + case.teacher_itemsize
     rows = CHUNK_BYTES[case.place] // (v * logit)
     if case.place == "cpu":
         # A buffer over half of the size of the weight's float32 gradient costs more memory than it saves time. With a
@@ -230,7 +232,8 @@ def linear_plan(case: LinearCase, kind: str) -> LinearPlan:
         at_once = fixed + max(rows * v * logit, columns * column) + gradients
     products = {"forward": 1, "rows": 1, "vocab": 2}[kind] + case.grads[0] + case.grads[1]
     reason += _over(case, temporary + saved)
-    return LinearPlan(kind, rows, columns, temporary, saved, product * products, reason, saved + at_once)
+    flops = product * products + 2 * n * v * case.teacher_size
+    return LinearPlan(kind, rows, columns, temporary, saved, flops, reason, saved + at_once)
 
 
 def _over(case: LinearCase, size: int) -> str:

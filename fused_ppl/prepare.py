@@ -13,6 +13,8 @@ from fused_ppl import (  # noqa: F401  (op_autograd registers)
     autograd,
     backends,
     checks,
+    divergence_autograd,
+    divergence_checks,
     dtensors,
     groups,
     op_autograd,
@@ -26,6 +28,9 @@ from fused_ppl.engines.head import linear_case
 from fused_ppl.engines.token_loss import TokenFunction
 from fused_ppl.records import (
     Compact,
+    Divergence,
+    DivergenceRequest,
+    DivergenceResults,
     Execution,
     Groups,
     HeadExecution,
@@ -34,12 +39,20 @@ from fused_ppl.records import (
     LogitsInputs,
     LogitsRequest,
     LossResults,
+    Teacher,
 )
 from fused_ppl.reduction import sum_dtype
-from fused_ppl.spec import LogProbs, LossOutput, LossSpec, Options, with_tensors
+from fused_ppl.spec import DivergenceOutput, LogProbs, LossOutput, LossSpec, Options, with_tensors
 from fused_ppl.token_autograd import TokenLossCall
 
 _DEFAULT = Options()
+
+
+class DivergenceExtras(NamedTuple):
+    """What only a divergence takes, and what it shares with the losses."""
+
+    asked: Divergence
+    shared: Extras
 
 
 class Extras(NamedTuple):
@@ -145,6 +158,60 @@ def token_loss_from_hidden(
     kind = "rows" if any(execution.grads) else "forward"
     request = HeadRequest(request.spec, execution, kind, request.compact, request.groups)
     return token_autograd.head_token_loss(inputs, TokenLossCall(request, function, tuple(per_token)))
+
+
+def divergence_from_logits(
+    input: Tensor, teacher: Tensor, target: Tensor | None, spec: LossSpec, *, class_dim: int, extras: DivergenceExtras
+) -> DivergenceOutput:
+    shared = extras.shared
+    divergence_checks.check_options(_options(shared))
+    divergence_checks.check_plain(input, teacher, target, shared.token_weight)
+    checks.check_logits(input, class_dim)
+    divergence_checks.check_teacher_logits(input, teacher)
+    places = tuple(n for dim, n in enumerate(input.shape) if dim != (class_dim % input.ndim if input.ndim > 1 else 0))
+    target, spec = _counted(target, places, spec, input=input)
+    inputs, request = _logits_call(input, target, spec, class_dim=class_dim, extras=shared)
+    last = teacher if teacher.ndim == 1 else teacher.movedim(class_dim, -1)
+    if request.execution.backend == "reference":
+        spec = _check_for_reference(inputs, spec, request.groups)
+        return reference.divergence(inputs, last.detach(), spec, asked=extras.asked)
+    execution = HeadExecution(request.execution.backend, request.execution.memory_budget, input.dtype, (False,) * 3)
+    whole = DivergenceRequest(spec, execution, extras.asked, "", request.groups)
+    return _divergence_output(divergence_autograd.logits_divergence(inputs, last.detach(), whole))
+
+
+def divergence_from_hidden(
+    input: Tensor, linear_weight: Tensor, teacher: Teacher, spec: LossSpec, *, target: Tensor | None,
+    linear_bias: Tensor | None, extras: DivergenceExtras,
+) -> DivergenceOutput:  # fmt: skip
+    shared = extras.shared
+    divergence_checks.check_options(_options(shared))
+    divergence_checks.check_plain(input, linear_weight, linear_bias, *teacher, target, shared.token_weight)
+    checks.check_head(input, linear_weight, linear_bias)
+    divergence_checks.check_teacher(input, linear_weight, teacher)
+    target, spec = _counted(target, tuple(input.shape[:-1]), spec, input=input)
+    inputs, request = _head_call(input, linear_weight, target, spec, linear_bias=linear_bias, extras=shared)
+    teacher = Teacher(*(None if t is None else t.detach() for t in teacher))  # type: ignore[arg-type]  # the first two are there
+    if request.execution.backend == "reference":
+        logits, spec = _with_logits(inputs), _check_for_reference(_with_logits(inputs), spec, request.groups)
+        return reference.divergence(logits, torch.nn.functional.linear(*teacher), spec, asked=extras.asked)
+    kind = {"vocab": "forward", "compact": "rows"}.get(request.plan, request.plan)
+    whole = DivergenceRequest(spec, request.execution, extras.asked, kind, request.groups)
+    return _divergence_output(divergence_autograd.head_divergence(inputs, teacher, whole))
+
+
+def _counted(
+    target: Tensor | None, shape: tuple[int, ...], spec: LossSpec, *, input: Tensor
+) -> tuple[Tensor, LossSpec]:
+    """Without targets every token counts, and log-probabilities are compared at class 0."""
+    if target is not None:
+        return target, spec
+    return torch.zeros(shape, dtype=torch.int64, device=input.device), spec._replace(ignore_index=None)
+
+
+def _divergence_output(results: DivergenceResults) -> DivergenceOutput:
+    totals, stats, _ = results
+    return DivergenceOutput(totals.loss, *stats, totals.total_weight)
 
 
 def _head_call(

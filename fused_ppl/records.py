@@ -291,3 +291,56 @@ class KeptColumns(NamedTuple):
 
     columns: Tensor  # (K,) int64, rising
     place: Tensor  # (R,) int64: of each row's target among them, K where it is in another shard of the vocabulary
+
+
+class Divergence(NamedTuple):
+    """What is compared: p = softmax(z) of the student with q = softmax(t) of the teacher."""
+
+    direction: str  # "forward", "reverse" or "jensen_shannon"
+    beta: float  # the share of q in the mixture of "jensen_shannon"
+    teacher_logit_scale: float
+    teacher_softcap: float | None
+
+
+class Teacher(NamedTuple):
+    """The head of a teacher, which is constant. Its classes are those of the student, its hidden size may differ."""
+
+    teacher_hidden: Tensor  # (..., D of the teacher)
+    teacher_weight: Tensor  # (V, D of the teacher)
+    teacher_bias: Tensor | None  # (V,)
+
+
+class DivergenceStats(NamedTuple):
+    """What is known of every token, or of every row, 0 where ignored; the last four have 0 elements if nobody asks."""
+
+    divergence: Tensor
+    entropy: Tensor  # of p
+    teacher_entropy: Tensor  # of q
+    agrees: Tensor  # bool: argmax p = argmax q
+    log_prob_difference: Tensor  # log p[y] - log q[y]
+
+
+class DivergenceSums(NamedTuple):
+    """A divergence before the sums of all ranks are added. From logits no gradient is made in forward."""
+
+    sums: Tensor  # (2, *groups): S, M
+    stats: DivergenceStats
+    unscaled: Unscaled
+
+
+class DivergenceRequest(NamedTuple):
+    """One call of a divergence, without its tensors; `plan` is "" from logits."""
+
+    spec: LossSpec
+    execution: HeadExecution
+    divergence: Divergence
+    plan: str
+    groups: Groups | None
+
+
+class DivergenceResults(NamedTuple):
+    """A divergence over the batch of all ranks."""
+
+    totals: Totals
+    stats: DivergenceStats
+    unscaled: Unscaled

@@ -8,10 +8,13 @@ For float64 input the result is taken as the truth.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from fused_ppl.spec import LogProbs, LossOutput, LossSpec
+from fused_ppl.records import Divergence, LogitsInputs
+from fused_ppl.spec import DivergenceOutput, LogProbs, LossOutput, LossSpec
 
 
 def logits_loss(
@@ -71,6 +74,48 @@ def log_probs(logits: Tensor, target: Tensor, spec: LossSpec) -> LogProbs:
     lse = (z - top).logsumexp(-1) + top.squeeze(-1)
     values = (logp.gather(-1, y.unsqueeze(-1)).squeeze(-1), entropy, lse)
     return LogProbs(*(torch.where(counted, value, 0) for value in values))
+
+
+def divergence(inputs: LogitsInputs, teacher_logits: Tensor, spec: LossSpec, *, asked: Divergence) -> DivergenceOutput:
+    """All fields of `kl_divergence_with_stats`. The teacher is constant."""
+    target = inputs.target
+    z, y, counted = _transformed(inputs.logits, target, spec)
+    of_teacher = spec._replace(logit_scale=asked.teacher_logit_scale, softcap=asked.teacher_softcap)
+    t, _, _ = _transformed(teacher_logits.detach(), target, of_teacher)
+    log_p, log_q = z.log_softmax(-1), t.to(z.dtype).log_softmax(-1)
+    if asked.direction == "forward":
+        value = _relative_entropy(log_q, log_p)
+    elif asked.direction == "reverse":
+        value = _relative_entropy(log_p, log_q)
+    else:
+        beta = asked.beta
+        # where both are -inf, logaddexp has no derivative
+        of_both = (log.clamp(min=-1e30) + math.log(share) for log, share in ((log_q, beta), (log_p, 1 - beta)))
+        log_m = torch.logaddexp(*of_both)
+        value = beta * _relative_entropy(log_q, log_m) + (1 - beta) * _relative_entropy(log_p, log_m)
+    value = torch.where(counted, value, 0)
+    u = torch.ones_like(value) if inputs.token_weight is None else inputs.token_weight.to(value.dtype)
+    weight = torch.where(counted, u, 0).double()
+    dim = {"none": None, "sequence": -1}.get(spec.reduction, tuple(range(value.ndim)))
+    s, m = (r if not dim else r.sum(dim, dtype=torch.float64) for r in (torch.where(counted, value * u, 0), weight))
+    if inputs.num_items is not None:
+        loss = s / inputs.num_items
+    else:
+        loss = _divide(s, m) if spec.reduction in ("mean", "sequence") else s
+    with torch.no_grad():
+        of_p, of_q = (torch.where(counted, -_expected(log, log), 0) for log in (log_p, log_q))
+        agrees = counted & (z.argmax(-1) == t.argmax(-1))
+        at_target = torch.where(counted, (log_p - log_q).gather(-1, y.unsqueeze(-1)).squeeze(-1), 0)
+    return DivergenceOutput(loss.to(value.dtype), value.detach(), of_p, of_q, agrees, at_target, m)
+
+
+def _relative_entropy(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """sum_v p (log p - log q), where a term with p = 0 is 0."""
+    return _expected(log_p, log_p - log_q)
+
+
+def _expected(log_p: Tensor, values: Tensor) -> Tensor:
+    return (log_p.exp() * torch.where(log_p == -torch.inf, 0, values)).sum(-1)
 
 
 def token_loss(loss: Tensor, target: Tensor, spec: LossSpec, num_items: Tensor | None) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fused_ppl import checks, transform_checks
 
+DIRECTIONS = ("forward", "reverse", "jensen_shannon")
 REDUCTIONS = ("mean", "sum", "none", "sequence")
 BACKENDS = ("triton", "torch", "reference")
 MAY_BE_TENSORS = ("logit_scale", "softcap", "z_loss", "max_nll")  # in the order of the fields of LossSpec
@@ -167,6 +168,18 @@ class LogProbs(NamedTuple):
     log_prob: Tensor  # z[target] - lse: log of the probability of the target; 0 where ignored
     entropy: Tensor  # -sum_v p[v] log p[v], p = softmax(z); 0 where ignored
     lse: Tensor  # log sum_v exp(z[v]); 0 where ignored
+
+
+class DivergenceOutput(NamedTuple):
+    """A divergence with what one pass over both predictions can tell, in nats. Only `loss` is differentiable."""
+
+    loss: Tensor  # shape of the reduction: (), target.shape[:-1] or target.shape
+    divergence: Tensor  # (*target.shape), without weights; 0 where ignored
+    entropy: Tensor  # (*target.shape): of the student's prediction
+    teacher_entropy: Tensor  # (*target.shape): of the teacher's
+    agrees: Tensor  # (*target.shape), bool: both predict the same class; False where ignored
+    log_prob_difference: Tensor  # (*target.shape): log p[target] - log q[target], student less teacher
+    total_weight: Tensor  # M in float64: sum of token_weight over counted tokens
 
 
 class LossOutput(NamedTuple):

@@ -32,6 +32,13 @@ def log2_parts(x, y):
 
 
 @triton.jit
+def log1p2(x):
+    """log2(1 + x) for x > -1, accurate relative to itself."""
+    whole, fraction = log2_parts(tl.where(x > -0.25, x, 1.0), 1.0 + x)  # 1 + x is good enough from -0.25 down
+    return whole + fraction
+
+
+@triton.jit
 def pow2(x):
     """2**x; other kernel files call this, because no other file may name an exponential."""
     return tl.exp2(x)
@@ -39,10 +46,10 @@ def pow2(x):
 
 @triton.jit
 def expm1(x):
-    """exp(x) - 1 for x <= 0, accurate relative to itself."""
+    """exp(x) - 1, accurate relative to itself."""
     series = tl.fma(tl.fma(x, 1 / 5040, 1 / 720), x, 1 / 120)
     series = tl.fma(tl.fma(tl.fma(tl.fma(series, x, 1 / 24), x, 1 / 6), x, 1 / 2), x, 1.0)
-    return tl.where(x > -0.35, x * series, tl.exp2(x * LOG2E) - 1.0)
+    return tl.where(tl.abs(x) < 0.35, x * series, tl.exp2(x * LOG2E) - 1.0)
 
 
 @triton.jit

@@ -60,6 +60,23 @@ class Rows(NamedTuple):
     predicted: Tensor | None = None  # (N,) int64
 
 
+class DivergenceRows(NamedTuple):
+    """Results of every row of a divergence. The last four are all given, or all None."""
+
+    divergence: Tensor  # (N,) fp32
+    entropy: Tensor | None = None  # (N,) fp32: of the student
+    teacher_entropy: Tensor | None = None  # (N,) fp32
+    agrees: Tensor | None = None  # (N,) uint8: 1 if both predict the same class
+    log_prob_difference: Tensor | None = None  # (N,) fp32: of the target, student less teacher
+
+
+class DivergenceUpstream(NamedTuple):
+    """What the gradient of a divergence is multiplied by."""
+
+    gradient: Tensor  # (N,) fp32
+    token_weight: Tensor | None  # (N,)
+
+
 class Totals(NamedTuple):
     """Results of all rows, 0-d. `num_items` is an input; if given, the mean divides by it instead of M."""
 

@@ -172,7 +172,10 @@ def _poisoned_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
             buffer = allocate(*args, **keywords)
             caller = sys._getframe(1).f_globals.get("__name__", "")
             if caller.startswith("fused_ppl") and type(buffer) is Tensor and buffer.device.type != "meta":
-                buffer.fill_(float("nan") if buffer.dtype.is_floating_point else torch.iinfo(buffer.dtype).min // 2)
+                if buffer.dtype.is_floating_point:
+                    buffer.fill_(float("nan"))
+                else:
+                    buffer.fill_(True if buffer.dtype == torch.bool else torch.iinfo(buffer.dtype).min // 2)
             return buffer
 
         return poisoned

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which code runs the row formula: strict by name, best effort for None, with the reasons collected.
 
-A backend is two modules of functions over rows of logits, `RowBackend` and `CompactBackend`. It knows the row formula
-and no loop over the caller's memory. The engines know the loop and no formula.
+A backend is three modules of functions over rows of logits, `RowBackend`, `CompactBackend` and `DivergenceBackend`. It
+knows the row formula and no loop over the caller's memory. The engines know the loop and no formula.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from fused_ppl import checks
 from fused_ppl.backends import presence
 from fused_ppl.records import (
     ColumnSums,
+    Divergence,
+    DivergenceStats,
     KeptColumns,
     Normalizers,
     RowFactors,
@@ -161,6 +163,27 @@ class CompactBackend(Protocol):
         """
 
 
+class DivergenceBackend(Protocol):
+    """The divergence of two predictions of each row, of logits (N, V) or (B, R, V)."""
+
+    def divergence(
+        self,
+        logits: Tensor,
+        teacher_logits: Tensor,
+        tokens: TokenInputs,
+        spec: LossSpec,
+        *,
+        asked: Divergence,
+        upstream: Tensor | None,
+        out: Tensor | None,
+        memory_budget: int | None,
+    ) -> DivergenceStats:
+        """The divergence of every row, and with `upstream`, () or (N,), the gradient of the logits into `out`.
+
+        `out` may be the logits themselves. The gradient is multiplied by `upstream` and by the token weight.
+        """
+
+
 def choose(name: str | None, device: torch.device, dtype: torch.dtype) -> str:
     """The backend for this call. A name gives that backend or an error; None gives the best that can run.
 
@@ -241,3 +264,14 @@ def load_compact(name: str) -> CompactBackend:
     from fused_ppl.backends import triton_compact
 
     return triton_compact
+
+
+@functools.cache
+def load_divergence(name: str) -> DivergenceBackend:
+    if name == "torch":
+        from fused_ppl.backends import torch_divergence
+
+        return torch_divergence
+    from fused_ppl.backends import triton_divergence
+
+    return triton_divergence

@@ -12,6 +12,7 @@ plan `vocab`, which goes over slices of the vocabulary.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, TypeVar
@@ -241,9 +242,13 @@ class HeadLoop:
         kind: str,
         compact: Compact | None = None,
         shard: Shard | None = None,
+        teacher: Head | None = None,
     ) -> None:
         self.head, self.inputs, self.grads = Head(inputs, spec, execution), inputs, execution.grads
         self.case = linear_case(inputs.hidden, inputs.linear_weight, execution, compact)
+        if teacher is not None:
+            size, itemsize = teacher.weight.shape[1], teacher.dtype.itemsize
+            self.case = dataclasses.replace(self.case, teacher_size=size, teacher_itemsize=itemsize)
         self.plan = plan.linear_plan(self.case, kind)
         self.first = 0 if shard is None else shard.first
         if self.head.on_cpu:  # before ignored rows are left out, so that a message names the caller's position
