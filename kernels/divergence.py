@@ -113,13 +113,15 @@ def divergence_row(row, student_ptr, teacher_ptr, out_ptr, target, rows, factor,
     difference = 0.0
     if STATS:  # before the gradient takes the place of the logits
         column = row_tiles.find_target_column(target, 0, V)
-        at_p, at_q, _ = load_logs(
+        at_p, at_q, _at_slope = load_logs(
             student_ptr, teacher_ptr, tl.maximum(column, 0), student_sums, teacher_sums, student, teacher, V
         )
         difference = (at_p - at_q) * elementary.LN2
     # p * (gap - D) is taken relative to the gap of the most likely class: with p near 1, little else is left of it
-    top_p2, top_q2, _ = load_logs(student_ptr, teacher_ptr, z_column, student_sums, teacher_sums, student, teacher, V)
-    center, _ = gaps(elementary.pow2(top_p2), top_p2, elementary.pow2(top_q2), top_q2, beta, DIRECTION)
+    top_p2, top_q2, _top_slope = load_logs(
+        student_ptr, teacher_ptr, z_column, student_sums, teacher_sums, student, teacher, V
+    )
+    center, _top_gap_q = gaps(elementary.pow2(top_p2), top_p2, elementary.pow2(top_q2), top_q2, beta, DIRECTION)
     center = tl.where(center < float("inf"), center, 0.0)
     for first in range(0, V, BLOCK):
         offs_v = first + tl.arange(0, BLOCK)
@@ -152,7 +154,7 @@ def divergence_row(row, student_ptr, teacher_ptr, out_ptr, target, rows, factor,
                 student_ptr, teacher_ptr, offs_v, student_sums, teacher_sums, student, teacher, V
             )
             p = elementary.pow2(log_p2)
-            gap_p, _ = gaps(p, log_p2, elementary.pow2(log_q2), log_q2, beta, DIRECTION)
+            gap_p, gap_q = gaps(p, log_p2, elementary.pow2(log_q2), log_q2, beta, DIRECTION)
             store_gradient(out_ptr, offs_v, share * p * ((gap_p - center) - mean), slope, factor * elementary.LN2, V)
 
 

@@ -66,7 +66,7 @@ class DivergenceRows(NamedTuple):
     divergence: Tensor  # (N,) fp32
     entropy: Tensor | None = None  # (N,) fp32: of the student
     teacher_entropy: Tensor | None = None  # (N,) fp32
-    agrees: Tensor | None = None  # (N,) uint8: 1 if both predict the same class
+    agrees: Tensor | None = None  # (N,) int32: 1 if both predict the same class
     log_prob_difference: Tensor | None = None  # (N,) fp32: of the target, student less teacher
 
 

@@ -33,12 +33,11 @@ def divergence(
     def empty(size: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(size, dtype=dtype, device=device)
 
-    stats = DivergenceStats(
-        empty(n), empty(asked_for), empty(asked_for), empty(asked_for, torch.bool), empty(asked_for)
-    )
-    rows = launch.DivergenceRows(stats.divergence)
+    value, entropy, teacher_entropy, difference = (empty(size) for size in (n, asked_for, asked_for, asked_for))
+    agrees = empty(asked_for, torch.int32)
+    rows = launch.DivergenceRows(value)
     if spec.stats:
-        rows = launch.DivergenceRows(*stats._replace(agrees=stats.agrees.view(torch.uint8)))
+        rows = launch.DivergenceRows(value, entropy, teacher_entropy, agrees, difference)
     of_teacher = spec._replace(logit_scale=asked.teacher_logit_scale, softcap=asked.teacher_softcap)
     of_upstream = None
     if upstream is not None:
@@ -62,7 +61,7 @@ def divergence(
     )
     if out is not None and written is not None and written is not out:
         out.copy_(written)
-    return stats
+    return DivergenceStats(value, entropy, teacher_entropy, agrees.bool(), difference)
 
 
 def _three_dims(logits: Tensor) -> Tensor:
