@@ -10,15 +10,15 @@
 
 Grid: (N rows,). Passes of a program over its two rows, each from L2 but the first:
 
-1. The maximum and the sum of exponentials of both (`row_sums`), kept by each thread, and added at the end of the row.
+1. The sums of both rows (`row_sums.sum_row`), with entropy and argmax.
 2. The divergence. In direction "forward" the gradient is written here, because it does not depend on D.
 3. The other two directions write the gradient, if there is one to write.
 
 The obvious single pass is D = sum_v q (t - z) - lse_t + lse_z. It subtracts numbers as large as the logits, and a small D
 is lost. Here log p and log q are each relative to their own maximum, and D is 0 where both rows are the same.
 
-Traffic, for logits of b bytes: 2 * N * V * b read and N * V * b written, if L2 holds the rows between the passes.
-Accesses have 16 bytes where V is a multiple of 16, which vocabularies of models are padded to.
+Traffic, for logits of b bytes: 2 * N * V * b read and N * V * b written, if L2 holds the rows between the passes. All
+accesses have 16 bytes where both rows begin at the same place between two boundaries, as those of a head do.
 """
 
 from __future__ import annotations
@@ -27,37 +27,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fused_ppl.kernels import elementary, row_formula, row_tiles
-from fused_ppl.kernels.launch import DivergenceRows, DivergenceUpstream, LossScalars, on_device
+from fused_ppl.kernels import elementary, row_formula, row_sums, row_tiles
+from fused_ppl.kernels.launch import DivergenceRows, DivergenceUpstream, LaunchConfig, LossScalars, on_device
 
 DIRECTIONS = {"forward": 0, "reverse": 1, "jensen_shannon": 2}
-
-
-@triton.jit
-def load_capped(row_ptr, offs_v, V, tanh_scale):
-    """Logits in fp32 behind the softcap, -inf from V on, and the slope of the softcap."""
-    valid = offs_v < V
-    capped, slope = row_formula.cap(tl.load(row_ptr + offs_v, mask=valid, other=0.0).to(tl.float32), tanh_scale)
-    return tl.where(valid, capped, float("-inf")), slope
-
-
-@triton.jit
-def row_sums(row_ptr, V, scalars, BLOCK: tl.constexpr):
-    """(largest capped logit, log2 of the sum of exponentials relative to it, its lowest column) of one row."""
-    largest = tl.full((BLOCK,), row_formula.LOWEST, tl.float32)
-    sum_exp, column = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.int32)
-    for first in range(0, V, BLOCK):
-        offs_v = first + tl.arange(0, BLOCK)
-        capped, _ = load_capped(row_ptr, offs_v, V, scalars.tanh_scale)
-        column = tl.where(capped > largest, offs_v, column)
-        new_largest = tl.maximum(largest, capped)
-        kept = sum_exp * elementary.pow2((largest - new_largest) * scalars.scale_log2)
-        sum_exp = kept + elementary.pow2((capped - new_largest) * scalars.scale_log2)
-        largest = new_largest
-    row_max = tl.max(largest, 0)
-    total = tl.sum(sum_exp * elementary.pow2((largest - row_max) * scalars.scale_log2), 0)
-    whole, fraction = elementary.log2_parts(total - 1.0, total)
-    return row_max, whole + fraction, tl.min(tl.where(largest == row_max, column, V), 0)
 
 
 @triton.jit
@@ -76,108 +49,167 @@ def gaps(p, log_p2, q, log_q2, beta, DIRECTION: tl.constexpr):
 
 
 @triton.jit
-def load_logs(student_ptr, teacher_ptr, offs_v, student_sums, teacher_sums, student, teacher, V):
-    """log2 p, log2 q, and the slope of the student's softcap."""
-    z, slope = load_capped(student_ptr, offs_v, V, student.tanh_scale)
-    t, _ = load_capped(teacher_ptr, offs_v, V, teacher.tanh_scale)
-    log_p2 = tl.fma(z - student_sums[0], student.scale_log2, -student_sums[1])
-    return log_p2, tl.fma(t - teacher_sums[0], teacher.scale_log2, -teacher_sums[1]), slope
+def row_log_sum(row_ptr, V, scalars, ENTROPY: tl.constexpr, COLUMN: tl.constexpr, CONTIGUOUS: tl.constexpr,
+                K: tl.constexpr, T: tl.constexpr):  # fmt: skip
+    """(largest capped logit, log2 of the sum of exponentials relative to it, its lowest column, entropy) of a row."""
+    largest, sum_exp, sum_exp_t, _, column = row_sums.sum_row(
+        row_ptr, None, -1, row_formula.LOWEST, scalars.scale_log2, scalars.tanh_scale, V, 1, 0, V + 1, True, ENTROPY,
+        COLUMN, False, CONTIGUOUS, K, T,
+    )  # fmt: skip
+    whole, fraction = elementary.log2_parts(sum_exp - 1.0, sum_exp)
+    log_sum = whole + fraction
+    return largest, log_sum, tl.where(column < V, column, 0), (log_sum - sum_exp_t / sum_exp) * elementary.LN2
 
 
 @triton.jit
-def store_gradient(out_ptr, offs_v, dz, slope, factor, V):
-    tl.store(out_ptr + offs_v, (dz * slope * factor).to(out_ptr.dtype.element_ty), mask=offs_v < V)
+def logs(capped_z, capped_t, sums, student, teacher):
+    """log2 p and log2 q. `sums` are those of `row_log_sum`: of the student, then of the teacher."""
+    z_max, z_log2, t_max, t_log2 = sums
+    log_p2 = tl.fma(capped_z - z_max, student.scale_log2, -z_log2)
+    return log_p2, tl.fma(capped_t - t_max, teacher.scale_log2, -t_log2)
 
 
 @triton.jit
-def store_row(row, rows, value, entropy, teacher_entropy, agrees, difference):
-    tl.store(rows.divergence + row, value)
-    if rows.entropy is not None:
-        tl.store(rows.entropy + row, entropy)
-        tl.store(rows.teacher_entropy + row, teacher_entropy)
-        tl.store(rows.agrees + row, agrees)
-        tl.store(rows.log_prob_difference + row, difference)
+def fold(capped_z, slope, capped_t, sums, of_p, of_q, center, mean, factor, student, teacher, beta,
+         DIRECTION: tl.constexpr):  # fmt: skip
+    """The sums of p * (gap of p - center) and q * (gap of q) with this tile, and the gradient of its logits."""
+    log_p2, log_q2 = logs(capped_z, capped_t, sums, student, teacher)
+    p, q = elementary.pow2(log_p2), elementary.pow2(log_q2)
+    gap_p, gap_q = gaps(p, log_p2, q, log_q2, beta, DIRECTION)
+    if DIRECTION == 0:
+        dz = p - q
+    else:
+        dz = p * ((gap_p - center) - mean)
+    of_p += tl.sum(tl.sum(p * (gap_p - center), 2), 0)
+    of_q += tl.sum(tl.sum(q * gap_q, 2), 0)
+    return of_p, of_q, dz if factor is None else dz * slope * factor
+
+
+@triton.jit
+def capped_tile(body_ptr, tile, limit, tanh_scale, CONTIGUOUS: tl.constexpr, K: tl.constexpr, T: tl.constexpr,
+                L: tl.constexpr):  # fmt: skip
+    """A tile behind the softcap, -inf from `limit` on, and the slope of the softcap."""
+    capped, slope = row_formula.cap(row_tiles.load_tile(body_ptr, tile, limit, 1, CONTIGUOUS, K, T, L), tanh_scale)
+    if tanh_scale is not None and limit is not None:  # the cap of -inf is finite
+        capped = tl.where(row_tiles.offsets(tile, K, T, L) < limit, capped, float("-inf"))
+    return capped, slope
+
+
+@triton.jit
+def walk(student_ptr, teacher_ptr, out_ptr, sums, center, mean, factor, student, teacher, beta, V,
+         DIRECTION: tl.constexpr, WRITE: tl.constexpr, CONTIGUOUS: tl.constexpr, K: tl.constexpr,
+         T: tl.constexpr):  # fmt: skip
+    """A pass over both rows: the two sums of `fold`, and with WRITE the gradient into `out_ptr`."""
+    L: tl.constexpr = row_tiles.VECTOR_BYTES * 8 // student_ptr.dtype.element_ty.primitive_bitwidth if CONTIGUOUS else 1
+    body_ptr, prefix, body_len = row_tiles.find_body(student_ptr, V, CONTIGUOUS, L)
+    teacher_body = row_tiles.find_body(teacher_ptr, V, CONTIGUOUS, L)[0]
+    out_body = row_tiles.find_body(out_ptr, V, CONTIGUOUS, L)[0] if WRITE else None
+    of_p, of_q = tl.zeros((T,), tl.float32), tl.zeros((T,), tl.float32)
+    last_tile = body_len // (K * T * L)
+    for tile in range(0, last_tile):
+        z, slope = capped_tile(body_ptr, tile, None, student.tanh_scale, CONTIGUOUS, K, T, L)
+        t = capped_tile(teacher_body, tile, None, teacher.tanh_scale, CONTIGUOUS, K, T, L)[0]
+        of_p, of_q, g = fold(z, slope, t, sums, of_p, of_q, center, mean, factor, student, teacher, beta, DIRECTION)
+        if WRITE:
+            row_tiles.store_tile(out_body, g, tile, None, 1, CONTIGUOUS, K, T, L)
+    z, slope = capped_tile(body_ptr, last_tile, body_len, student.tanh_scale, CONTIGUOUS, K, T, L)
+    t = capped_tile(teacher_body, last_tile, body_len, teacher.tanh_scale, CONTIGUOUS, K, T, L)[0]
+    of_p, of_q, g = fold(z, slope, t, sums, of_p, of_q, center, mean, factor, student, teacher, beta, DIRECTION)
+    if WRITE:
+        row_tiles.store_tile(out_body, g, last_tile, body_len, 1, CONTIGUOUS, K, T, L)
+    if CONTIGUOUS:
+        offs_v, valid = row_tiles.edge_columns(prefix, body_len, V, 0, T)
+        z, slope = row_formula.cap(tl.load(student_ptr + offs_v, mask=valid).to(tl.float32), student.tanh_scale)
+        t = row_formula.cap(tl.load(teacher_ptr + offs_v, mask=valid).to(tl.float32), teacher.tanh_scale)[0]
+        z, t = tl.where(valid, z, float("-inf")), tl.where(valid, t, float("-inf"))
+        of_p, of_q, g = fold(z, slope, t, sums, of_p, of_q, center, mean, factor, student, teacher, beta, DIRECTION)
+        if WRITE:
+            tl.store(out_ptr + offs_v, g.to(out_ptr.dtype.element_ty), mask=valid)
+    return tl.sum(of_p, 0), tl.sum(of_q, 0)
+
+
+@triton.jit
+def logs_at(column, student_ptr, teacher_ptr, sums, student, teacher):
+    """log2 p and log2 q of one class."""
+    z, _ = row_formula.cap(tl.load(student_ptr + column).to(tl.float32), student.tanh_scale)
+    t, _ = row_formula.cap(tl.load(teacher_ptr + column).to(tl.float32), teacher.tanh_scale)
+    return logs(z, t, sums, student, teacher)
 
 
 @triton.jit
 def divergence_row(row, student_ptr, teacher_ptr, out_ptr, target, rows, factor, student, teacher, beta, V,
-                   DIRECTION: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+                   DIRECTION: tl.constexpr, CONTIGUOUS: tl.constexpr, K: tl.constexpr, T: tl.constexpr):  # fmt: skip
     """All passes over one row. `factor` is the upstream gradient with dz/dx apart from the slope, or None."""
     STATS: tl.constexpr = rows.entropy is not None
-    z_max, z_log2, z_column = row_sums(student_ptr, V, student, BLOCK)
-    t_max, t_log2, t_column = row_sums(teacher_ptr, V, teacher, BLOCK)
-    student_sums, teacher_sums = (z_max, z_log2), (t_max, t_log2)
-
-    of_p, of_q = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
-    entropy_p, entropy_q = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
-    difference = 0.0
-    if STATS:  # before the gradient takes the place of the logits
-        column = row_tiles.find_target_column(target, 0, V)
-        at_p, at_q, _at_slope = load_logs(
-            student_ptr, teacher_ptr, tl.maximum(column, 0), student_sums, teacher_sums, student, teacher, V
-        )
-        difference = (at_p - at_q) * elementary.LN2
-    # p * (gap - D) is taken relative to the gap of the most likely class: with p near 1, little else is left of it
-    top_p2, top_q2, _top_slope = load_logs(
-        student_ptr, teacher_ptr, z_column, student_sums, teacher_sums, student, teacher, V
+    z_max, z_log2, z_column, z_entropy = row_log_sum(
+        student_ptr, V, student, STATS, STATS or DIRECTION != 0, CONTIGUOUS, K, T
     )
-    center, _top_gap_q = gaps(elementary.pow2(top_p2), top_p2, elementary.pow2(top_q2), top_q2, beta, DIRECTION)
-    center = tl.where(center < float("inf"), center, 0.0)
-    for first in range(0, V, BLOCK):
-        offs_v = first + tl.arange(0, BLOCK)
-        log_p2, log_q2, slope = load_logs(
-            student_ptr, teacher_ptr, offs_v, student_sums, teacher_sums, student, teacher, V
-        )
-        p, q = elementary.pow2(log_p2), elementary.pow2(log_q2)
-        gap_p, gap_q = gaps(p, log_p2, q, log_q2, beta, DIRECTION)
-        of_p += p * (gap_p - center)
-        of_q += q * gap_q
-        if STATS:
-            entropy_p += p * tl.maximum(log_p2, -1000.0)
-            entropy_q += q * tl.maximum(log_q2, -1000.0)
-        if DIRECTION == 0 and factor is not None:
-            store_gradient(out_ptr, offs_v, p - q, slope, factor, V)
-    mean = tl.sum(of_p, 0)
-    k_p, k_q = (mean + center) * elementary.LN2, tl.sum(of_q, 0) * elementary.LN2
-    value = k_q if DIRECTION == 0 else (k_p if DIRECTION == 1 else beta * k_q + (1.0 - beta) * k_p)
-    value = tl.where((target >= 0) & (target < V), value, float("nan"))
-    store_row(
-        row, rows, value, -tl.sum(entropy_p, 0) * elementary.LN2, -tl.sum(entropy_q, 0) * elementary.LN2,
-        z_column == t_column, difference,
-    )  # fmt: skip
+    t_max, t_log2, t_column, t_entropy = row_log_sum(teacher_ptr, V, teacher, STATS, STATS, CONTIGUOUS, K, T)
+    sums = (z_max, z_log2, t_max, t_log2)
+    column = row_tiles.find_target_column(target, 0, V)
+    if STATS:  # before the gradient takes the place of the logits
+        tl.store(rows.entropy + row, z_entropy)
+        tl.store(rows.teacher_entropy + row, t_entropy)
+        tl.store(rows.agrees + row, (z_column == t_column).to(tl.int32))
+        target_p2, target_q2 = logs_at(tl.maximum(column, 0), student_ptr, teacher_ptr, sums, student, teacher)
+        tl.store(rows.log_prob_difference + row, (target_p2 - target_q2) * elementary.LN2)
 
-    if DIRECTION != 0 and factor is not None:
-        share = 1.0 if DIRECTION == 1 else 1.0 - beta
+    # p * (gap - D) is taken relative to the gap of the most likely class: with p near 1, little else is left of it
+    center = 0.0
+    if DIRECTION != 0:
+        top_p2, top_q2 = logs_at(z_column, student_ptr, teacher_ptr, sums, student, teacher)
+        center, _ = gaps(elementary.pow2(top_p2), top_p2, elementary.pow2(top_q2), top_q2, beta, DIRECTION)
+        center = tl.where(center < float("inf"), center, 0.0)
+    WRITES: tl.constexpr = factor is not None
+    mean, of_q = walk(
+        student_ptr, teacher_ptr, out_ptr, sums, center, 0.0, factor, student, teacher, beta, V, DIRECTION,
+        WRITES and DIRECTION == 0, CONTIGUOUS, K, T,
+    )  # fmt: skip
+    of_p = mean + center
+    value = of_q if DIRECTION == 0 else (of_p if DIRECTION == 1 else beta * of_q + (1.0 - beta) * of_p)
+    tl.store(rows.divergence + row, tl.where(column >= 0, value * elementary.LN2, float("nan")))
+    if WRITES and DIRECTION != 0:
+        factor *= elementary.LN2 if DIRECTION == 1 else elementary.LN2 * (1.0 - beta)
+        walk(
+            student_ptr, teacher_ptr, out_ptr, sums, center, mean, factor, student, teacher, beta, V, DIRECTION, True,
+            CONTIGUOUS, K, T,
+        )  # fmt: skip
+
+
+@triton.jit
+def ignored_row(row, rows, out_ptr, V, BLOCK: tl.constexpr):
+    """Zeros. The row is not read: its logits may be NaN."""
+    tl.store(rows.divergence + row, 0.0)
+    if rows.entropy is not None:
+        tl.store(rows.entropy + row, 0.0)
+        tl.store(rows.teacher_entropy + row, 0.0)
+        tl.store(rows.agrees + row, 0)
+        tl.store(rows.log_prob_difference + row, 0.0)
+    if out_ptr is not None:
         for first in range(0, V, BLOCK):
             offs_v = first + tl.arange(0, BLOCK)
-            log_p2, log_q2, slope = load_logs(
-                student_ptr, teacher_ptr, offs_v, student_sums, teacher_sums, student, teacher, V
-            )
-            p = elementary.pow2(log_p2)
-            gap_p, gap_q = gaps(p, log_p2, elementary.pow2(log_q2), log_q2, beta, DIRECTION)
-            store_gradient(out_ptr, offs_v, share * p * ((gap_p - center) - mean), slope, factor * elementary.LN2, V)
+            tl.store(out_ptr + offs_v, tl.zeros((BLOCK,), out_ptr.dtype.element_ty), mask=offs_v < V)
 
 
-@triton.jit(do_not_specialize=["ignore_index", "V", "beta"])
+_INTEGERS = ["ignore_index", "V", "R", "student_b", "student_r", "teacher_b", "teacher_r", "out_b", "out_r"]
+
+
+@triton.jit(
+    do_not_specialize=[*_INTEGERS, "beta"], do_not_specialize_on_alignment=["student_ptr", "teacher_ptr", "out_ptr"]
+)
 def divergence_kernel(
     student_ptr, teacher_ptr, target_ptr,  # inputs
     rows, out_ptr,  # outputs
     upstream, student, teacher, beta, ignore_index,  # scalars
     V, R,  # sizes
     student_b, student_r, teacher_b, teacher_r, out_b, out_r,  # strides
-    DIRECTION: tl.constexpr, BLOCK: tl.constexpr,
+    DIRECTION: tl.constexpr, CONTIGUOUS: tl.constexpr, K: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     target = tl.load(target_ptr + row)
-    ignored = row_tiles.is_ignored(target, ignore_index)
     own_out = out_ptr if out_ptr is None else row_tiles.row_pointer(out_ptr, row, R, out_b, out_r)
-    # an ignored row is not read: its logits may be NaN
-    if ignored:
-        store_row(row, rows, 0.0, 0.0, 0.0, False, 0.0)
-        if out_ptr is not None:
-            for first in range(0, V, BLOCK):
-                offs_v = first + tl.arange(0, BLOCK)
-                tl.store(own_out + offs_v, tl.zeros((BLOCK,), out_ptr.dtype.element_ty), mask=offs_v < V)
+    if row_tiles.is_ignored(target, ignore_index):
+        ignored_row(row, rows, own_out, V, T)
     else:
         factor = None
         if upstream is not None:
@@ -187,7 +219,7 @@ def divergence_kernel(
         divergence_row(
             row, row_tiles.row_pointer(student_ptr, row, R, student_b, student_r),
             row_tiles.row_pointer(teacher_ptr, row, R, teacher_b, teacher_r), own_out, target, rows, factor, student,
-            teacher, beta, V, DIRECTION, BLOCK,
+            teacher, beta, V, DIRECTION, CONTIGUOUS, K, T,
         )  # fmt: skip
 
 
@@ -203,13 +235,14 @@ def launch_divergence(
     teacher: LossScalars,
     direction: str,
     beta: float,
+    config: LaunchConfig,
+    contiguous: bool,  # whether the rows of all have their 16-byte boundaries at the same columns
     ignore_index: int | None,
 ) -> None:
     """Writes `rows`, and with `upstream` the gradient of the logits into `out`."""
     B, R, V = logits.shape
     if B * R == 0:
         return
-    num_warps = 4 if V < 8192 else 8
     strides = logits.stride()[:2], teacher_logits.stride()[:2], (0, 0) if out is None else out.stride()[:2]
     (student_b, student_r), (teacher_b, teacher_r), (out_b, out_r) = strides
     with on_device(logits):
@@ -219,6 +252,6 @@ def launch_divergence(
             upstream=upstream, student=student, teacher=teacher, beta=beta, ignore_index=ignore_index,
             V=V, R=R,
             student_b=student_b, student_r=student_r, teacher_b=teacher_b, teacher_r=teacher_r, out_b=out_b, out_r=out_r,
-            DIRECTION=DIRECTIONS[direction], BLOCK=num_warps * 32 * 16 // min(logits.itemsize, teacher_logits.itemsize),
-            num_warps=num_warps, enable_fp_fusion=False,
+            DIRECTION=DIRECTIONS[direction], CONTIGUOUS=contiguous, K=config.vectors, T=config.threads,
+            num_warps=config.num_warps, enable_fp_fusion=False, **config.compiler_options,
         )  # fmt: skip

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
@@ -43,25 +45,44 @@ def divergence(
     if upstream is not None:
         weight = None if tokens.token_weight is None else tokens.token_weight.contiguous()
         of_upstream = launch.DivergenceUpstream(upstream.to(torch.float32).expand(n).contiguous(), weight)
-    written = (
-        out if out is None or out.stride(-1) == 1 else torch.empty_like(out, memory_format=torch.contiguous_format)
-    )
+    written = out
+    if out is not None and out.stride(-1) != 1:
+        written = torch.empty_like(out, memory_format=torch.contiguous_format)
+    student, other = _three_dims(logits), _three_dims(teacher_logits)
+    own = None if written is None else _three_dims(written)
+    given = [t for t in (other, own) if t is not None]
+    contiguous = all(t.dtype == student.dtype and launch.same_alignment(student, t) for t in given)
     launch_divergence(
-        _three_dims(logits),
-        _three_dims(teacher_logits),
+        student,
+        other,
         target.contiguous(),
         rows=rows,
         upstream=of_upstream,
-        out=None if written is None else _three_dims(written),
+        out=own,
         student=numbers(spec),
         teacher=numbers(of_teacher),
         direction=asked.direction,
         beta=asked.beta,
+        config=divergence_config(student, asked.direction),
+        contiguous=contiguous,
         ignore_index=spec.ignore_index,
     )
     if out is not None and written is not None and written is not out:
         out.copy_(written)
     return DivergenceStats(value, entropy, teacher_entropy, agrees.bool(), difference)
+
+
+def divergence_config(logits: Tensor, direction: str) -> launch.LaunchConfig:
+    """Two rows for each program, so that half as many programs fit into L2.
+
+    A mixture keeps about a dozen values of each of a thread's logits: fewer threads get more registers.
+    """
+    size = launch.device_size(logits.device)
+    config = launch.choose_two_pass_config(2 * logits.shape[2], logits.itemsize, size, register_pressure=2)
+    if direction != "jensen_shannon":
+        return config
+    num_warps = min(config.num_warps, 8)
+    return dataclasses.replace(config, num_warps=num_warps, threads=num_warps * size.warp_size, registers=255)
 
 
 def _three_dims(logits: Tensor) -> Tensor:
