@@ -14,7 +14,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fused_ppl import LossOutput, cross_entropy_with_stats, linear_cross_entropy_with_stats, linear_log_probs
+from fused_ppl import (
+    LossOutput,
+    cross_entropy_with_stats,
+    linear_cross_entropy_with_stats,
+    linear_kl_divergence,
+    linear_log_probs,
+)
 from fused_ppl import cross_entropy as _cross_entropy
 from fused_ppl import linear_cross_entropy as _linear_cross_entropy
 
@@ -223,3 +229,60 @@ class LigerFusedLinearScaledCrossEntropyFunction:
         values = linear_log_probs(_input, weight, target, ignore_index=ignore_index, logit_scale=1 / temperature)
         nll = 0 - values.log_prob  # a minus sign would make the 0 of an ignored token -0
         return (nll, values.entropy) if return_entropy else nll
+
+
+class LigerFusedLinearJSD(nn.Module):
+    """`liger_kernel.transformers.LigerFusedLinearJSD`: the mean divergence of a student's head from a teacher's.
+
+    `jsd_beta` 0 is the forward KL, 1 the reverse KL, and a number between them the teacher's share of the mixture.
+    `accum_dtype` must be None or torch.float32, because gradients are always accumulated in fp32 here.
+
+    Example:
+        >>> import torch
+        >>> loss = LigerFusedLinearJSD(jsd_beta=0.0, temperature=2.0)
+        >>> hidden, head = torch.zeros(4, 8), torch.zeros(32, 8)
+        >>> loss(hidden, head, torch.ones(4, 3), torch.ones(32, 3), torch.tensor([0, 1, -100, 5])).item()
+        0.0
+    """
+
+    def __init__(
+        self,
+        jsd_beta: float = 0.5,
+        ignore_index: int = -100,
+        temperature: float = 1.0,
+        accum_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if accum_dtype not in (None, torch.float32):
+            raise NotImplementedError(f"accum_dtype must be None or torch.float32; got {accum_dtype}. Leave it out.")
+        if not temperature > 0:
+            raise ValueError(f"temperature must be > 0; got {temperature}.")
+        self.jsd_beta, self.ignore_index, self.temperature = jsd_beta, ignore_index, temperature
+        self.accum_dtype = accum_dtype
+
+    def forward(
+        self,
+        student_input: Tensor,
+        student_weight: Tensor,
+        teacher_input: Tensor,
+        teacher_weight: Tensor,
+        shift_labels: Tensor | None,
+    ) -> Tensor:
+        return linear_kl_divergence(
+            student_input,
+            student_weight,
+            teacher_input,
+            teacher_weight,
+            target=shift_labels,
+            ignore_index=self.ignore_index,
+            logit_scale=1 / self.temperature,
+            teacher_logit_scale=1 / self.temperature,
+            **direction_of(self.jsd_beta),
+        )
+
+
+def direction_of(beta: float) -> dict[str, Any]:
+    """The keywords for what Liger and TRL call beta: 0 is the forward KL, 1 the reverse KL."""
+    if beta in (0, 1):
+        return {"direction": "reverse" if beta else "forward"}
+    return {"direction": "jensen_shannon", "beta": beta}

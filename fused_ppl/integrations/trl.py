@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`trl.kernels.ChunkedLogProbFunction` of TRL 1.16 with the same arguments and results, computed by fused_ppl.
+"""The functions of `trl.kernels` of TRL 1.16 with the same arguments and results, computed by fused_ppl.
 
     trl.trainer.utils._ChunkedLogProbFunction = fused_ppl.integrations.trl.ChunkedLogProbFunction
 
-This line, before training starts, gives the losses of TRL's SFT, DPO, KTO, GRPO and RLOO trainers the fused head. This
-module does not need TRL. Arguments that fused_ppl does not support raise NotImplementedError.
+This line, before training starts, gives the losses of TRL's SFT, DPO, KTO, GRPO and RLOO trainers the fused head.
+`trl.trainer.distillation_trainer.ChunkedDivergenceFunction` is that of the DistillationTrainer. This module does not
+need TRL. Arguments that fused_ppl does not support raise NotImplementedError.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_ppl import linear_cross_entropy_with_stats, linear_log_probs
+from fused_ppl import linear_cross_entropy_with_stats, linear_kl_divergence_with_stats, linear_log_probs
+from fused_ppl.integrations.liger import direction_of
 
 OPTIONAL_OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 
@@ -73,8 +75,7 @@ class ChunkedLogProbFunction:
             (tensor([-3.9120, -3.9120]), None)
         """
         _check(weight, outputs, final_logit_softcapping)
-        if hidden.dtype == torch.float32:  # cast_lm_head_to_fp32 of TRL leaves the weight in half precision
-            weight, bias = weight.float(), None if bias is None else bias.float()
+        weight, bias = _in_dtype_of(hidden, weight, bias)
         # the cap comes before the temperature: cap_s(a) / T = cap_(s / T)(a / T)
         scale, cap = logit_scale / temperature, final_logit_softcapping
         cap = None if cap is None else cap / temperature
@@ -108,6 +109,79 @@ class ChunkedLogProbFunction:
         )
 
 
+class ChunkedDivergenceFunction:
+    """The divergence of a student from a teacher for each token, and the student's entropy, from both heads."""
+
+    @staticmethod
+    def apply(
+        student_hidden: Tensor,
+        student_weight: Tensor,
+        student_bias: Tensor | None,
+        teacher_hidden: Tensor,
+        teacher_weight: Tensor,
+        teacher_bias: Tensor | None,
+        beta: float,
+        temperature: float = 1.0,
+        student_logit_scale: float = 1.0,
+        student_final_logit_softcapping: float | None = None,
+        teacher_logit_scale: float = 1.0,
+        teacher_final_logit_softcapping: float | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return (divergence, entropy), each (N,). Only the divergence is differentiable, and only for the student.
+
+        Args:
+            student_hidden, student_weight, student_bias: (N, D), (V, D), and (V,) or None.
+            teacher_hidden, teacher_weight, teacher_bias: the same of the teacher, whose D may differ.
+            beta: 0 is the forward KL, 1 the reverse KL, and a number between them the teacher's share of the mixture.
+            temperature, student_logit_scale, teacher_logit_scale: > 0.
+            student_final_logit_softcapping, teacher_final_logit_softcapping: > 0, or None for no cap.
+
+        Raises:
+            ValueError: a shape or a number does not fit.
+            NotImplementedError: DeepSpeed's ZeRO-3 shards a weight.
+
+        Example:
+            >>> import torch
+            >>> hidden, weight = torch.zeros(2, 8), torch.zeros(50, 8)
+            >>> ChunkedDivergenceFunction.apply(hidden, weight, None, hidden, weight, None, 0.5)
+            (tensor([0., 0.]), tensor([3.9120, 3.9120]))
+        """
+        _check_whole(student_weight)
+        _check_whole(teacher_weight)
+        student = _in_dtype_of(student_hidden, student_weight, student_bias)
+        teacher = _in_dtype_of(teacher_hidden, teacher_weight, teacher_bias)
+        # the cap comes before the temperature, as in `ChunkedLogProbFunction`
+        caps = (student_final_logit_softcapping, teacher_final_logit_softcapping)
+        student_cap, teacher_cap = (None if cap is None else cap / temperature for cap in caps)
+        out = linear_kl_divergence_with_stats(
+            student_hidden,
+            student.weight,
+            teacher_hidden,
+            teacher.weight,
+            linear_bias=student.bias,
+            teacher_linear_bias=teacher.bias,
+            reduction="none",
+            logit_scale=student_logit_scale / temperature,
+            teacher_logit_scale=teacher_logit_scale / temperature,
+            softcap=student_cap,
+            teacher_softcap=teacher_cap,
+            **direction_of(beta),
+        )
+        return out.loss, out.entropy
+
+
+class _Head(NamedTuple):
+    weight: Tensor
+    bias: Tensor | None
+
+
+def _in_dtype_of(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> _Head:
+    """cast_lm_head_to_fp32 of TRL casts the hidden states, and leaves the weight in half precision."""
+    if hidden.dtype != torch.float32:
+        return _Head(weight, bias)
+    return _Head(weight.float(), None if bias is None else bias.float())
+
+
 def _check(weight: Tensor, outputs: tuple[str, ...], softcap: float | None) -> None:
     unknown = sorted(set(outputs) - {"log_probs", *OPTIONAL_OUTPUTS})
     if unknown:
@@ -117,6 +191,10 @@ def _check(weight: Tensor, outputs: tuple[str, ...], softcap: float | None) -> N
             "mean_logits must not be among the outputs with final_logit_softcapping, because the mean of capped logits "
             "is not a product of sums. Leave it out, or use TRL's own function."
         )
+    _check_whole(weight)
+
+
+def _check_whole(weight: Tensor) -> None:
     if hasattr(weight, "ds_id"):
         raise NotImplementedError(
             "The weight must not be sharded by DeepSpeed's ZeRO-3, which frees it before the backward of this "
