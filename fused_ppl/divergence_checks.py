@@ -44,8 +44,7 @@ def check_options(options: Options) -> None:
 
 def check_plain(*tensors: Any) -> None:
     """A divergence takes whole vocabularies: neither DTensors nor shards."""
-    given = [t for t in tensors if isinstance(t, Tensor)]
-    if given and not dtensors.all_plain(*given):
+    if not dtensors.all_plain(*tensors) and any(dtensors.is_distributed(t) for t in tensors if t is not None):
         raise NotImplementedError(
             "a divergence takes plain tensors with all classes; got a DTensor. Pass .full_tensor() of the weights, "
             "and group= for ranks that hold other tokens."

@@ -36,7 +36,7 @@ def local_logits(
 ) -> tuple[Tensor, Groups | None]:
     """Return the local classes of the logits, and `groups` extended by the ranks that hold the other classes."""
     dim = 0 if logits.ndim == 1 else class_dim % logits.ndim
-    if _is_distributed(logits):
+    if is_distributed(logits):
         rank_checks.check_no_vocab_group("input", vocab_group)
         return logits.to_local(), _add_shards_of("input", logits, dim, groups)
     if vocab_group is not None:
@@ -57,11 +57,11 @@ def local_head(
     The gradient of the hidden states is a sum over these ranks. If the hidden states are a DTensor, it computes this
     sum in backward. Otherwise the loss does (`sum_hidden`).
     """
-    sum_hidden = not _is_distributed(hidden)
-    if _is_distributed(linear_weight):
+    sum_hidden = not is_distributed(hidden)
+    if is_distributed(linear_weight):
         rank_checks.check_no_vocab_group("linear_weight", vocab_group)
         groups = _add_shards_of("linear_weight", linear_weight, 0, groups, sum_hidden=sum_hidden)
-        if _is_distributed(hidden):
+        if is_distributed(hidden):
             rank_checks.check_same_mesh(hidden.device_mesh == linear_weight.device_mesh)
             hidden = _gather(hidden)
         linear_weight = linear_weight.to_local()
@@ -69,7 +69,7 @@ def local_head(
         rank_checks.check_same_mesh(sum_hidden)
         if vocab_group is not None:
             groups = plain_shards(groups, vocab_group, linear_weight.shape[0], sum_hidden)
-    if linear_bias is not None and _is_distributed(linear_bias):
+    if linear_bias is not None and is_distributed(linear_bias):
         _add_shards_of("linear_bias", linear_bias, 0, groups)  # for its checks
         linear_bias = linear_bias.to_local()
     return hidden, linear_weight, linear_bias, groups
@@ -77,10 +77,10 @@ def local_head(
 
 def whole(tokens: T) -> T:
     """Return targets or weights of all tokens, gathered if they are a DTensor."""
-    return tokens.full_tensor() if tokens is not None and _is_distributed(tokens) else tokens
+    return tokens.full_tensor() if tokens is not None and is_distributed(tokens) else tokens
 
 
-def _is_distributed(tensor: Tensor) -> TypeGuard[DTensor]:
+def is_distributed(tensor: Tensor) -> TypeGuard[DTensor]:
     return hasattr(tensor, "device_mesh") and hasattr(tensor, "placements")
 
 

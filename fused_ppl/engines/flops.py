@@ -14,13 +14,14 @@ from typing import Any
 import torch
 
 from fused_ppl import plan
+from fused_ppl.engines.divergence import linear_divergence, linear_divergence_backward
 from fused_ppl.engines.head import linear_case
 from fused_ppl.engines.linear_compact import linear_compact, linear_compact_shard
 from fused_ppl.engines.linear_rows import linear_forward, linear_sums
 from fused_ppl.engines.linear_vocab import linear_token_backward, linear_vocab_backward
 from fused_ppl.engines.ops import Op
 from fused_ppl.engines.vocab_shards import shard_hidden
-from fused_ppl.records import Compact, HeadExecution, HeadInputs
+from fused_ppl.records import Compact, HeadExecution, HeadInputs, Teacher
 
 
 def register() -> None:
@@ -38,8 +39,10 @@ def register() -> None:
 def _of_values(op: Op[..., Any], formula: Callable[..., int]) -> Callable[..., int]:
     def count(*values: Any, out_val: Any = None) -> int:
         records = op.records(values)
-        execution, asked = (next((r for r in records if isinstance(r, k)), None) for k in (HeadExecution, Compact))
-        return formula(records[0], execution, asked)
+        execution, asked, teacher = (
+            next((r for r in records if isinstance(r, kind)), None) for kind in (HeadExecution, Compact, Teacher)
+        )
+        return formula(records[0], execution, asked if teacher is None else teacher)
 
     return count
 
@@ -58,6 +61,10 @@ def _compact(inputs: HeadInputs, execution: HeadExecution, asked: Compact) -> in
     return compact.flops + compact.cheap_flops
 
 
+def _with_teacher(inputs: HeadInputs, execution: HeadExecution, teacher: Teacher) -> int:
+    return _with_gradients(inputs, execution, None) + 2 * teacher.teacher_hidden.numel() * inputs.linear_weight.shape[0]
+
+
 _FORMULAS: dict[Op[..., Any], Callable[..., int]] = {
     linear_forward: _with_gradients,
     linear_sums: _with_gradients,
@@ -66,4 +73,6 @@ _FORMULAS: dict[Op[..., Any], Callable[..., int]] = {
     linear_compact: _compact,
     linear_compact_shard: _compact,
     shard_hidden: _product,
+    linear_divergence: _with_teacher,
+    linear_divergence_backward: _with_teacher,
 }
