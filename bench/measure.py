@@ -220,7 +220,7 @@ def _peak_here(provider: Provider, setting: Setting, threads: int) -> int:
     del step, warm
     step = _step(loss, inputs, provider.in_place)
     del inputs
-    meter = _GpuMeter() if setting.device == "cuda" else _ResidentMeter()
+    meter = _GpuMeter() if setting.device == "cuda" else ResidentMeter()
     step()
     meter.reset()
     kept = step()
@@ -234,7 +234,7 @@ def _step(loss: Loss, inputs: Inputs, in_place: bool) -> Run:
     return lambda: torch.autograd.grad(loss(*tensors, inputs.target), tensors)
 
 
-class _ResidentMeter:
+class ResidentMeter:
     """Resident memory above that at its birth."""
 
     def __init__(self) -> None:
