@@ -4,8 +4,8 @@
     python bench/divergence.py --out bench/results/divergence.json --plot bench/results/divergence.png
 
 The products are those of both heads and of the two gradients, into memory that is there already. "TRL" is the function
-of its DistillationTrainer. It computes the logits again in backward, and twice in forward for a mixture. "full logits" is
-plain PyTorch. Rounds are interleaved. Memory is that of a second step in a fresh process, beyond the inputs.
+of its DistillationTrainer. It computes the logits again in backward, and twice in forward for a mixture. Full logits
+are plain PyTorch. Rounds are interleaved. Memory is that of a second step in a fresh process, beyond the inputs.
 """
 
 from __future__ import annotations

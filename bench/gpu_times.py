@@ -258,7 +258,7 @@ def variant_steps(card: Card | StandIn, sizes: Sizes) -> Iterator[Step]:
         run = functools.partial(_few_rows, card, sizes, rows)
         yield Step(f"perplexity from logits, N={rows}, V={v}, latency", "rows", 2, run)
     for name in HEADS:
-        yield Step(f"perplexity of a head, {name}", "plans", 5, functools.partial(_head_plan, card, sizes, name))
+        yield Step(f"perplexity of a head, {name}", "plans", 4, functools.partial(_head_plan, card, sizes, name))
 
 
 def _logits_dtype(card: Card | StandIn, sizes: Sizes, dtype: torch.dtype) -> Found:

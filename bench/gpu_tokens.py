@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What gpu_acceptance.py checks and times of log-probabilities with gradients, and of losses that are made of them."""
+"""What gpu_acceptance.py checks and times of log-probabilities, of losses made of them, and of divergences."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 
 import torch
-from gpu_checks import Sizes, Work, deterministic, graph, head_inputs, nothing_waits
+from gpu_checks import Sizes, Work, deterministic, head_inputs
 from gpu_device import Card, StandIn
 from gpu_process import Found, Step
 from gpu_times import MODES, Case, Timing, planned_bytes, time_loss
@@ -18,30 +18,23 @@ from torch import Tensor
 
 import fused_ppl
 from fused_ppl import LogProbs, Options, backends
-from fused_ppl.records import Normalizers, RowUpstream, TokenInputs
+from fused_ppl.records import Divergence, Normalizers, RowUpstream, TokenInputs
 from fused_ppl.spec import LossSpec
 from fused_ppl.testing import assert_as_good_as_eager
 
 
 def token_steps(card: Card | StandIn, sizes: Sizes) -> Iterator[Step]:
     n, v = sizes.beyond_int32[0]
-    for keywords in ({}, {"softcap": 20.0, "logit_scale": 0.9}):
-        key = f"log_probs, N={n}, V={v}, bf16" + (", softcap, scale" if keywords else "")
-        yield Step(key, "checks", 5, functools.partial(_log_probs, card, sizes, keywords))
-    yield Step("linear_token_loss and linear_log_probs", "checks", 4, functools.partial(_heads, card, sizes))
-    work = functools.partial(log_probs_work, card, sizes)
-    for title, promise in {
-        "determinism": deterministic,
-        "no host synchronisation": nothing_waits,
-        "CUDA graph, capture and replay": graph,
-    }.items():
-        run = functools.partial(lambda p: Found(p(card, sizes, work)), promise)
-        yield Step(f"{title}: log_probs", "checks", 1.5, run)
-    for n, v in sizes.timed:
-        run = functools.partial(_entropy_backward, card, n, v)
-        yield Step(f"kernel nll_backward with an entropy, N={n}, V={v}", "kernels", 2, run)
-    for name in ("linear_token_loss", "linear_log_probs"):
-        yield Step(f"an entropy bonus through {name}", "plans", 5, functools.partial(_head, card, sizes, name))
+    yield Step(f"log_probs, N={n}, V={v}, bf16", "checks", 3, functools.partial(_log_probs, card, sizes))
+    yield Step("linear_token_loss and linear_log_probs", "checks", 2, functools.partial(_heads, card, sizes))
+    run = functools.partial(lambda: Found(deterministic(card, sizes, functools.partial(log_probs_work, card, sizes))))
+    yield Step("determinism: log_probs", "checks", 1, run)
+    yield Step("kl_divergence, every direction", "checks", 2, functools.partial(_divergences, card, sizes))
+    n, v = sizes.timed[0]
+    run = functools.partial(_entropy_backward, card, n, v)
+    yield Step(f"kernel nll_backward with an entropy, N={n}, V={v}", "kernels", 1, run)
+    yield Step(f"kernel divergence, N={n}, V={v}", "kernels", 1, functools.partial(_divergence_kernel, card, n, v))
+    yield Step("an entropy bonus through linear_token_loss", "plans", 3, functools.partial(_head, card, sizes))
 
 
 def bonus(log_prob: Tensor, entropy: Tensor) -> Tensor:
@@ -54,9 +47,9 @@ def upstreams(n: int, device: torch.device) -> LogProbs:
     return LogProbs(*(torch.randn(n, generator=generator, device=device) for _ in LogProbs._fields))
 
 
-def _log_probs(card: Card | StandIn, sizes: Sizes, keywords: dict[str, float]) -> Found:
+def _log_probs(card: Card | StandIn, sizes: Sizes) -> Found:
     """Values and every element of the gradient against float64, by chunks of rows."""
-    n, v = sizes.beyond_int32[0]
+    (n, v), keywords = sizes.beyond_int32[0], {"softcap": 20.0, "logit_scale": 0.9}
     target = make_target(n, v, card.device, 1)
     logits = fill_logits(torch.empty(n, v, dtype=torch.bfloat16, device=card.device), target, 0).requires_grad_()
     given = upstreams(n, card.device)
@@ -134,30 +127,58 @@ def _entropy_backward(card: Card | StandIn, n: int, v: int) -> Found:
     return Found(f"{times[1]:.3f} ms", [asdict(row)])
 
 
-def _head(card: Card | StandIn, sizes: Sizes, name: str) -> Found:
+def _divergences(card: Card | StandIn, sizes: Sizes) -> Found:
+    """Values and gradients against float64, also of rows that begin at different places between two boundaries."""
+    n, v = sizes.odd[0]
+    target = make_target(n, v, card.device, 1)
+    logits = fill_logits(torch.empty(n, v, dtype=torch.bfloat16, device=card.device), target, 0)
+    teacher = fill_logits(torch.empty(n, v + 3, dtype=torch.bfloat16, device=card.device), target, 1)[:, 3:]
+    given, found = upstreams(n, card.device).log_prob, []
+    for direction in ("forward", "reverse", "jensen_shannon"):
+        results = []
+        for dtype, options in ((torch.bfloat16, TRITON), (torch.float32, REFERENCE), (torch.float64, REFERENCE)):
+            x = logits.detach().to(dtype).requires_grad_()
+            how = {"direction": direction, "reduction": "none", "options": options}
+            value = fused_ppl.kl_divergence(x, teacher.to(dtype), target, **how)
+            results.append((value.detach(), torch.autograd.grad(value, x, given.to(value.dtype))[0]))
+        (value, gradient), (eager, wide), (truth, exact) = results
+        assert_as_good_as_eager(value, eager, truth, direction, condition=32.0)
+        judge_gradient(f"gradient of {direction}", gradient, wide, exact, condition=32.0)
+        found.append(f"{direction} {float(value.mean()):.4g}")
+    return Found(", ".join(found))
+
+
+def _divergence_kernel(card: Card | StandIn, n: int, v: int) -> Found:
+    """Both rows read, and the gradient written over the student's."""
+    target = make_target(n, v, card.device, 1)
+    logits = fill_logits(torch.empty(n, v, dtype=torch.bfloat16, device=card.device), target, 0)
+    teacher, one = fill_logits(torch.empty_like(logits), target, 1), torch.ones((), device=card.device)
+    backend, spec, tokens = backends.load_divergence("triton"), LossSpec(), TokenInputs(target, None, None)
+    rows = []
+    for direction in ("forward", "reverse", "jensen_shannon"):
+        asked, out = Divergence(direction, 0.5, 1.0, None), torch.empty_like(logits)
+        how = {"asked": asked, "upstream": one, "out": out, "memory_budget": None}
+        run = functools.partial(backend.divergence, logits, teacher, tokens, spec, **how)
+        times = card.milliseconds(run)
+        moved = 3 * logits.nbytes
+        rows.append(asdict(Timing("kernels", f"divergence, {direction}", "", (n, v), "bf16", times, "", moved)))
+    return Found(", ".join(f"{row['milliseconds'][1]:.3f} ms" for row in rows), rows)
+
+
+def _head(card: Card | StandIn, sizes: Sizes) -> Found:
     n, v, d = sizes.timed_head
     hidden, weight, target = head_inputs(card, n, v, d)
     options: Options = head_options()
 
     def loss(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-        if name == "linear_token_loss":
-            return fused_ppl.linear_token_loss(hidden, weight, target, bonus, options=options)
-        values = fused_ppl.linear_log_probs(hidden, weight, target, options=options)
-        return (
-            torch.where(target != IGNORED, bonus(values.log_prob, values.entropy), 0).sum() / (target != IGNORED).sum()
-        )
+        return fused_ppl.linear_token_loss(hidden, weight, target, bonus, options=options)
 
-    def truth() -> float:
-        total = 0.0
-        for rows in chunks(n, sizes.chunk):
-            logits = (hidden[rows] @ weight.t()).double()
-            values = fused_ppl.log_probs(logits, target[rows], options=REFERENCE)
-            total += float(bonus(values.log_prob, values.entropy)[target[rows] != IGNORED].sum())
-        return total / int((target != IGNORED).sum())
-
-    products, kind = (3, "rows") if name == "linear_token_loss" else (4, "vocab")
-    flops = {MODES[1]: 2 * n * v * d * products}
-    case = Case(
-        "plans", [hidden, weight], target, "cross_entropy", truth(), {}, flops, planned_bytes(sizes, kind), MODES[1:]
-    )
-    return time_loss(card, f"fused_ppl, {name}, entropy", loss, case)
+    total = 0.0
+    for rows in chunks(n, sizes.chunk):
+        logits = (hidden[rows] @ weight.t()).double()
+        values = fused_ppl.log_probs(logits, target[rows], options=REFERENCE)
+        total += float(bonus(values.log_prob, values.entropy)[target[rows] != IGNORED].sum())
+    truth = total / int((target != IGNORED).sum())
+    flops, planned = {MODES[1]: 6 * n * v * d}, planned_bytes(sizes, "rows")
+    case = Case("plans", [hidden, weight], target, "cross_entropy", truth, {}, flops, planned, MODES[1:])
+    return time_loss(card, "fused_ppl, linear_token_loss, entropy", loss, case)

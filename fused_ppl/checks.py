@@ -130,7 +130,7 @@ def check_float_input(name: str, value: object) -> Tensor:
     tensor = check_tensor(name, value)
     if name == "linear_weight" and not tensor.dtype.is_floating_point:
         raise TypeError(
-            f"{name} must hold floating-point numbers; got {tensor.dtype}, which is how quantised weights are stored. "
+            f"{name} must hold floating-point numbers; got {tensor.dtype}, as quantised weights are stored. "
             "Pass the dequantised weight, or compute the logits with the quantised module and use cross_entropy."
         )
     if tensor.dtype not in FLOAT_DTYPES:
@@ -189,10 +189,8 @@ def check_constant(name: str, value: object, shape: Sequence[int], what: str, *,
 
 def check_no_grad(name: str, value: Tensor) -> None:
     if value.requires_grad and torch.is_grad_enabled():
-        raise ValueError(
-            f"{name} is a constant of the loss and gets no gradient, but it requires grad. "
-            "Detach it, or multiply by it outside of the loss."
-        )
+        rule = f"{name} is a constant of the loss and gets no gradient, but it requires grad."
+        raise ValueError(f"{rule} Detach it, or multiply by it outside of the loss.")
 
 
 def check_num_items(value: object, reduction: str) -> None:

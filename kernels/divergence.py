@@ -14,9 +14,7 @@ Grid: (N rows,). Passes of a program over its two rows, each from L2 but the fir
 2. The divergence. In direction "forward" the gradient is written here, because it does not depend on D.
 3. The other two directions write the gradient, if there is one to write.
 
-The obvious single pass is D = sum_v q (t - z) - lse_t + lse_z. It subtracts numbers as large as the logits, and a small D
-is lost. Here log p and log q are each relative to their own maximum, and D is 0 where both rows are the same.
-
+The obvious single pass, D = sum_v q (t - z) - lse_t + lse_z, subtracts numbers as large as the logits, and loses a small D.
 Traffic, for logits of b bytes: 2 * N * V * b read and N * V * b written, if L2 holds the rows between the passes. All
 accesses have 16 bytes where both rows begin at the same place between two boundaries, as those of a head do.
 """
@@ -27,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fused_ppl.kernels import elementary, row_formula, row_sums, row_tiles
+from fused_ppl.kernels import elementary, nll_backward, row_formula, row_sums, row_tiles
 from fused_ppl.kernels.launch import DivergenceRows, DivergenceUpstream, LaunchConfig, LossScalars, on_device
 
 DIRECTIONS = {"forward": 0, "reverse": 1, "jensen_shannon": 2}
@@ -137,6 +135,15 @@ def logs_at(column, student_ptr, teacher_ptr, sums, student, teacher):
 
 
 @triton.jit
+def store_facts(row, rows, entropy, teacher_entropy, agrees, difference):
+    if rows.entropy is not None:
+        tl.store(rows.entropy + row, entropy)
+        tl.store(rows.teacher_entropy + row, teacher_entropy)
+        tl.store(rows.agrees + row, agrees)
+        tl.store(rows.log_prob_difference + row, difference)
+
+
+@triton.jit
 def divergence_row(row, student_ptr, teacher_ptr, out_ptr, target, rows, factor, student, teacher, beta, V,
                    DIRECTION: tl.constexpr, CONTIGUOUS: tl.constexpr, K: tl.constexpr, T: tl.constexpr):  # fmt: skip
     """All passes over one row. `factor` is the upstream gradient with dz/dx apart from the slope, or None."""
@@ -148,11 +155,9 @@ def divergence_row(row, student_ptr, teacher_ptr, out_ptr, target, rows, factor,
     sums = (z_max, z_log2, t_max, t_log2)
     column = row_tiles.find_target_column(target, 0, V)
     if STATS:  # before the gradient takes the place of the logits
-        tl.store(rows.entropy + row, z_entropy)
-        tl.store(rows.teacher_entropy + row, t_entropy)
-        tl.store(rows.agrees + row, (z_column == t_column).to(tl.int32))
         target_p2, target_q2 = logs_at(tl.maximum(column, 0), student_ptr, teacher_ptr, sums, student, teacher)
-        tl.store(rows.log_prob_difference + row, (target_p2 - target_q2) * elementary.LN2)
+        agrees = (z_column == t_column).to(tl.int32)
+        store_facts(row, rows, z_entropy, t_entropy, agrees, (target_p2 - target_q2) * elementary.LN2)
 
     # p * (gap - D) is taken relative to the gap of the most likely class: with p near 1, little else is left of it
     center = 0.0
@@ -176,21 +181,6 @@ def divergence_row(row, student_ptr, teacher_ptr, out_ptr, target, rows, factor,
         )  # fmt: skip
 
 
-@triton.jit
-def ignored_row(row, rows, out_ptr, V, BLOCK: tl.constexpr):
-    """Zeros. The row is not read: its logits may be NaN."""
-    tl.store(rows.divergence + row, 0.0)
-    if rows.entropy is not None:
-        tl.store(rows.entropy + row, 0.0)
-        tl.store(rows.teacher_entropy + row, 0.0)
-        tl.store(rows.agrees + row, 0)
-        tl.store(rows.log_prob_difference + row, 0.0)
-    if out_ptr is not None:
-        for first in range(0, V, BLOCK):
-            offs_v = first + tl.arange(0, BLOCK)
-            tl.store(out_ptr + offs_v, tl.zeros((BLOCK,), out_ptr.dtype.element_ty), mask=offs_v < V)
-
-
 _INTEGERS = ["ignore_index", "V", "R", "student_b", "student_r", "teacher_b", "teacher_r", "out_b", "out_r"]
 
 
@@ -208,8 +198,11 @@ def divergence_kernel(
     row = tl.program_id(0)
     target = tl.load(target_ptr + row)
     own_out = out_ptr if out_ptr is None else row_tiles.row_pointer(out_ptr, row, R, out_b, out_r)
-    if row_tiles.is_ignored(target, ignore_index):
-        ignored_row(row, rows, own_out, V, T)
+    if row_tiles.is_ignored(target, ignore_index):  # it is not read: its logits may be NaN
+        tl.store(rows.divergence + row, 0.0)
+        store_facts(row, rows, 0.0, 0.0, 0, 0.0)
+        if out_ptr is not None:
+            nll_backward.zero_row(own_out, 0, V + 1, V, 1, CONTIGUOUS, K, T)
     else:
         factor = None
         if upstream is not None:
@@ -243,8 +236,8 @@ def launch_divergence(
     B, R, V = logits.shape
     if B * R == 0:
         return
-    strides = logits.stride()[:2], teacher_logits.stride()[:2], (0, 0) if out is None else out.stride()[:2]
-    (student_b, student_r), (teacher_b, teacher_r), (out_b, out_r) = strides
+    (student_b, student_r, _), (teacher_b, teacher_r, _) = logits.stride(), teacher_logits.stride()
+    out_b, out_r, _ = (0, 0, 1) if out is None else out.stride()
     with on_device(logits):
         divergence_kernel[(B * R,)](
             student_ptr=logits, teacher_ptr=teacher_logits, target_ptr=target,

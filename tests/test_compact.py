@@ -392,20 +392,3 @@ def test_the_slope_at_the_target_is_that_of_its_fp32_logit(backend):
     kept = KeptColumns(torch.arange(40), y)
     module.nll_kept(x.float(), kept, spec, stats=stats, factors=factors, out=out, memory_budget=None)
     assert_close(out.gather(1, y[:, None]).double(), want, rtol=2e-6, atol=0)
-
-
-@pytest.mark.parametrize("softcap", [None, 500.0])
-def test_ignored_rows_stay_zero_beside_a_bias_that_exp_cannot_hold(softcap, backend):
-    """On a GPU ignored rows take part, with hidden states of 0, so their logits are the bias."""
-    x, y = make_logits((4, 40)), torch.tensor([3, -100, 5, -100])
-    x[1::2] = 200.0
-    spec, module = LossSpec(softcap=softcap), backends.load_compact(backend)
-    how = {"target_logit": x[:, 3].contiguous(), "signed": False, "memory_budget": None}
-    stats, _, factors = module.nll_columns(x, TokenInputs(y, None, None), spec, **how)
-    kept, exact, out = KeptColumns(torch.arange(30), torch.tensor([3, 0, 5, 0])), x[:, :30].clone(), torch.empty(4, 30)
-    rest = module.nll_kept(x, kept, spec, stats=stats, factors=factors, out=out, memory_budget=None)
-    assert not out[1::2].any() and not rest[1::2].any() and out[::2].all()
-    how = {"screened": x, "stats": stats, "factors": factors, "weight_sum": 40.0, "memory_budget": None}
-    corrected, rest, wrong = module.nll_rescreen(exact, kept, spec, **how)
-    for values in (exact, rest, wrong, corrected.nll, corrected.loss):
-        assert not values[1::2].any() and values.isfinite().all()

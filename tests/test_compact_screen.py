@@ -12,7 +12,10 @@ import torch
 from compact_cases import N, gradients, named, small_groups  # noqa: F401
 from torch.testing import assert_close
 
-from fused_ppl import Options, linear_cross_entropy, linear_cross_entropy_with_stats
+from fused_ppl import Options, backends, linear_cross_entropy, linear_cross_entropy_with_stats
+from fused_ppl.records import KeptColumns, TokenInputs
+from fused_ppl.spec import LossSpec
+from fused_ppl.testing import make_logits
 
 V, D = compact_cases.WHOLE
 make = functools.partial(compact_cases.make, v=V, d=D)
@@ -157,3 +160,20 @@ def test_weights_that_sum_to_less_than_nothing_have_an_estimate():
     )
     same = linear_cross_entropy_with_stats(hidden, weight, target, options=options)
     assert out.loss_error == same.loss_error
+
+
+@pytest.mark.parametrize("softcap", [None, 500.0])
+def test_ignored_rows_stay_zero_beside_a_bias_that_exp_cannot_hold(softcap, backend):
+    """On a GPU ignored rows take part, with hidden states of 0, so their logits are the bias."""
+    x, y = make_logits((4, 40)), torch.tensor([3, -100, 5, -100])
+    x[1::2] = 200.0
+    spec, module = LossSpec(softcap=softcap), backends.load_compact(backend)
+    how = {"target_logit": x[:, 3].contiguous(), "signed": False, "memory_budget": None}
+    stats, _, factors = module.nll_columns(x, TokenInputs(y, None, None), spec, **how)
+    kept, exact, out = KeptColumns(torch.arange(30), torch.tensor([3, 0, 5, 0])), x[:, :30].clone(), torch.empty(4, 30)
+    rest = module.nll_kept(x, kept, spec, stats=stats, factors=factors, out=out, memory_budget=None)
+    assert not out[1::2].any() and not rest[1::2].any() and out[::2].all()
+    how = {"screened": x, "stats": stats, "factors": factors, "weight_sum": 40.0, "memory_budget": None}
+    corrected, rest, wrong = module.nll_rescreen(exact, kept, spec, **how)
+    for values in (exact, rest, wrong, corrected.nll, corrected.loss):
+        assert not values[1::2].any() and values.isfinite().all()

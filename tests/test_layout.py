@@ -21,11 +21,11 @@ LAYERS = (
     {"groups", "plan", "reduction", "reference"},
     {"backends", "dtensors"},
     {"engines"},
-    {"loss"},
+    {"divergence_checks", "loss"},
     {"autograd"},
-    {"op_autograd", "token_autograd"},
+    {"divergence_autograd", "op_autograd", "token_autograd"},
     {"prepare"},
-    {"functional", "token_values"},
+    {"divergences", "functional", "token_values"},
     {"accumulate", "metrics", "modules", "targets"},
     {"fused_ppl"},  # __init__.py, and `from fused_ppl import <a public name>`
     {"testing"},
@@ -35,12 +35,14 @@ LAYERS = (
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 # these take the arguments of other packages, in their order
 PEERS_SIGNATURES = {f"fused_ppl/integrations/{name}.py" for name in ("cut_cross_entropy", "liger", "trl", "verl")}
-TRITON_BACKEND = {"fused_ppl/backends/triton_rows.py", "fused_ppl/backends/triton_compact.py"}
+TRITON_BACKEND = {f"fused_ppl/backends/triton_{name}.py" for name in ("rows", "compact", "divergence")}
 
 # one of these outside its room is a second copy of the row formula, or an exp of a mean
 FORMULA_NAMES = {"exp", "exp2", "expm1", "log_softmax", "logsumexp", "one_hot", "softmax"}
 TORCH_ROOMS = {"fused_ppl/backends/torch_stats.py", "fused_ppl/backends/torch_rows.py"}  # l, and its gradient
+DIVERGENCE_ROOMS = {"fused_ppl/backends/torch_divergence.py", "kernels/divergence.py"}  # and its gradient
 FORMULA_ROOMS = {"fused_ppl/reference.py", *TORCH_ROOMS, "kernels/row_formula.py", "kernels/elementary.py"}
+FORMULA_ROOMS |= DIVERGENCE_ROOMS
 MERGE_OF_SHARDS = {"fused_ppl/backends/shards.py": {"exp"}}  # sums of rows relative to a common maximum
 # grid_reduction: inside the launch; compact: a geometric mean of sums
 EXP_OF_A_MEAN = {
