@@ -144,6 +144,8 @@ class HeadDivergence(torch.autograd.Function):
         ctx.request, hidden, linear_weight, linear_bias, target, _, token_weight, _, *teacher = inputs
         results = _results_and_mark(ctx, output)
         given = (hidden, linear_weight, linear_bias, target, token_weight)
+        if _made_in_forward(ctx.request):  # the teacher is not needed any more
+            teacher = [None for _ in teacher]
         ctx.save_for_backward(*results.unscaled, results.totals.loss_factor, *given, *teacher)
 
     @staticmethod

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fused_ppl import checks, dtensors
@@ -13,9 +14,10 @@ from fused_ppl.spec import DIRECTIONS, Options
 
 
 def check_divergence(direction: str, beta: float, logit_scale: float, softcap: float | None) -> Divergence:
-    """The numbers of a divergence; the last two are the teacher's."""
+    """The numbers of a divergence; the last two are the teacher's. Its dtype is decided later."""
     checks.check_choice("direction", direction, DIRECTIONS)
-    checks.check_number("beta", beta, "in (0, 1)", lambda a: 0 < a < 1, hint="0.5 weighs both alike.")
+    hint = "Nearer to 0 use direction='forward', and nearer to 1 direction='reverse'."
+    checks.check_number("beta", beta, "in [0.001, 0.999]", lambda a: 0.001 <= a <= 0.999, hint=hint)
     if direction != "jensen_shannon" and beta != 0.5:
         raise ValueError(
             f"beta only has an effect with direction='jensen_shannon'; got beta={beta!r} and direction={direction!r}. "
@@ -25,7 +27,8 @@ def check_divergence(direction: str, beta: float, logit_scale: float, softcap: f
     checks.check_number("teacher_logit_scale", logit_scale, rule, lambda a: 0 < a < float("inf"))
     if softcap is not None:
         checks.check_number("teacher_softcap", softcap, f"{rule}, or None for no cap", lambda a: 0 < a < float("inf"))
-    return Divergence(direction, float(beta), float(logit_scale), None if softcap is None else float(softcap))
+    cap = None if softcap is None else float(softcap)
+    return Divergence(direction, float(beta), float(logit_scale), cap, torch.float32)
 
 
 def check_options(options: Options) -> None:

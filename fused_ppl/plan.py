@@ -197,8 +197,8 @@ def linear_plan(case: LinearCase, kind: str) -> LinearPlan:
     rows = CHUNK_BYTES[case.place] // (v * logit)
     if case.place == "cpu":
         # A buffer over half of the size of the weight's float32 gradient costs more memory than it saves time. With a
-        # screen a larger buffer is worth it.
-        rows = min(rows, wide * d // (logit * (1 if screened else 2)))
+        # screen a larger buffer is worth it, and so it is for the buffers of two heads.
+        rows = min(rows, int(wide * d / (logit * (1 if screened else 1.5 if case.teacher_itemsize else 2))))
     rows = min(max(rows, least), most)
     made_in_forward = kind in ("rows", "compact")
     saved = case.accumulator_bytes + wide * n * d * case.grads[0] if made_in_forward else 2 * wide * n

@@ -176,8 +176,8 @@ def divergence_from_logits(
         spec = _check_for_reference(inputs, spec, request.groups)
         return reference.divergence(inputs, last.detach(), spec, asked=extras.asked)
     execution = HeadExecution(request.execution.backend, request.execution.memory_budget, input.dtype, (False,) * 3)
-    whole = DivergenceRequest(spec, execution, extras.asked, "", request.groups)
-    return _divergence_output(divergence_autograd.logits_divergence(inputs, last.detach(), whole))
+    whole = DivergenceRequest(spec, execution, _of_dtype(extras.asked, teacher.dtype), "", request.groups)
+    return _divergence_output(divergence_autograd.logits_divergence(inputs, _constant(last), whole))
 
 
 def divergence_from_hidden(
@@ -191,13 +191,27 @@ def divergence_from_hidden(
     divergence_checks.check_teacher(input, linear_weight, teacher)
     target, spec = _counted(target, tuple(input.shape[:-1]), spec, input=input)
     inputs, request = _head_call(input, linear_weight, target, spec, linear_bias=linear_bias, extras=shared)
-    teacher = Teacher(*(None if t is None else t.detach() for t in teacher))  # type: ignore[arg-type]  # the first two are there
+    teacher = Teacher(*(None if t is None else _constant(t) for t in teacher))  # type: ignore[arg-type]  # the first two are there
     if request.execution.backend == "reference":
         logits, spec = _with_logits(inputs), _check_for_reference(_with_logits(inputs), spec, request.groups)
         return reference.divergence(logits, torch.nn.functional.linear(*teacher), spec, asked=extras.asked)
     kind = {"vocab": "forward", "compact": "rows"}.get(request.plan, request.plan)
-    whole = DivergenceRequest(spec, request.execution, extras.asked, kind, request.groups)
+    asked = _of_dtype(extras.asked, _product_dtype(teacher.teacher_hidden))
+    whole = DivergenceRequest(spec, request.execution, asked, kind, request.groups)
     return _divergence_output(divergence_autograd.head_divergence(inputs, teacher, whole))
+
+
+def _of_dtype(asked: Divergence, dtype: torch.dtype) -> Divergence:
+    """No `_replace`: torch 2.6 does not trace it."""
+    return Divergence(asked.direction, asked.beta, asked.teacher_logit_scale, asked.teacher_softcap, dtype)
+
+
+def _constant(teacher: Tensor) -> Tensor:
+    """Without a graph. What inference mode has made is copied, because autograd saves no such tensor."""
+    constant = teacher.detach()
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not constant.is_inference():
+        return constant
+    return constant.clone()
 
 
 def _counted(

@@ -300,6 +300,7 @@ class Divergence(NamedTuple):
     beta: float  # the share of q in the mixture of "jensen_shannon"
     teacher_logit_scale: float
     teacher_softcap: float | None
+    teacher_dtype: torch.dtype  # of the product of the teacher's head, as the caller or autocast says
 
 
 class Teacher(NamedTuple):

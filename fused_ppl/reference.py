@@ -105,7 +105,8 @@ def divergence(inputs: LogitsInputs, teacher_logits: Tensor, spec: LossSpec, *, 
     with torch.no_grad():
         of_p, of_q = (torch.where(counted, -_expected(log, log), 0) for log in (log_p, log_q))
         agrees = counted & (z.argmax(-1) == t.argmax(-1))
-        at_target = torch.where(counted, (log_p - log_q).gather(-1, y.unsqueeze(-1)).squeeze(-1), 0)
+        own, other = (log.gather(-1, y.unsqueeze(-1)).squeeze(-1) for log in (log_p, log_q))
+        at_target = torch.where(counted & (own != other), own - other, 0)  # a class may be excluded by both
     return DivergenceOutput(loss.to(value.dtype), value.detach(), of_p, of_q, agrees, at_target, m)
 
 

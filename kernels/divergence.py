@@ -1,13 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Two rows of logits, a student's and a teacher's, to their divergence and the gradient of the student's logits.
 
-    p = softmax(z) of the student, q = softmax(t) of the teacher, m = beta q + (1 - beta) p
-
-    forward         D = sum_v q ln(q / p)                                   dD/dz = p - q
-    reverse         D = sum_v p ln(p / q)                                   dD/dz = p (ln(p / q) - D)
-    jensen_shannon  D = beta sum_v q ln(q / m) + (1 - beta) K
-                    K = sum_v p ln(p / m)                                   dD/dz = (1 - beta) p (ln(p / m) - K)
-
 Grid: (N rows,). Passes of a program over its two rows, each from L2 but the first:
 
 1. The sums of both rows (`row_sums.sum_row`), with entropy and argmax.
@@ -25,25 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fused_ppl.kernels import elementary, nll_backward, row_formula, row_sums, row_tiles
+from fused_ppl.kernels import divergence_formula, elementary, nll_backward, row_formula, row_sums, row_tiles
 from fused_ppl.kernels.launch import DivergenceRows, DivergenceUpstream, LaunchConfig, LossScalars, on_device
 
 DIRECTIONS = {"forward": 0, "reverse": 1, "jensen_shannon": 2}
-
-
-@triton.jit
-def gaps(p, log_p2, q, log_q2, beta, DIRECTION: tl.constexpr):
-    """(log2(p / r), log2(q / r)), 0 where the first is 0. r is the other prediction, or the mixture m of both.
-
-    With d = ln(q / p), ln(p / m) = -log1p(beta expm1(d)) and ln(q / m) = -log1p((1 - beta) expm1(-d)) keep the digits of
-    a small d. Beyond 80 nats p or q is below 1e-34, and its term has no weight.
-    """
-    if DIRECTION == 2:
-        d = tl.minimum(tl.maximum((log_q2 - log_p2) * elementary.LN2, -80.0), 80.0)
-        d = tl.where((p > 0.0) | (q > 0.0), d, 0.0)
-        return -elementary.log1p2(beta * elementary.expm1(d)), -elementary.log1p2((1.0 - beta) * elementary.expm1(-d))
-    else:
-        return tl.where(p > 0.0, log_p2 - log_q2, 0.0), tl.where(q > 0.0, log_q2 - log_p2, 0.0)
 
 
 @triton.jit
@@ -55,7 +33,7 @@ def row_log_sum(row_ptr, V, scalars, ENTROPY: tl.constexpr, COLUMN: tl.constexpr
         COLUMN, False, CONTIGUOUS, K, T,
     )  # fmt: skip
     whole, fraction = elementary.log2_parts(sum_exp - 1.0, sum_exp)
-    log_sum = whole + fraction
+    log_sum = tl.where(sum_exp > 0.0, whole + fraction, float("-inf"))
     return largest, log_sum, tl.where(column < V, column, 0), (log_sum - sum_exp_t / sum_exp) * elementary.LN2
 
 
@@ -68,19 +46,24 @@ def logs(capped_z, capped_t, sums, student, teacher):
 
 
 @triton.jit
-def fold(capped_z, slope, capped_t, sums, of_p, of_q, center, mean, factor, student, teacher, beta,
+def fold(capped_z, slope, capped_t, sums, of_p, value, center, mean, factor, student, teacher, beta,
          DIRECTION: tl.constexpr):  # fmt: skip
-    """The sums of p * (gap of p - center) and q * (gap of q) with this tile, and the gradient of its logits."""
+    """The sums of p * (gap of p - center), and of the terms of D or of its q part, and the gradient of the logits.
+
+    sum q ln(q / p) alone would keep the rounding of both lse. With p - q it cancels, and each term is >= 0.
+    """
     log_p2, log_q2 = logs(capped_z, capped_t, sums, student, teacher)
     p, q = elementary.pow2(log_p2), elementary.pow2(log_q2)
-    gap_p, gap_q = gaps(p, log_p2, q, log_q2, beta, DIRECTION)
+    gap_p, gap_q = divergence_formula.gaps(p, log_p2, q, log_q2, beta, DIRECTION)
+    terms, dz = q * gap_q, p * ((gap_p - center) - mean)
     if DIRECTION == 0:
-        dz = p - q
-    else:
-        dz = p * ((gap_p - center) - mean)
+        dz = divergence_formula.difference(p, log_p2, q, log_q2)
+        terms += dz
+    elif DIRECTION == 1:
+        terms = p * gap_p - divergence_formula.difference(p, log_p2, q, log_q2)
     of_p += tl.sum(tl.sum(p * (gap_p - center), 2), 0)
-    of_q += tl.sum(tl.sum(q * gap_q, 2), 0)
-    return of_p, of_q, dz if factor is None else dz * slope * factor
+    value += tl.sum(tl.sum(terms, 2), 0)
+    return of_p, value, dz if factor is None else dz * slope * factor
 
 
 @triton.jit
@@ -102,17 +85,17 @@ def walk(student_ptr, teacher_ptr, out_ptr, sums, center, mean, factor, student,
     body_ptr, prefix, body_len = row_tiles.find_body(student_ptr, V, CONTIGUOUS, L)
     teacher_body = row_tiles.find_body(teacher_ptr, V, CONTIGUOUS, L)[0]
     out_body = row_tiles.find_body(out_ptr, V, CONTIGUOUS, L)[0] if WRITE else None
-    of_p, of_q = tl.zeros((T,), tl.float32), tl.zeros((T,), tl.float32)
+    of_p, value = tl.zeros((T,), tl.float32), tl.zeros((T,), tl.float32)
     last_tile = body_len // (K * T * L)
     for tile in range(0, last_tile):
         z, slope = capped_tile(body_ptr, tile, None, student.tanh_scale, CONTIGUOUS, K, T, L)
         t = capped_tile(teacher_body, tile, None, teacher.tanh_scale, CONTIGUOUS, K, T, L)[0]
-        of_p, of_q, g = fold(z, slope, t, sums, of_p, of_q, center, mean, factor, student, teacher, beta, DIRECTION)
+        of_p, value, g = fold(z, slope, t, sums, of_p, value, center, mean, factor, student, teacher, beta, DIRECTION)
         if WRITE:
             row_tiles.store_tile(out_body, g, tile, None, 1, CONTIGUOUS, K, T, L)
     z, slope = capped_tile(body_ptr, last_tile, body_len, student.tanh_scale, CONTIGUOUS, K, T, L)
     t = capped_tile(teacher_body, last_tile, body_len, teacher.tanh_scale, CONTIGUOUS, K, T, L)[0]
-    of_p, of_q, g = fold(z, slope, t, sums, of_p, of_q, center, mean, factor, student, teacher, beta, DIRECTION)
+    of_p, value, g = fold(z, slope, t, sums, of_p, value, center, mean, factor, student, teacher, beta, DIRECTION)
     if WRITE:
         row_tiles.store_tile(out_body, g, last_tile, body_len, 1, CONTIGUOUS, K, T, L)
     if CONTIGUOUS:
@@ -120,10 +103,10 @@ def walk(student_ptr, teacher_ptr, out_ptr, sums, center, mean, factor, student,
         z, slope = row_formula.cap(tl.load(student_ptr + offs_v, mask=valid).to(tl.float32), student.tanh_scale)
         t = row_formula.cap(tl.load(teacher_ptr + offs_v, mask=valid).to(tl.float32), teacher.tanh_scale)[0]
         z, t = tl.where(valid, z, float("-inf")), tl.where(valid, t, float("-inf"))
-        of_p, of_q, g = fold(z, slope, t, sums, of_p, of_q, center, mean, factor, student, teacher, beta, DIRECTION)
+        of_p, value, g = fold(z, slope, t, sums, of_p, value, center, mean, factor, student, teacher, beta, DIRECTION)
         if WRITE:
             tl.store(out_ptr + offs_v, g.to(out_ptr.dtype.element_ty), mask=valid)
-    return tl.sum(of_p, 0), tl.sum(of_q, 0)
+    return tl.sum(of_p, 0), tl.sum(value, 0)
 
 
 @triton.jit
@@ -157,24 +140,30 @@ def divergence_row(row, student_ptr, teacher_ptr, out_ptr, target, rows, factor,
     if STATS:  # before the gradient takes the place of the logits
         target_p2, target_q2 = logs_at(tl.maximum(column, 0), student_ptr, teacher_ptr, sums, student, teacher)
         agrees = (z_column == t_column).to(tl.int32)
-        store_facts(row, rows, z_entropy, t_entropy, agrees, (target_p2 - target_q2) * elementary.LN2)
+        gap = tl.where(target_p2 == target_q2, 0.0, target_p2 - target_q2)  # a class may be excluded by both
+        store_facts(row, rows, z_entropy, t_entropy, agrees, gap * elementary.LN2)
 
     # p * (gap - D) is taken relative to the gap of the most likely class: with p near 1, little else is left of it
     center = 0.0
     if DIRECTION != 0:
         top_p2, top_q2 = logs_at(z_column, student_ptr, teacher_ptr, sums, student, teacher)
-        center, _ = gaps(elementary.pow2(top_p2), top_p2, elementary.pow2(top_q2), top_q2, beta, DIRECTION)
+        center, _ = divergence_formula.gaps(
+            elementary.pow2(top_p2), top_p2, elementary.pow2(top_q2), top_q2, beta, DIRECTION
+        )
         center = tl.where(center < float("inf"), center, 0.0)
+    unknown = (z_log2 - z_log2) + (t_log2 - t_log2)  # NaN of a row that holds NaN or +inf, or nothing but -inf, else 0
     WRITES: tl.constexpr = factor is not None
-    mean, of_q = walk(
+    if WRITES:
+        factor += unknown
+    mean, value = walk(
         student_ptr, teacher_ptr, out_ptr, sums, center, 0.0, factor, student, teacher, beta, V, DIRECTION,
         WRITES and DIRECTION == 0, CONTIGUOUS, K, T,
     )  # fmt: skip
-    of_p = mean + center
-    value = of_q if DIRECTION == 0 else (of_p if DIRECTION == 1 else beta * of_q + (1.0 - beta) * of_p)
-    tl.store(rows.divergence + row, tl.where(column >= 0, value * elementary.LN2, float("nan")))
+    if DIRECTION == 2:
+        value = beta * value + (1.0 - beta) * (mean + center)
+    tl.store(rows.divergence + row, tl.where(column >= 0, value + unknown, float("nan")))
     if WRITES and DIRECTION != 0:
-        factor *= elementary.LN2 if DIRECTION == 1 else elementary.LN2 * (1.0 - beta)
+        factor *= 1.0 if DIRECTION == 1 else 1.0 - beta
         walk(
             student_ptr, teacher_ptr, out_ptr, sums, center, mean, factor, student, teacher, beta, V, DIRECTION, True,
             CONTIGUOUS, K, T,

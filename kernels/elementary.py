@@ -9,6 +9,7 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+NEAR = tl.constexpr(0.35)
 
 
 @triton.jit
@@ -45,11 +46,16 @@ def pow2(x):
 
 
 @triton.jit
+def expm1_near(x):
+    """exp(x) - 1 for |x| < NEAR, accurate relative to itself."""
+    series = tl.fma(tl.fma(x, 1 / 5040, 1 / 720), x, 1 / 120)
+    return x * tl.fma(tl.fma(tl.fma(tl.fma(series, x, 1 / 24), x, 1 / 6), x, 1 / 2), x, 1.0)
+
+
+@triton.jit
 def expm1(x):
     """exp(x) - 1, accurate relative to itself."""
-    series = tl.fma(tl.fma(x, 1 / 5040, 1 / 720), x, 1 / 120)
-    series = tl.fma(tl.fma(tl.fma(tl.fma(series, x, 1 / 24), x, 1 / 6), x, 1 / 2), x, 1.0)
-    return tl.where(tl.abs(x) < 0.35, x * series, tl.exp2(x * LOG2E) - 1.0)
+    return tl.where(tl.abs(x) < NEAR, expm1_near(x), tl.exp2(x * LOG2E) - 1.0)
 
 
 @triton.jit

@@ -62,7 +62,7 @@ def test_a_compiled_step_is_one_graph_for_any_number_of_tokens(fused, case, redu
 @pytest.mark.parametrize("case", DIRECTIONS[:3], ids=IDS[:3])
 def test_opcheck(case, reduction, stats, backend):
     spec = LossSpec.of(reduction=reduction, stats=stats)
-    asked = Divergence(*case, 0.7, None)
+    asked = Divergence(*case, 0.7, None, torch.float32)
     z, t = two_logits((3, 3, V))
     logits = LogitsInputs(z, TARGET, None, torch.rand(3, 3), None)
     factor = torch.tensor(0.3, dtype=torch.float64) if reduction == "mean" else torch.ones(3, 3, dtype=torch.float64)

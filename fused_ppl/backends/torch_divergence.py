@@ -13,7 +13,9 @@ A term whose leading factor is 0 is 0. Both log-probabilities of a chunk of rows
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +24,17 @@ from fused_ppl.backends.torch_chunks import Chunks, Rows, chain
 from fused_ppl.backends.torch_stats import argmax, product
 from fused_ppl.records import Divergence, DivergenceStats, TokenInputs
 from fused_ppl.spec import LossSpec
+
+
+class Chunk(NamedTuple):
+    """Both log-probabilities of some rows, and memory of their size. All of it is overwritten."""
+
+    log_p: Tensor  # (n, V): the gradient takes its place
+    log_q: Tensor  # (n, V)
+    p: Tensor  # (n, V)
+    q: Tensor  # (n, V)
+    largest: Tensor  # (n, V)
+    mask: Tensor  # (n, V) bool
 
 
 def divergence(
@@ -39,8 +52,13 @@ def divergence(
     of_teacher = spec._replace(logit_scale=asked.teacher_logit_scale, softcap=asked.teacher_softcap)
     student = Chunks(logits, tokens, spec, memory_budget=memory_budget, out=out)
     teacher = Chunks(teacher_logits, tokens, of_teacher, memory_budget=memory_budget)
-    teacher.rows = student.rows = min(student.rows, teacher.rows)
+    # these have twice the buffers of a loss
+    teacher.rows = student.rows = max(1, min(student.rows, teacher.rows) // 2)
     slope = torch.empty_like(student.buffer) if spec.softcap is not None and upstream is not None else None
+    make = functools.partial(torch.empty, device=logits.device, dtype=student.dtype)
+    shape = (student.rows, logits.shape[-1])
+    log_p, log_q, p, q, largest = (make(shape) for _ in range(5))
+    memory = Chunk(log_p, log_q, p, q, largest, make(shape, dtype=torch.bool))
     parts = []
     for rows, same_rows in zip(student, teacher, strict=True):
         n = rows.target.shape[0]
@@ -49,20 +67,21 @@ def divergence(
                 rows.out.zero_()
             parts.append(_zeros(student, n))
             continue
-        derivative = None if slope is None else slope[:n]
+        chunk, derivative = Chunk(*(t[:n] for t in memory)), None if slope is None else slope[:n]
         z, t = student.load(rows, derivative), teacher.load(same_rows).to(student.dtype)
         agrees = argmax(z) == argmax(t) if spec.stats else None
-        # of one chunk, because a chunk is not given away before the next one is read
-        log_p, log_q = torch.log_softmax(z, 1, out=student.work(rows)), torch.log_softmax(t, 1)
-        parts.append(_stats(student, rows, log_p, log_q, agrees=agrees))
-        value, gradient = _DIRECTIONS[asked.direction](log_p, log_q, asked.beta, upstream is not None)
+        own = chunk.log_p if rows.out is None else student.work(rows)
+        log_p, log_q = torch.log_softmax(z, 1, out=own), torch.log_softmax(t, 1, out=chunk.log_q)
+        chunk = chunk._replace(log_p=log_p, log_q=log_q)
+        stats = _stats(student, rows, chunk, agrees=agrees)
+        value = _DIRECTIONS[asked.direction](chunk, asked.beta, upstream is not None)
         if rows.bad is not None:
             value = value.masked_fill(rows.bad, torch.nan)
         if rows.counted is not None:
             value = torch.where(rows.counted, value, 0)
-        parts[-1] = parts[-1]._replace(divergence=value)
-        if gradient is not None and upstream is not None:
-            _finish(student, rows, gradient, upstream=rows.of(upstream), derivative=derivative)
+        parts.append(stats._replace(divergence=value))
+        if upstream is not None:
+            _finish(student, rows, chunk.log_p, upstream=rows.of(upstream), derivative=derivative)
     if not parts:
         return _zeros(student, 0)
     return DivergenceStats(*(torch.cat(column) for column in zip(*parts, strict=True)))
@@ -70,65 +89,88 @@ def divergence(
 
 def _finish(chunks: Chunks, rows: Rows, gradient: Tensor, *, upstream: Tensor, derivative: Tensor | None) -> None:
     """The gradient of the chunk's logits from the one of z, multiplied and stored."""
-    assert rows.out is not None
     factor = product(upstream.to(chunks.dtype), chunks.token_weight(rows))
     gradient.mul_(factor.unsqueeze(1) if factor.ndim else factor)
     chain(gradient, chunks.spec, derivative)
     if rows.counted is not None:
         gradient.masked_fill_(~rows.counted.unsqueeze(1), 0)
-    rows.out.copy_(gradient.view(rows.out.shape))
+    chunks.store(rows, gradient)
 
 
-Found = tuple[Tensor, Tensor | None]  # D (n,), and dD/dz (n, V) if it is needed
+def _forward(chunk: Chunk, _: float, needed: bool) -> Tensor:
+    gap = _gap(chunk)
+    change, q = _change(chunk, gap), chunk.q
+    # sum q (log q - log p) alone keeps the rounding of both lse; with p - q it cancels, and each term is >= 0
+    value = gap.mul_(q).masked_fill_(torch.eq(q, 0, out=chunk.mask), 0).neg_().add_(change).sum(1)
+    if needed:
+        chunk.log_p.copy_(change)
+    return value
 
 
-def _forward(log_p: Tensor, log_q: Tensor, _: float, needed: bool) -> Found:
-    q = log_q.exp()
-    gap = (log_q - log_p).masked_fill_(q == 0, 0)  # inf or NaN there
-    return gap.mul_(q).sum(1), log_p.exp().sub_(q) if needed else None
+def _reverse(chunk: Chunk, _: float, needed: bool) -> Tensor:
+    gap, p = _gap(chunk), chunk.p
+    change = _change(chunk, gap)
+    gap.masked_fill_(torch.eq(p, 0, out=chunk.mask), 0)
+    value = torch.mul(gap, p, out=chunk.largest).sub_(change).sum(1)  # as in `_forward`
+    if needed:
+        _center(p, gap, work=chunk.q)
+    return value
 
 
-def _reverse(log_p: Tensor, log_q: Tensor, _: float, needed: bool) -> Found:
-    p = log_p.exp()
-    return _mean_and_gradient(p, (log_p - log_q).masked_fill_(p == 0, 0), needed)
-
-
-def _jensen_shannon(log_p: Tensor, log_q: Tensor, beta: float, needed: bool) -> Found:
+def _jensen_shannon(chunk: Chunk, beta: float, needed: bool) -> Tensor:
     """With d = log(q / p): log(p / m) = -log1p(beta expm1(d)), and log(q / m) = -log1p((1 - beta) expm1(-d)).
 
     They keep the digits of a small d. Beyond 80 nats p or q is below 1e-34, and its term has no weight.
     """
-    p, q = log_p.exp(), log_q.exp()
-    d = (log_q - log_p).nan_to_num_(0.0).clamp_(-80.0, 80.0)  # NaN where both are -inf
-    of_p = d.expm1().mul_(beta).log1p_().neg_()
-    of_q = d.neg_().expm1_().mul_(1 - beta).log1p_().neg_()
-    k, gradient = _mean_and_gradient(p, of_p, needed)
-    value = beta * of_q.mul_(q).sum(1) + (1 - beta) * k
-    return value, None if gradient is None else gradient.mul_(1 - beta)
+    d = torch.neg(_gap(chunk), out=chunk.log_q).clamp_(-80.0, 80.0)
+    of_p = torch.expm1(d, out=chunk.log_p).mul_(beta).log1p_().neg_()
+    of_q = d.neg_().expm1_().mul_(1 - beta).log1p_().neg_().mul_(chunk.q).sum(1)
+    k = _center(chunk.p, of_p, work=d)
+    if needed:
+        of_p.mul_(1 - beta)
+    return beta * of_q + (1 - beta) * k
 
 
-def _mean_and_gradient(p: Tensor, gap: Tensor, needed: bool) -> Found:
-    """sum p * gap, and p * (gap - sum p * gap), which overwrites the gap.
+def _gap(chunk: Chunk) -> Tensor:
+    """log p - log q in the memory of log p, and 0 where p and q are 0; p, q and the larger one in their own."""
+    torch.exp(chunk.log_p, out=chunk.p)
+    torch.exp(chunk.log_q, out=chunk.q)
+    torch.maximum(chunk.p, chunk.q, out=chunk.largest)
+    return chunk.log_p.sub_(chunk.log_q).masked_fill_(torch.eq(chunk.largest, 0, out=chunk.mask), 0)
 
-    Both are taken relative to the gap of the most likely class: of a class with p near 1, little else is left of it.
+
+def _change(chunk: Chunk, gap: Tensor) -> Tensor:
+    """p - q = sign(gap) * max(p, q) * (1 - exp(-|gap|)) in the memory of log q, accurate relative to itself."""
+    share = torch.abs(gap, out=chunk.log_q).neg_().expm1_()
+    return share.mul_(chunk.largest).copysign_(gap)
+
+
+def _center(p: Tensor, gap: Tensor, *, work: Tensor) -> Tensor:
+    """K = sum p * gap; the gap becomes p * (gap - K).
+
+    Both are taken relative to the gap of the most likely class. Where p is near 1, gap - K subtracts nearly equal
+    numbers.
     """
-    center = gap.gather(1, argmax(p).unsqueeze(1)).nan_to_num_(posinf=0.0)
-    mean = gap.sub_(center).mul(p).sum(1, keepdim=True)
-    return (mean + center).squeeze(1), gap.sub_(mean).mul_(p) if needed else None
+    center = gap.gather(1, argmax(p).unsqueeze(1)).nan_to_num_(nan=torch.nan, posinf=0.0)
+    mean = torch.mul(gap.sub_(center), p, out=work).sum(1, keepdim=True)
+    gap.sub_(mean).mul_(p)
+    return (mean + center).squeeze(1)
 
 
-_DIRECTIONS: dict[str, Callable[[Tensor, Tensor, float, bool], Found]] = {
+_DIRECTIONS: dict[str, Callable[[Chunk, float, bool], Tensor]] = {
     "forward": _forward,
     "reverse": _reverse,
     "jensen_shannon": _jensen_shannon,
 }
 
 
-def _stats(chunks: Chunks, rows: Rows, log_p: Tensor, log_q: Tensor, *, agrees: Tensor | None) -> DivergenceStats:
+def _stats(chunks: Chunks, rows: Rows, chunk: Chunk, *, agrees: Tensor | None) -> DivergenceStats:
     """All but the divergence, whose place is taken by another one; 0 in ignored rows."""
+    log_p, log_q = chunk.log_p, chunk.log_q
     if agrees is None:
         return _zeros(chunks, log_p.shape[0])
-    at_target = (log_p.gather(1, rows.target) - log_q.gather(1, rows.target)).squeeze(1)
+    of_p, of_q = (log.gather(1, rows.target).squeeze(1) for log in (log_p, log_q))
+    at_target = torch.where(of_p == of_q, 0, of_p - of_q)  # a class may be excluded by both
     entropies = _entropy(log_p), _entropy(log_q)
     if rows.counted is None:
         return DivergenceStats(at_target, *entropies, agrees, at_target)
@@ -144,5 +186,6 @@ def _entropy(log_p: Tensor) -> Tensor:
 
 def _zeros(chunks: Chunks, n: int) -> DivergenceStats:
     asked = n if chunks.spec.stats else 0
-    value, entropy, teacher_entropy, difference = (chunks.buffer.new_zeros(size) for size in (n, asked, asked, asked))
-    return DivergenceStats(value, entropy, teacher_entropy, entropy.new_zeros(asked, dtype=torch.bool), difference)
+    make = functools.partial(torch.zeros, device=chunks.logits.device, dtype=chunks.dtype)
+    value, entropy, teacher_entropy, difference = make(n), make(asked), make(asked), make(asked)
+    return DivergenceStats(value, entropy, teacher_entropy, entropy.bool(), difference)

@@ -44,10 +44,10 @@ def _sums(
     """S and M of every group, and the statistics in the shape of the target."""
     weight = torch.ones_like(stats.divergence) if tokens.token_weight is None else tokens.token_weight
     weight = weight.to(stats.divergence.dtype)
-    if spec.ignore_index is not None:
-        weight = torch.where(tokens.target != spec.ignore_index, weight, 0)
-    # an ignored row may have an infinite weight, and its divergence is 0
-    loss = torch.where(weight == 0, 0, stats.divergence * weight)
+    loss = stats.divergence * weight
+    if spec.ignore_index is not None:  # an ignored row may have any weight
+        counted = tokens.target != spec.ignore_index
+        weight, loss = (torch.where(counted, t, 0) for t in (weight, loss))
     rows = RowStats(loss, weight, stats.divergence, None, None, None)
     sums = torch.stack(reduction.sum_rows(rows, spec, shape)[:2])
     of_tokens = DivergenceStats(*(t.view(shape) if t.numel() == loss.numel() else t for t in stats))
@@ -183,7 +183,7 @@ def _both_heads(
 ) -> tuple[DivergenceStats, Unscaled]:
     """The loop over chunks of rows. Without a gradient to make, `upstream` is not used."""
     backend, needed = backends.load_divergence(execution.backend), any(execution.grads)
-    other = _teacher_head(inputs, teacher, spec, execution)
+    other = _teacher_head(inputs, teacher, spec, execution, dtype=asked.teacher_dtype)
     loop = HeadLoop(inputs, spec, execution, kind="rows" if needed else "forward", teacher=other)
     loop.clear()
     head, n = loop.head, inputs.target.numel()
@@ -211,10 +211,10 @@ def _both_heads(
     return _of_all(parts, head, spec, n), loop.finished()
 
 
-def _teacher_head(inputs: HeadInputs, teacher: Teacher, spec: LossSpec, execution: HeadExecution) -> Head:
-    """Autocast decides the dtype of both heads; without it each computes in its own."""
+def _teacher_head(
+    inputs: HeadInputs, teacher: Teacher, spec: LossSpec, execution: HeadExecution, *, dtype: torch.dtype
+) -> Head:
     hidden, weight, bias = teacher
-    dtype = execution.dtype if execution.dtype != inputs.hidden.dtype else hidden.dtype
     given = HeadInputs(hidden, weight, bias, inputs.target, weight=None, token_weight=None, num_items=None)
     return Head(given, spec, HeadExecution(execution.backend, execution.memory_budget, dtype, _CONSTANT))
 
