@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Time and memory of the divergence of two heads on a CPU, forward + backward, over the four bare matrix products.
 
-    python bench/divergence.py --out bench/results/divergence.json --plot bench/results/divergence.png
+    python bench/divergence.py --dtype fp32 --out bench/results/divergence.json --plot bench/results/divergence.png
 
 The products are those of both heads and of the two gradients, into memory that is there already. "TRL" is the function
 of its DistillationTrainer. It computes the logits again in backward, and twice in forward for a mixture. Full logits

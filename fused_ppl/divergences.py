@@ -56,9 +56,9 @@ def kl_divergence(
         teacher_input: logits of the teacher, of the same shape. Its dtype may be another.
         target: only says which tokens count: those that differ from `ignore_index`. None counts all of them.
         direction: "forward", "reverse" or "jensen_shannon".
-        beta: in (0, 1), only for "jensen_shannon": the teacher's share of the mixture.
-        ignore_index, reduction, class_dim, token_weight, num_items, group, options: as in `cross_entropy`. There are no
-            `inplace_backward` and no compact plan.
+        beta: in [0.001, 0.999], only for "jensen_shannon": the teacher's share of the mixture.
+        ignore_index, reduction, class_dim, token_weight, num_items, group, options: as in `cross_entropy`.
+            `inplace_backward` and the options of the compact plan are refused.
         logit_scale, softcap, teacher_logit_scale, teacher_softcap: of the logits of each. A temperature T of
             distillation is a scale of 1 / T; a factor of T^2 is yours to multiply.
 
@@ -161,8 +161,8 @@ def linear_kl_divergence(
         logits = input @ linear_weight.T + linear_bias, and the same of the teacher
 
     Both heads have one vocabulary; hidden sizes may differ. A chunk of rows has the logits of both at the same time.
-    A mean or sum takes four matrix products with all gradients: one for each head, and two gradients. Reductions "none"
-    and "sequence" compute the logits of both again in backward.
+    With gradients, a mean or sum takes four matrix products: the logits of each head, and the gradients of `input` and
+    `linear_weight`. Reductions "none" and "sequence" compute the logits of both heads again in backward.
 
     Args:
         input: hidden states of the student, (..., D).
