@@ -130,7 +130,7 @@ def check_float_input(name: str, value: object) -> Tensor:
     tensor = check_tensor(name, value)
     if name == "linear_weight" and not tensor.dtype.is_floating_point:
         raise TypeError(
-            f"{name} must hold floating-point numbers; got {tensor.dtype}, as quantised weights are stored. "
+            f"{name} must hold floating-point numbers; got {tensor.dtype}, which is how quantised weights are stored. "
             "Pass the dequantised weight, or compute the logits with the quantised module and use cross_entropy."
         )
     if tensor.dtype not in FLOAT_DTYPES:

@@ -151,6 +151,18 @@ def test_it_takes_the_memory_that_its_plan_says(reduction, options, peak_bytes, 
     assert peak_bytes(step) <= 1.1 * allowed + backend
 
 
+@pytest.mark.parametrize("case", DIRECTIONS[:3], ids=IDS[:3])
+def test_a_budget_bounds_what_is_computed_in_cache(case, options, peak_bytes, fits):
+    fits(64, 2000)
+    z, t = two_logits((64, 2000), dtype=torch.bfloat16)
+    tight = Options(backend=options.backend, memory_budget=2**18)
+
+    def value() -> Tensor:
+        return kl_divergence(z, t, softcap=20.0, teacher_softcap=20.0, options=tight, **how(*case))
+
+    assert peak_bytes(value) < 2**18 + 2**16
+
+
 def test_threads_that_share_a_teacher(options):
     student, teacher = heads()
     want = linear_kl_divergence_with_stats(*student[:2], *teacher[:2], options=options)

@@ -25,6 +25,8 @@ from fused_ppl.backends.torch_stats import argmax, product
 from fused_ppl.records import Divergence, DivergenceStats, TokenInputs
 from fused_ppl.spec import LossSpec
 
+BUFFERS = 8  # of the size of a chunk: those of `Chunk`, one of each `Chunks`, and the derivative of a softcap
+
 
 class Chunk(NamedTuple):
     """Both log-probabilities of some rows, and memory of their size. All of it is overwritten."""
@@ -52,8 +54,10 @@ def divergence(
     of_teacher = spec._replace(logit_scale=asked.teacher_logit_scale, softcap=asked.teacher_softcap)
     student = Chunks(logits, tokens, spec, memory_budget=memory_budget, out=out)
     teacher = Chunks(teacher_logits, tokens, of_teacher, memory_budget=memory_budget)
-    # these have twice the buffers of a loss
-    teacher.rows = student.rows = max(1, min(student.rows, teacher.rows) // 2)
+    count = min(student.rows, teacher.rows) // 2  # the buffers below shall stay in cache as well
+    if memory_budget is not None:
+        count = min(count, memory_budget // (BUFFERS * student.dtype.itemsize * logits.shape[-1]))
+    teacher.rows = student.rows = max(1, count)
     slope = torch.empty_like(student.buffer) if spec.softcap is not None and upstream is not None else None
     make = functools.partial(torch.empty, device=logits.device, dtype=student.dtype)
     shape = (student.rows, logits.shape[-1])
