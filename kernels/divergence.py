@@ -193,11 +193,12 @@ def divergence_kernel(
         if out_ptr is not None:
             nll_backward.zero_row(own_out, 0, V + 1, V, 1, CONTIGUOUS, K, T)
     else:
-        factor = None
-        if upstream is not None:
+        if out_ptr is not None:  # and then there is an upstream gradient
             factor = tl.load(upstream.gradient + row) * student.logit_scale
             if upstream.token_weight is not None:
                 factor *= tl.load(upstream.token_weight + row).to(tl.float32)
+        else:
+            factor = None
         divergence_row(
             row, row_tiles.row_pointer(student_ptr, row, R, student_b, student_r),
             row_tiles.row_pointer(teacher_ptr, row, R, teacher_b, teacher_r), own_out, target, rows, factor, student,
