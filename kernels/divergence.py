@@ -142,8 +142,10 @@ def divergence_row(row, student_ptr, teacher_ptr, out_ptr, target, rows, factor,
         agrees = (z_column == t_column).to(tl.int32)
         gap = tl.where(target_p2 == target_q2, 0.0, target_p2 - target_q2)  # a class may be excluded by both
         store_facts(row, rows, z_entropy, t_entropy, agrees, gap * elementary.LN2)
+        if DIRECTION == 0:
+            tl.debug_barrier()  # every thread has read the target's logit, which another one will overwrite
 
-    # p * (gap - D) is taken relative to the gap of the most likely class: with p near 1, little else is left of it
+    # gap - D subtracts nearly equal numbers where p is near 1: both are taken relative to the gap of the likeliest class
     center = 0.0
     if DIRECTION != 0:
         top_p2, top_q2 = logs_at(z_column, student_ptr, teacher_ptr, sums, student, teacher)
@@ -163,7 +165,8 @@ def divergence_row(row, student_ptr, teacher_ptr, out_ptr, target, rows, factor,
         value = beta * value + (1.0 - beta) * (mean + center)
     tl.store(rows.divergence + row, tl.where(column >= 0, value + unknown, float("nan")))
     if WRITES and DIRECTION != 0:
-        factor *= 1.0 if DIRECTION == 1 else 1.0 - beta
+        if DIRECTION == 2:
+            factor *= 1.0 - beta
         walk(
             student_ptr, teacher_ptr, out_ptr, sums, center, mean, factor, student, teacher, beta, V, DIRECTION, True,
             CONTIGUOUS, K, T,

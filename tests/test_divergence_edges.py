@@ -7,10 +7,10 @@ import math
 
 import pytest
 import torch
-from test_divergence import DIRECTIONS, IDS, heads, how, truth
+from test_divergence import DIRECTIONS, IDS, REFERENCE, heads, how, truth
 from torch.testing import assert_close
 
-from fused_ppl import kl_divergence, kl_divergence_with_stats, linear_kl_divergence
+from fused_ppl import kl_divergence, kl_divergence_with_stats, linear_kl_divergence, linear_kl_divergence_with_stats
 
 
 @pytest.mark.parametrize("columns", [400, 9000])
@@ -39,6 +39,26 @@ def test_a_row_without_a_prediction_has_no_finite_loss(whose, row, case, options
     value = kl_divergence(z, pair[1], reduction="none", options=options, **how(*case))
     (gradient,) = torch.autograd.grad(value, z, torch.ones(2))
     assert value[0].isnan() and value[1].isfinite() and gradient[0].isnan().any() and gradient[1].isfinite().all()
+
+
+@pytest.mark.parametrize("case", DIRECTIONS[:3], ids=IDS[:3])
+@pytest.mark.parametrize("columns", [4099, 9001])
+def test_statistics_beside_a_gradient_in_place(columns, case, options, fits):
+    """A kernel reads the target's logit by itself, and may not do so when another thread has written its gradient."""
+    fits(4, columns)
+    shapes = ((4, 6), (columns, 6), (4, 5), (columns, 5))
+    hidden, weight, teacher, teacher_weight = (torch.randn(shape) for shape in shapes)
+    target, leaves = (
+        torch.tensor([0, columns - 1, columns // 2, 17]),
+        [hidden.requires_grad_(), weight.requires_grad_()],
+    )
+    found = []
+    for used in (options, REFERENCE):
+        how_ = {"target": target, "options": used, **how(*case)}
+        out = linear_kl_divergence_with_stats(*leaves, teacher, teacher_weight, **how_)
+        found.append((*out, *torch.autograd.grad(out.loss, leaves)))
+    for mine, other in zip(*found, strict=True):
+        assert_close(mine, other, rtol=1e-4, atol=1e-5)
 
 
 def test_a_weight_of_zero_hides_no_nan(options):
