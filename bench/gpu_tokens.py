@@ -156,7 +156,7 @@ def _divergence_kernel(card: Card | StandIn, n: int, v: int) -> Found:
     backend, spec, tokens = backends.load_divergence("triton"), LossSpec(), TokenInputs(target, None, None)
     rows = []
     for direction in ("forward", "reverse", "jensen_shannon"):
-        asked, out = Divergence(direction, 0.5, 1.0, None, torch.bfloat16), torch.empty_like(logits)
+        asked, out = Divergence(direction, 0.5, 1.0, None), torch.empty_like(logits)
         how = {"asked": asked, "upstream": one, "out": out, "memory_budget": None}
         run = functools.partial(backend.divergence, logits, teacher, tokens, spec, **how)
         times = card.milliseconds(run)

@@ -128,7 +128,7 @@ def check_tensor(name: str, value: object) -> Tensor:
 def check_float_input(name: str, value: object) -> Tensor:
     """Return `value`, a tensor of a dtype that the losses can compute with."""
     tensor = check_tensor(name, value)
-    if name == "linear_weight" and not tensor.dtype.is_floating_point:
+    if name.endswith("linear_weight") and not tensor.dtype.is_floating_point:
         raise TypeError(
             f"{name} must hold floating-point numbers; got {tensor.dtype}, which is how quantised weights are stored. "
             "Pass the dequantised weight, or compute the logits with the quantised module and use cross_entropy."
@@ -267,34 +267,33 @@ def check_logits(input: object, class_dim: int) -> None:
         )
 
 
-def check_head(input: object, linear_weight: object, linear_bias: object) -> None:
-    """Check hidden states (..., D), the weight (V, D) of the head, and its optional bias (V,)."""
-    hidden, weight = check_float_input("input", input), check_float_input("linear_weight", linear_weight)
+def check_head(input: object, linear_weight: object, linear_bias: object, *, whose: str = "") -> None:
+    """Check hidden states (..., D), the weight (V, D) and the optional bias (V,); their names begin with `whose`."""
+    input_name, weight_name, bias_name = (whose + name for name in ("input", "linear_weight", "linear_bias"))
+    hidden, weight = check_float_input(input_name, input), check_float_input(weight_name, linear_weight)
     if weight.ndim != 2:
-        raise ValueError(f"linear_weight must have shape (V, D); got {tuple(weight.shape)}.")
+        raise ValueError(f"{weight_name} must have shape (V, D); got {tuple(weight.shape)}.")
     num_classes, size = weight.shape
     if hidden.ndim == 0 or hidden.shape[-1] != size:
         raise ValueError(
-            f"input must have shape (..., D) with D = {size} to match linear_weight of shape {tuple(weight.shape)}; "
-            f"got {tuple(hidden.shape)}."
+            f"{input_name} must have shape (..., D) with D = {size} to match {weight_name} of shape "
+            f"{tuple(weight.shape)}; got {tuple(hidden.shape)}."
         )
     check_classes(num_classes)
     if size == 0:
-        raise ValueError(
-            f"linear_weight must have at least one column; got shape {tuple(weight.shape)}. "
-            "If the logits come from somewhere else, pass logits to cross_entropy."
-        )
-    check_device("linear_weight", weight, hidden)
+        hint = "If the logits come from elsewhere, pass logits to cross_entropy or kl_divergence."
+        raise ValueError(f"{weight_name} must have at least one column; got shape {tuple(weight.shape)}. {hint}")
+    check_device(weight_name, weight, hidden)
     dtypes = {hidden.dtype, weight.dtype}
     if linear_bias is not None:
-        bias = check_float_input("linear_bias", linear_bias)
+        bias = check_float_input(bias_name, linear_bias)
         if tuple(bias.shape) != (num_classes,):
-            raise ValueError(f"linear_bias must have shape ({num_classes},); got {tuple(bias.shape)}.")
-        check_device("linear_bias", bias, hidden)
+            raise ValueError(f"{bias_name} must have shape ({num_classes},); got {tuple(bias.shape)}.")
+        check_device(bias_name, bias, hidden)
         dtypes.add(bias.dtype)
     if len(dtypes) > 1 and not autocast(hidden.device.type):
         raise TypeError(
-            f"input, linear_weight and linear_bias must have one dtype outside autocast; "
+            f"{input_name}, {weight_name} and {bias_name} must have one dtype outside autocast; "
             f"got {', '.join(sorted(str(d) for d in dtypes))}. Convert one of them, or use torch.autocast."
         )
 

@@ -7,7 +7,7 @@ backward multiplies it. Upstream gradients of each token are known in backward o
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,86 +27,104 @@ from fused_ppl.engines.ops import flatten, may_skip_dispatch, reader
 from fused_ppl.groups import all_reduce
 from fused_ppl.records import (
     DIFFERENTIABLE,
-    DivergenceRequest,
+    Divergence,
     DivergenceResults,
     DivergenceSums,
+    HeadDivergenceResults,
     HeadExecution,
     HeadInputs,
+    HeadRequest,
     LogitsInputs,
+    LogitsRequest,
     Teacher,
     Unscaled,
     Upstream,
 )
 
-_read_results, _read_inputs, _read_teacher = (reader(kind) for kind in (DivergenceResults, HeadInputs, Teacher))
-_NO_GRADS = (False, False, False)
+_read_results, _read_head_results = reader(DivergenceResults), reader(HeadDivergenceResults)
+_read_inputs, _read_teacher = reader(HeadInputs), reader(Teacher)
 
 
-def logits_divergence(inputs: LogitsInputs, teacher_logits: Tensor, request: DivergenceRequest) -> DivergenceResults:
+class LogitsCall(NamedTuple):
+    """One call of a divergence from logits, without its tensors."""
+
+    request: LogitsRequest
+    asked: Divergence
+
+
+class HeadCall(NamedTuple):
+    """One call of a divergence through two heads, without its tensors. Plan "rows" makes the gradients in forward."""
+
+    request: HeadRequest
+    asked: Divergence
+    teacher_dtype: torch.dtype  # of the product of the teacher's head
+
+
+def logits_divergence(inputs: LogitsInputs, teacher_logits: Tensor, call: LogitsCall) -> DivergenceResults:
     apply = apply_of(LogitsDivergence, inputs)
     if apply is None:
         transform_checks.check_no_graph_of_ops(inputs, "kl_divergence")
-        return _logits_results(inputs, teacher_logits, request)
-    results: DivergenceResults = _read_results(iter(apply(request, *inputs, teacher_logits)))
+        return _logits_results(inputs, teacher_logits, call)
+    results: DivergenceResults = _read_results(iter(apply(call, *inputs, teacher_logits)))
     return results
 
 
-def head_divergence(inputs: HeadInputs, teacher: Teacher, request: DivergenceRequest) -> DivergenceResults:
+def head_divergence(inputs: HeadInputs, teacher: Teacher, call: HeadCall) -> DivergenceResults:
     apply = apply_of(HeadDivergence, inputs)
     if apply is None:
         transform_checks.check_no_graph_of_ops(inputs, "linear_kl_divergence")
-        return _head_results(inputs, teacher, request)
-    results: DivergenceResults = _read_results(iter(apply(request, *inputs, *teacher)))
-    return results
+        return _head_results(inputs, teacher, call).of_tokens
+    results: HeadDivergenceResults = _read_head_results(iter(apply(call, *inputs, *teacher)))
+    return results.of_tokens
 
 
-def _logits_results(inputs: LogitsInputs, teacher_logits: Tensor, request: DivergenceRequest) -> DivergenceResults:
-    spec, execution = request.spec, request.execution
-    sums = divergence_forward(inputs, teacher_logits, spec, execution, asked=request.divergence)
+def _logits_results(inputs: LogitsInputs, teacher_logits: Tensor, call: LogitsCall) -> DivergenceResults:
+    request = call.request
+    sums = divergence_forward(inputs, teacher_logits, request.spec, request.execution, asked=call.asked)
     return _finished(sums, inputs.num_items, request)
 
 
-def _head_results(inputs: HeadInputs, teacher: Teacher, request: DivergenceRequest) -> DivergenceResults:
-    execution = request.execution
-    if not _made_in_forward(request):
-        execution = HeadExecution(execution.backend, execution.memory_budget, execution.dtype, _NO_GRADS)
-    sums = linear_divergence(inputs, teacher, request.spec, execution, asked=request.divergence)
-    return _finished(sums, inputs.num_items, request)
+def _head_results(inputs: HeadInputs, teacher: Teacher, call: HeadCall) -> HeadDivergenceResults:
+    request, execution = call.request, call.request.execution
+    if request.plan != "rows":
+        no_grads = (False, False, False)
+        execution = HeadExecution(execution.backend, execution.memory_budget, execution.dtype, no_grads)
+    of_tokens, unscaled = linear_divergence(
+        inputs, teacher, request.spec, execution, asked=call.asked, teacher_dtype=call.teacher_dtype
+    )
+    return HeadDivergenceResults(_finished(of_tokens, inputs.num_items, request), unscaled)
 
 
-def _made_in_forward(request: DivergenceRequest) -> bool:
-    return request.plan == "rows"
-
-
-def _finished(sums: DivergenceSums, num_items: Tensor | None, request: DivergenceRequest) -> DivergenceResults:
+def _finished(
+    sums: DivergenceSums, num_items: Tensor | None, request: LogitsRequest | HeadRequest
+) -> DivergenceResults:
     """The sums of all ranks, and the value that they give."""
     added, groups, ranks = sums.sums, request.groups, 1
     if groups is not None and groups.tokens:
         added, ranks = all_reduce(added, "sum", groups.tokens), groups.ranks
     totals = finish(added, num_items, request.spec, dtype=sums.stats.divergence.dtype, ranks=ranks)
-    return DivergenceResults(totals, sums.stats, sums.unscaled)
+    return DivergenceResults(totals, sums.stats)
 
 
-def _results_and_mark(ctx: Any, output: tuple[Any, ...]) -> DivergenceResults:
-    """All outputs but the first are constants."""
+def _only_the_loss_has_a_gradient(ctx: Any, output: tuple[Any, ...]) -> None:
+    _, *constants = output
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*output[1:])
-    results: DivergenceResults = _read_results(iter(output))
-    return results
+    ctx.mark_non_differentiable(*constants)
 
 
 class LogitsDivergence(torch.autograd.Function):
     """The divergence of logits from a teacher's logits. The fields of `DivergenceResults` are the outputs."""
 
     @staticmethod
-    def forward(request: DivergenceRequest, *tensors: Any) -> tuple[Tensor, ...]:
+    def forward(call: LogitsCall, *tensors: Any) -> tuple[Tensor, ...]:
         *own, teacher_logits = tensors
-        return tuple(flatten(_logits_results(LogitsInputs(*own), teacher_logits, request)))
+        return tuple(flatten(_logits_results(LogitsInputs(*own), teacher_logits, call)))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        ctx.request, logits, target, _, token_weight, _, teacher_logits = inputs
-        factor = _results_and_mark(ctx, output).totals.loss_factor
+        ctx.call, logits, target, _, token_weight, _, teacher_logits = inputs
+        _only_the_loss_has_a_gradient(ctx, output)
+        factor = _read_results(iter(output)).totals.loss_factor
         ctx.save_for_backward(logits, target, token_weight, teacher_logits, factor)
 
     @staticmethod
@@ -114,16 +132,15 @@ class LogitsDivergence(torch.autograd.Function):
         rest = (None,) * len(LogitsInputs._fields)
         if grad_loss is None:
             return None, None, *rest
-        request: DivergenceRequest = ctx.request
+        call: LogitsCall = ctx.call
         logits, target, token_weight, teacher_logits, factor = ctx.saved_tensors
-        inputs = LogitsInputs(logits, target, None, token_weight, None)
         with torch.no_grad():
             gradient = divergence_backward(
-                inputs,
+                LogitsInputs(logits, target, None, token_weight, None),
                 teacher_logits,
-                request.spec,
-                request.execution,
-                asked=request.divergence,
+                call.request.spec,
+                call.request.execution,
+                asked=call.asked,
                 upstream=Upstream(factor, factor, grad_loss, None),
             )
         if torch.is_grad_enabled():
@@ -135,35 +152,42 @@ class HeadDivergence(torch.autograd.Function):
     """The divergence of hidden states and a head from those of a teacher."""
 
     @staticmethod
-    def forward(request: DivergenceRequest, *tensors: Any) -> tuple[Tensor, ...]:
+    def forward(call: HeadCall, *tensors: Any) -> tuple[Tensor, ...]:
         values = iter(tensors)
-        return tuple(flatten(_head_results(_read_inputs(values), _read_teacher(values), request)))
+        return tuple(flatten(_head_results(_read_inputs(values), _read_teacher(values), call)))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        ctx.request, hidden, linear_weight, linear_bias, target, _, token_weight, _, *teacher = inputs
-        results = _results_and_mark(ctx, output)
+        ctx.call, hidden, linear_weight, linear_bias, target, _, token_weight, _, *teacher = inputs
+        _only_the_loss_has_a_gradient(ctx, output)
+        results: HeadDivergenceResults = _read_head_results(iter(output))
         given = (hidden, linear_weight, linear_bias, target, token_weight)
-        if _made_in_forward(ctx.request):  # the teacher is not needed any more
+        if ctx.call.request.plan == "rows":  # the teacher is not needed any more
             teacher = [None for _ in teacher]
-        ctx.save_for_backward(*results.unscaled, results.totals.loss_factor, *given, *teacher)
+        ctx.save_for_backward(*results.unscaled, results.of_tokens.totals.loss_factor, *given, *teacher)
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> Any:
         rest = (None,) * (len(HeadInputs._fields) - len(DIFFERENTIABLE) + len(Teacher._fields))
         if grad_loss is None:
             return None, None, None, None, *rest
-        request: DivergenceRequest = ctx.request
-        spec, execution = request.spec, request.execution
+        call: HeadCall = ctx.call
+        spec, execution = call.request.spec, call.request.execution
         grad_hidden, grad_weight, grad_bias, factor, hidden, linear_weight, linear_bias, *others = ctx.saved_tensors
         target, token_weight, *teacher = others
         given = (hidden, linear_weight, linear_bias)
         inputs = HeadInputs(*given, target, None, token_weight, None)
         unscaled, upstream = Unscaled(grad_hidden, grad_weight, grad_bias), Upstream(factor, factor, grad_loss, None)
         with torch.no_grad():
-            if not _made_in_forward(request):
+            if call.request.plan != "rows":
                 made = linear_divergence_backward(
-                    inputs, Teacher(*teacher), spec, execution, asked=request.divergence, upstream=upstream
+                    inputs,
+                    Teacher(*teacher),
+                    spec,
+                    execution,
+                    asked=call.asked,
+                    teacher_dtype=call.teacher_dtype,
+                    upstream=upstream,
                 )
             elif is_last_use(unscaled, grad_loss) and may_skip_dispatch(hidden):
                 made = linear_rows.scale(inputs, unscaled, upstream, spec, grads=execution.grads, last=True)

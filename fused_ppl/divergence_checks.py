@@ -1,20 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks of what only divergences take: a teacher, a direction, and what cannot be asked of them."""
+"""Checks of what only divergences take: a direction, and a teacher beside the student."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fused_ppl import checks, dtensors
 from fused_ppl.records import Divergence, Teacher
-from fused_ppl.spec import DIRECTIONS, Options
+from fused_ppl.spec import DIRECTIONS
 
 
 def check_divergence(direction: str, beta: float, logit_scale: float, softcap: float | None) -> Divergence:
-    """The numbers of a divergence; the last two are the teacher's. Its dtype is decided later."""
+    """The numbers of a divergence; the last two are the teacher's."""
     checks.check_choice("direction", direction, DIRECTIONS)
     hint = "Nearer to 0 use direction='forward', and nearer to 1 direction='reverse'."
     checks.check_number("beta", beta, "in [0.001, 0.999]", lambda a: 0.001 <= a <= 0.999, hint=hint)
@@ -27,22 +26,7 @@ def check_divergence(direction: str, beta: float, logit_scale: float, softcap: f
     checks.check_number("teacher_logit_scale", logit_scale, rule, lambda a: 0 < a < float("inf"))
     if softcap is not None:
         checks.check_number("teacher_softcap", softcap, f"{rule}, or None for no cap", lambda a: 0 < a < float("inf"))
-    cap = None if softcap is None else float(softcap)
-    return Divergence(direction, float(beta), float(logit_scale), cap, torch.float32)
-
-
-def check_options(options: Options) -> None:
-    if options.inplace_backward:
-        raise ValueError(
-            "inplace_backward=True is for cross_entropy and perplexity; got it for a divergence. "
-            "Use Options(inplace_backward=False)."
-        )
-    asked = (options.gradient_tolerance, options.gradient_columns, options.screen)
-    if any(value is not None for value in asked):
-        raise ValueError(
-            "gradient_tolerance, gradient_columns and screen belong to the compact plan, which a divergence does not "
-            f"have; got {asked}. Leave them None."
-        )
+    return Divergence(direction, float(beta), float(logit_scale), None if softcap is None else float(softcap))
 
 
 def check_plain(*tensors: Any) -> None:
@@ -65,28 +49,15 @@ def check_teacher_logits(input: Tensor, teacher: object) -> None:
 
 
 def check_teacher(input: Tensor, linear_weight: Tensor, teacher: Teacher) -> None:
-    """Check hidden states (..., D of the teacher), a weight (V, D of the teacher) and a bias (V,)."""
-    hidden = checks.check_float_input("teacher_input", teacher.teacher_hidden)
-    weight = checks.check_float_input("teacher_linear_weight", teacher.teacher_weight)
-    num_classes = linear_weight.shape[0]
-    if weight.ndim != 2 or weight.shape[0] != num_classes or weight.shape[1] == 0:
+    """Check the head of a teacher by itself, and beside the student's: the same tokens, and the same vocabulary."""
+    hidden, weight, bias = teacher
+    checks.check_head(hidden, weight, bias, whose="teacher_")
+    if weight.shape[0] != linear_weight.shape[0]:
         raise ValueError(
-            f"teacher_linear_weight must have shape ({num_classes}, D of the teacher), because both heads have one "
-            f"vocabulary; got {tuple(weight.shape)}. Slice off the classes that only one of them has."
+            f"teacher_linear_weight must have {linear_weight.shape[0]} rows, because both heads have one vocabulary; "
+            f"got {tuple(weight.shape)}. Slice off the classes that only one of them has."
         )
-    shape = (*input.shape[:-1], weight.shape[1])
-    if tuple(hidden.shape) != shape:
+    if hidden.shape[:-1] != input.shape[:-1]:
+        shape = (*input.shape[:-1], hidden.shape[-1])
         raise ValueError(f"teacher_input must have shape {shape}; got {tuple(hidden.shape)}.")
-    tensors = {"teacher_input": hidden, "teacher_linear_weight": weight}
-    if teacher.teacher_bias is not None:
-        bias = tensors["teacher_linear_bias"] = checks.check_float_input("teacher_linear_bias", teacher.teacher_bias)
-        if tuple(bias.shape) != (num_classes,):
-            raise ValueError(f"teacher_linear_bias must have shape ({num_classes},); got {tuple(bias.shape)}.")
-    for name, tensor in tensors.items():
-        checks.check_device(name, tensor, input)
-    dtypes = {tensor.dtype for tensor in tensors.values()}
-    if len(dtypes) > 1 and not checks.autocast(input.device.type):
-        raise TypeError(
-            "teacher_input, teacher_linear_weight and teacher_linear_bias must have one dtype outside autocast; "
-            f"got {', '.join(sorted(str(d) for d in dtypes))}. Convert one of them, or use torch.autocast."
-        )
+    checks.check_device("teacher_input", hidden, input)

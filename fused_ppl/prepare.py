@@ -24,12 +24,12 @@ from fused_ppl import (  # noqa: F401  (op_autograd registers)
     token_autograd,
     token_checks,
 )
+from fused_ppl.divergence_autograd import HeadCall, LogitsCall
 from fused_ppl.engines.head import linear_case
 from fused_ppl.engines.token_loss import TokenFunction
 from fused_ppl.records import (
     Compact,
     Divergence,
-    DivergenceRequest,
     DivergenceResults,
     Execution,
     Groups,
@@ -74,7 +74,7 @@ def from_logits(input: Tensor, target: Tensor, spec: LossSpec, *, class_dim: int
 
 
 def log_probs_from_logits(input: Tensor, target: Tensor, spec: LossSpec, *, class_dim: int, extras: Extras) -> LogProbs:
-    token_checks.check_exact(_options(extras))
+    token_checks.check_exact(_options(extras), "log-probabilities")
     inputs, request = _logits_call(input, target, spec, class_dim=class_dim, extras=extras)
     if request.execution.backend == "reference":
         return _reference_log_probs(inputs, spec, request.groups)
@@ -92,7 +92,7 @@ def _logits_call(
     if extras.vocab_group is not None or not dtensors.all_plain(input, target):
         input, ranks = dtensors.local_logits(input, class_dim, extras.vocab_group, ranks)
         target, extras = _whole(target, extras)
-    logits = input if input.ndim == 1 or class_dim in (-1, input.ndim - 1) else input.movedim(class_dim, -1)
+    logits = _classes_last(input, class_dim)
     checks.check_classes(logits.shape[-1])
     checks.check_target(target, logits.shape[:-1], input)
     num_classes = ranks.num_classes if ranks is not None and ranks.vocab else logits.shape[-1]
@@ -123,7 +123,7 @@ def from_hidden(
 def log_probs_from_hidden(
     input: Tensor, linear_weight: Tensor, target: Tensor, spec: LossSpec, *, linear_bias: Tensor | None, extras: Extras
 ) -> LogProbs:
-    token_checks.check_exact(_options(extras))
+    token_checks.check_exact(_options(extras), "log-probabilities")
     inputs, request = _head_call(input, linear_weight, target, spec, linear_bias=linear_bias, extras=extras)
     if request.execution.backend == "reference":
         return _reference_log_probs(_with_logits(inputs), spec, request.groups)
@@ -141,7 +141,7 @@ def token_loss_from_hidden(
     function: TokenFunction,
     per_token: Sequence[Tensor],
 ) -> Tensor:
-    token_checks.check_exact(_options(extras))
+    token_checks.check_exact(_options(extras), "a loss of tokens")
     inputs, request = _head_call(input, linear_weight, target, spec, linear_bias=linear_bias, extras=extras)
     for k, values in enumerate(per_token):
         token_checks.check_per_token(f"per_token[{k}]", values, target)
@@ -163,47 +163,43 @@ def token_loss_from_hidden(
 def divergence_from_logits(
     input: Tensor, teacher: Tensor, target: Tensor | None, spec: LossSpec, *, class_dim: int, extras: DivergenceExtras
 ) -> DivergenceOutput:
-    shared = extras.shared
-    divergence_checks.check_options(_options(shared))
-    divergence_checks.check_plain(input, teacher, target, shared.token_weight)
+    token_checks.check_exact(_options(extras.shared), "a divergence")
+    divergence_checks.check_plain(input, teacher, target, extras.shared.token_weight)
     checks.check_logits(input, class_dim)
     divergence_checks.check_teacher_logits(input, teacher)
-    places = tuple(n for dim, n in enumerate(input.shape) if dim != (class_dim % input.ndim if input.ndim > 1 else 0))
-    target, spec = _counted(target, places, spec, input=input)
-    inputs, request = _logits_call(input, target, spec, class_dim=class_dim, extras=shared)
-    last = teacher if teacher.ndim == 1 else teacher.movedim(class_dim, -1)
+    teacher = _constant(_classes_last(teacher, class_dim))
+    target, spec = _counted(target, teacher.shape[:-1], spec, input=input)
+    inputs, request = _logits_call(input, target, spec, class_dim=class_dim, extras=extras.shared)
     if request.execution.backend == "reference":
         spec = _check_for_reference(inputs, spec, request.groups)
-        return reference.divergence(inputs, last.detach(), spec, asked=extras.asked)
-    execution = HeadExecution(request.execution.backend, request.execution.memory_budget, input.dtype, (False,) * 3)
-    whole = DivergenceRequest(spec, execution, _of_dtype(extras.asked, teacher.dtype), "", request.groups)
-    return _divergence_output(divergence_autograd.logits_divergence(inputs, _constant(last), whole))
+        return reference.divergence(inputs, teacher, spec, asked=extras.asked)
+    call = LogitsCall(request, extras.asked)
+    return _divergence_output(divergence_autograd.logits_divergence(inputs, teacher, call))
 
 
 def divergence_from_hidden(
     input: Tensor, linear_weight: Tensor, teacher: Teacher, spec: LossSpec, *, target: Tensor | None,
     linear_bias: Tensor | None, extras: DivergenceExtras,
 ) -> DivergenceOutput:  # fmt: skip
-    shared = extras.shared
-    divergence_checks.check_options(_options(shared))
-    divergence_checks.check_plain(input, linear_weight, linear_bias, *teacher, target, shared.token_weight)
+    token_checks.check_exact(_options(extras.shared), "a divergence")
+    divergence_checks.check_plain(input, linear_weight, linear_bias, *teacher, target, extras.shared.token_weight)
     checks.check_head(input, linear_weight, linear_bias)
     divergence_checks.check_teacher(input, linear_weight, teacher)
-    target, spec = _counted(target, tuple(input.shape[:-1]), spec, input=input)
-    inputs, request = _head_call(input, linear_weight, target, spec, linear_bias=linear_bias, extras=shared)
-    teacher = Teacher(*(None if t is None else _constant(t) for t in teacher))  # type: ignore[arg-type]  # the first two are there
+    target, spec = _counted(target, input.shape[:-1], spec, input=input)
+    inputs, request = _head_call(input, linear_weight, target, spec, linear_bias=linear_bias, extras=extras.shared)
+    hidden, weight, bias = (None if t is None else _constant(t) for t in teacher)
+    assert hidden is not None and weight is not None
     if request.execution.backend == "reference":
-        logits, spec = _with_logits(inputs), _check_for_reference(_with_logits(inputs), spec, request.groups)
-        return reference.divergence(logits, torch.nn.functional.linear(*teacher), spec, asked=extras.asked)
-    kind = {"vocab": "forward", "compact": "rows"}.get(request.plan, request.plan)
-    asked = _of_dtype(extras.asked, _product_dtype(teacher.teacher_hidden))
-    whole = DivergenceRequest(spec, request.execution, asked, kind, request.groups)
-    return _divergence_output(divergence_autograd.head_divergence(inputs, teacher, whole))
+        logits = _with_logits(inputs)
+        spec = _check_for_reference(logits, spec, request.groups)
+        known = torch.nn.functional.linear(hidden, weight, bias)
+        return reference.divergence(logits, known, spec, asked=extras.asked)
+    call = HeadCall(request, extras.asked, _product_dtype(hidden))
+    return _divergence_output(divergence_autograd.head_divergence(inputs, Teacher(hidden, weight, bias), call))
 
 
-def _of_dtype(asked: Divergence, dtype: torch.dtype) -> Divergence:
-    """No `_replace`: torch 2.6 does not trace it."""
-    return Divergence(asked.direction, asked.beta, asked.teacher_logit_scale, asked.teacher_softcap, dtype)
+def _classes_last(logits: Tensor, class_dim: int) -> Tensor:
+    return logits if logits.ndim == 1 or class_dim in (-1, logits.ndim - 1) else logits.movedim(class_dim, -1)
 
 
 def _constant(teacher: Tensor) -> Tensor:
@@ -214,9 +210,7 @@ def _constant(teacher: Tensor) -> Tensor:
     return constant.clone()
 
 
-def _counted(
-    target: Tensor | None, shape: tuple[int, ...], spec: LossSpec, *, input: Tensor
-) -> tuple[Tensor, LossSpec]:
+def _counted(target: Tensor | None, shape: torch.Size, spec: LossSpec, *, input: Tensor) -> tuple[Tensor, LossSpec]:
     """Without targets every token counts, and log-probabilities are compared at class 0."""
     if target is not None:
         return target, spec
@@ -224,7 +218,7 @@ def _counted(
 
 
 def _divergence_output(results: DivergenceResults) -> DivergenceOutput:
-    totals, stats, _ = results
+    totals, stats = results
     return DivergenceOutput(totals.loss, *stats, totals.total_weight)
 
 

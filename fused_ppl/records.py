@@ -300,7 +300,6 @@ class Divergence(NamedTuple):
     beta: float  # the share of q in the mixture of "jensen_shannon"
     teacher_logit_scale: float
     teacher_softcap: float | None
-    teacher_dtype: torch.dtype  # of the product of the teacher's head, as the caller or autocast says
 
 
 class Teacher(NamedTuple):
@@ -322,21 +321,17 @@ class DivergenceStats(NamedTuple):
 
 
 class DivergenceSums(NamedTuple):
-    """A divergence before the sums of all ranks are added. From logits no gradient is made in forward."""
+    """A divergence from logits before the sums of all ranks are added."""
 
     sums: Tensor  # (2, *groups): S, M
     stats: DivergenceStats
+
+
+class HeadDivergenceSums(NamedTuple):
+    """`DivergenceSums` from hidden states, with the gradients that forward makes."""
+
+    of_tokens: DivergenceSums
     unscaled: Unscaled
-
-
-class DivergenceRequest(NamedTuple):
-    """One call of a divergence, without its tensors; `plan` is "" from logits."""
-
-    spec: LossSpec
-    execution: HeadExecution
-    divergence: Divergence
-    plan: str
-    groups: Groups | None
 
 
 class DivergenceResults(NamedTuple):
@@ -344,4 +339,10 @@ class DivergenceResults(NamedTuple):
 
     totals: Totals
     stats: DivergenceStats
+
+
+class HeadDivergenceResults(NamedTuple):
+    """`DivergenceResults` from hidden states, with the gradients that forward makes."""
+
+    of_tokens: DivergenceResults
     unscaled: Unscaled

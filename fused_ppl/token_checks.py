@@ -37,18 +37,18 @@ def check_depends_on_nothing_else(loss: Tensor, *known: Tensor) -> None:
         nodes += [following for following, _ in node.next_functions]
 
 
-def check_exact(options: Any) -> None:
-    """For log-probabilities, whose upstream gradients are known only in backward."""
+def check_exact(options: Any, what: str) -> None:
+    """Check that the options ask for nothing that only cross-entropy and perplexity have. `what` is called."""
     if options.inplace_backward:
         raise ValueError(
-            "inplace_backward=True is for losses from logits; got it for log-probabilities. "
+            f"inplace_backward=True is for cross_entropy and perplexity from logits; got it for {what}. "
             "Use Options(inplace_backward=False)."
         )
     asked = (options.gradient_tolerance, options.gradient_columns, options.screen)
     if any(value is not None for value in asked):
         raise ValueError(
-            "gradient_tolerance, gradient_columns and screen are for losses whose upstream gradients are known in "
-            f"forward; got {asked} for log-probabilities. Leave them None."
+            "gradient_tolerance, gradient_columns and screen belong to the compact plan, which only "
+            f"linear_cross_entropy and linear_perplexity have; got {asked} for {what}. Leave them None."
         )
 
 

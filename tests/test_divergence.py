@@ -360,7 +360,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"beta": 0.3}, ValueError, "beta only has an effect"),
     ({"teacher_logit_scale": 0.0}, ValueError, "teacher_logit_scale must be > 0"),
     ({"teacher_softcap": -1.0}, ValueError, "teacher_softcap must be > 0"),
-    ({"options": Options(inplace_backward=True)}, ValueError, "for a divergence"),
+    ({"options": Options(inplace_backward=True)}, ValueError, "got it for a divergence"),
     ({"options": Options(gradient_columns=4)}, ValueError, "compact plan"),
     ({"options": "torch"}, TypeError, "must be a fused_ppl.Options"),
     ({"target": torch.zeros(2, dtype=torch.long)}, ValueError, "target must have shape"),

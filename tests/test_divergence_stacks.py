@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 
 from fused_ppl import Options, kl_divergence, linear_kl_divergence, linear_kl_divergence_with_stats, plan
-from fused_ppl.records import Divergence, HeadExecution, HeadInputs, LogitsInputs, Teacher, Upstream
+from fused_ppl.records import Divergence, Execution, HeadExecution, HeadInputs, LogitsInputs, Teacher, Upstream
 from fused_ppl.spec import LossSpec
 
 N, V, D, OTHER = 9, 37, 6, 11
@@ -62,22 +62,22 @@ def test_a_compiled_step_is_one_graph_for_any_number_of_tokens(fused, case, redu
 @pytest.mark.parametrize("case", DIRECTIONS[:3], ids=IDS[:3])
 def test_opcheck(case, reduction, stats, backend):
     spec = LossSpec.of(reduction=reduction, stats=stats)
-    asked = Divergence(*case, 0.7, None, torch.float32)
+    asked = Divergence(*case, 0.7, None)
     z, t = two_logits((3, 3, V))
     logits = LogitsInputs(z, TARGET, None, torch.rand(3, 3), None)
     factor = torch.tensor(0.3, dtype=torch.float64) if reduction == "mean" else torch.ones(3, 3, dtype=torch.float64)
     upstream = Upstream(factor, factor, torch.rand(factor.shape), None)
-    execution = HeadExecution(backend, None, torch.float32, (False,) * 3)
+    execution = Execution(backend, None)
     checked_op("divergence_forward", logits, t, spec, execution, asked=asked)
     checked_op("divergence_backward", logits, t, spec, execution, asked=asked, upstream=upstream)
     (hidden, weight, bias), teacher = heads()
     inputs = HeadInputs(*(t.detach() for t in (hidden, weight, bias)), TARGET, None, None, None)
     for grads in ((True, True, True), (True, False, False)):
         execution = HeadExecution(backend, None, torch.float32, grads)
-        checked_op("linear_divergence", inputs, Teacher(*teacher), spec, execution, asked=asked)
-        checked_op(
-            "linear_divergence_backward", inputs, Teacher(*teacher), spec, execution, asked=asked, upstream=upstream
-        )
+        given = (inputs, Teacher(*teacher), spec, execution)
+        how_ = {"asked": asked, "teacher_dtype": torch.float32}
+        checked_op("linear_divergence", *given, **how_)
+        checked_op("linear_divergence_backward", *given, **how_, upstream=upstream)
 
 
 @pytest.mark.parametrize("strict", [False, True])

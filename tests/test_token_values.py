@@ -352,10 +352,14 @@ def test_the_same_from_logits_and_through_the_head(options):
 
 X, Y, H, W = torch.zeros(4, 7), torch.zeros(4, dtype=torch.long), torch.zeros(4, 3), torch.zeros(7, 3)
 ERRORS = [
-    (Options(inplace_backward=True), ValueError, r"inplace_backward=True is for losses .*inplace_backward=False"),
-    (Options(gradient_tolerance=0.1), ValueError, r"known in forward; got \(0\.1, None, None\).*Leave them None"),
-    (Options(gradient_columns=4), ValueError, r"known in forward; got \(None, 4, None\)"),
-    (Options(gradient_tolerance=0.1, screen="int8"), ValueError, r"known in forward"),
+    (
+        Options(inplace_backward=True),
+        ValueError,
+        r"inplace_backward=True is for .*got it for log-probabilities.*inplace_backward=False",
+    ),
+    (Options(gradient_tolerance=0.1), ValueError, r"linear_perplexity have; got \(0\.1, None, None\).*Leave them None"),
+    (Options(gradient_columns=4), ValueError, r"linear_perplexity have; got \(None, 4, None\)"),
+    (Options(gradient_tolerance=0.1, screen="int8"), ValueError, r"belong to the compact plan"),
     ({}, TypeError, "fused_ppl.Options"),
 ]
 

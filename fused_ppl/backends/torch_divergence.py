@@ -25,10 +25,10 @@ from fused_ppl.backends.torch_stats import argmax, product
 from fused_ppl.records import Divergence, DivergenceStats, TokenInputs
 from fused_ppl.spec import LossSpec
 
-BUFFERS = 8  # of the size of a chunk: those of `Chunk`, one of each `Chunks`, and the derivative of a softcap
+BUFFERS = 8  # of the size of a chunk: those of `Pair`, one of each `Chunks`, and the derivative of a softcap
 
 
-class Chunk(NamedTuple):
+class Pair(NamedTuple):
     """Both log-probabilities of some rows, and memory of their size. All of it is overwritten."""
 
     log_p: Tensor  # (n, V): the gradient takes its place
@@ -62,7 +62,7 @@ def divergence(
     make = functools.partial(torch.empty, device=logits.device, dtype=student.dtype)
     shape = (student.rows, logits.shape[-1])
     log_p, log_q, p, q, largest = (make(shape) for _ in range(5))
-    memory = Chunk(log_p, log_q, p, q, largest, make(shape, dtype=torch.bool))
+    memory = Pair(log_p, log_q, p, q, largest, make(shape, dtype=torch.bool))
     parts = []
     for rows, same_rows in zip(student, teacher, strict=True):
         n = rows.target.shape[0]
@@ -71,21 +71,21 @@ def divergence(
                 rows.out.zero_()
             parts.append(_zeros(student, n))
             continue
-        chunk, derivative = Chunk(*(t[:n] for t in memory)), None if slope is None else slope[:n]
+        pair, derivative = Pair(*(t[:n] for t in memory)), None if slope is None else slope[:n]
         z, t = student.load(rows, derivative), teacher.load(same_rows).to(student.dtype)
         agrees = argmax(z) == argmax(t) if spec.stats else None
-        own = chunk.log_p if rows.out is None else student.work(rows)
-        log_p, log_q = torch.log_softmax(z, 1, out=own), torch.log_softmax(t, 1, out=chunk.log_q)
-        chunk = chunk._replace(log_p=log_p, log_q=log_q)
-        stats = _stats(student, rows, chunk, agrees=agrees)
-        value = _DIRECTIONS[asked.direction](chunk, asked.beta, upstream is not None)
+        own = pair.log_p if rows.out is None else student.work(rows)
+        log_p, log_q = torch.log_softmax(z, 1, out=own), torch.log_softmax(t, 1, out=pair.log_q)
+        pair = pair._replace(log_p=log_p, log_q=log_q)
+        stats = _stats(student, rows, pair, agrees=agrees)
+        value = _DIRECTIONS[asked.direction](pair, asked.beta, upstream is not None)
         if rows.bad is not None:
             value = value.masked_fill(rows.bad, torch.nan)
         if rows.counted is not None:
             value = torch.where(rows.counted, value, 0)
         parts.append(stats._replace(divergence=value))
         if upstream is not None:
-            _finish(student, rows, chunk.log_p, upstream=rows.of(upstream), derivative=derivative)
+            _finish(student, rows, pair.log_p, upstream=rows.of(upstream), derivative=derivative)
     if not parts:
         return _zeros(student, 0)
     return DivergenceStats(*(torch.cat(column) for column in zip(*parts, strict=True)))
@@ -101,52 +101,52 @@ def _finish(chunks: Chunks, rows: Rows, gradient: Tensor, *, upstream: Tensor, d
     chunks.store(rows, gradient)
 
 
-def _forward(chunk: Chunk, _: float, needed: bool) -> Tensor:
-    gap = _gap(chunk)
-    change, q = _change(chunk, gap), chunk.q
+def _forward(pair: Pair, _: float, needed: bool) -> Tensor:
+    gap = _gap(pair)
+    change, q = _change(pair, gap), pair.q
     # sum q (log q - log p) alone keeps the rounding of both lse; with p - q it cancels, and each term is >= 0
-    value = gap.mul_(q).masked_fill_(torch.eq(q, 0, out=chunk.mask), 0).neg_().add_(change).sum(1)
+    value = gap.mul_(q).masked_fill_(torch.eq(q, 0, out=pair.mask), 0).neg_().add_(change).sum(1)
     if needed:
-        chunk.log_p.copy_(change)
+        pair.log_p.copy_(change)
     return value
 
 
-def _reverse(chunk: Chunk, _: float, needed: bool) -> Tensor:
-    gap, p = _gap(chunk), chunk.p
-    change = _change(chunk, gap)
-    gap.masked_fill_(torch.eq(p, 0, out=chunk.mask), 0)
-    value = torch.mul(gap, p, out=chunk.largest).sub_(change).sum(1)  # as in `_forward`
+def _reverse(pair: Pair, _: float, needed: bool) -> Tensor:
+    gap, p = _gap(pair), pair.p
+    change = _change(pair, gap)
+    gap.masked_fill_(torch.eq(p, 0, out=pair.mask), 0)
+    value = torch.mul(gap, p, out=pair.largest).sub_(change).sum(1)  # as in `_forward`
     if needed:
-        _center(p, gap, work=chunk.q)
+        _center(p, gap, work=pair.q)
     return value
 
 
-def _jensen_shannon(chunk: Chunk, beta: float, needed: bool) -> Tensor:
+def _jensen_shannon(pair: Pair, beta: float, needed: bool) -> Tensor:
     """With d = log(q / p): log(p / m) = -log1p(beta expm1(d)), and log(q / m) = -log1p((1 - beta) expm1(-d)).
 
     They keep the digits of a small d. Beyond 80 nats p or q is below 1e-34, and its term has no weight.
     """
-    d = torch.neg(_gap(chunk), out=chunk.log_q).clamp_(-80.0, 80.0)
-    of_p = torch.expm1(d, out=chunk.log_p).mul_(beta).log1p_().neg_()
-    of_q = d.neg_().expm1_().mul_(1 - beta).log1p_().neg_().mul_(chunk.q).sum(1)
-    k = _center(chunk.p, of_p, work=d)
+    d = torch.neg(_gap(pair), out=pair.log_q).clamp_(-80.0, 80.0)
+    of_p = torch.expm1(d, out=pair.log_p).mul_(beta).log1p_().neg_()
+    of_q = d.neg_().expm1_().mul_(1 - beta).log1p_().neg_().mul_(pair.q).sum(1)
+    k = _center(pair.p, of_p, work=d)
     if needed:
         of_p.mul_(1 - beta)
     return beta * of_q + (1 - beta) * k
 
 
-def _gap(chunk: Chunk) -> Tensor:
+def _gap(pair: Pair) -> Tensor:
     """log p - log q in the memory of log p, and 0 where p and q are 0; p, q and the larger one in their own."""
-    torch.exp(chunk.log_p, out=chunk.p)
-    torch.exp(chunk.log_q, out=chunk.q)
-    torch.maximum(chunk.p, chunk.q, out=chunk.largest)
-    return chunk.log_p.sub_(chunk.log_q).masked_fill_(torch.eq(chunk.largest, 0, out=chunk.mask), 0)
+    torch.exp(pair.log_p, out=pair.p)
+    torch.exp(pair.log_q, out=pair.q)
+    torch.maximum(pair.p, pair.q, out=pair.largest)
+    return pair.log_p.sub_(pair.log_q).masked_fill_(torch.eq(pair.largest, 0, out=pair.mask), 0)
 
 
-def _change(chunk: Chunk, gap: Tensor) -> Tensor:
+def _change(pair: Pair, gap: Tensor) -> Tensor:
     """p - q = sign(gap) * max(p, q) * (1 - exp(-|gap|)) in the memory of log q, accurate relative to itself."""
-    share = torch.abs(gap, out=chunk.log_q).neg_().expm1_()
-    return share.mul_(chunk.largest).copysign_(gap)
+    share = torch.abs(gap, out=pair.log_q).neg_().expm1_()
+    return share.mul_(pair.largest).copysign_(gap)
 
 
 def _center(p: Tensor, gap: Tensor, *, work: Tensor) -> Tensor:
@@ -161,16 +161,16 @@ def _center(p: Tensor, gap: Tensor, *, work: Tensor) -> Tensor:
     return (mean + center).squeeze(1)
 
 
-_DIRECTIONS: dict[str, Callable[[Chunk, float, bool], Tensor]] = {
+_DIRECTIONS: dict[str, Callable[[Pair, float, bool], Tensor]] = {
     "forward": _forward,
     "reverse": _reverse,
     "jensen_shannon": _jensen_shannon,
 }
 
 
-def _stats(chunks: Chunks, rows: Rows, chunk: Chunk, *, agrees: Tensor | None) -> DivergenceStats:
+def _stats(chunks: Chunks, rows: Rows, pair: Pair, *, agrees: Tensor | None) -> DivergenceStats:
     """All but the divergence, whose place is taken by another one; 0 in ignored rows."""
-    log_p, log_q = chunk.log_p, chunk.log_q
+    log_p, log_q = pair.log_p, pair.log_q
     if agrees is None:
         return _zeros(chunks, log_p.shape[0])
     of_p, of_q = (log.gather(1, rows.target).squeeze(1) for log in (log_p, log_q))

@@ -18,12 +18,14 @@ from torch import Tensor
 from fused_ppl import backends, reduction
 from fused_ppl.engines import memory
 from fused_ppl.engines.head import Head, HeadLoop, empty_gradients, empty_unscaled, scale_into
-from fused_ppl.engines.logits import as_rows, empty_gradient, flat, token_inputs
+from fused_ppl.engines.logits import as_rows, empty_gradient, token_inputs
 from fused_ppl.engines.ops import op
 from fused_ppl.records import (
     Divergence,
     DivergenceStats,
     DivergenceSums,
+    Execution,
+    HeadDivergenceSums,
     HeadExecution,
     HeadInputs,
     LogitsInputs,
@@ -38,9 +40,7 @@ from fused_ppl.spec import LossSpec
 _CONSTANT = (False, False, False)
 
 
-def _sums(
-    stats: DivergenceStats, tokens: TokenInputs, spec: LossSpec, *, shape: torch.Size, unscaled: Unscaled
-) -> DivergenceSums:
+def _sums(stats: DivergenceStats, tokens: TokenInputs, spec: LossSpec, shape: torch.Size) -> DivergenceSums:
     """S and M of every group, and the statistics in the shape of the target."""
     weight = torch.ones_like(stats.divergence) if tokens.token_weight is None else tokens.token_weight
     weight = weight.to(stats.divergence.dtype)
@@ -49,39 +49,34 @@ def _sums(
         counted = tokens.target != spec.ignore_index
         weight, loss = (torch.where(counted, t, 0) for t in (weight, loss))
     rows = RowStats(loss, weight, stats.divergence, None, None, None)
-    sums = torch.stack(reduction.sum_rows(rows, spec, shape)[:2])
+    s, m, _ = reduction.sum_rows(rows, spec, shape)
     of_tokens = DivergenceStats(*(t.view(shape) if t.numel() == loss.numel() else t for t in stats))
-    return DivergenceSums(sums, of_tokens, unscaled)
+    return DivergenceSums(torch.stack((s, m)), of_tokens)
 
 
-def _fake_sums(
-    target: Tensor, like: Tensor, spec: LossSpec, *, dtype: torch.dtype, unscaled: Unscaled
-) -> DivergenceSums:
-    tokens = reduction.empty_token_sums(like, target, spec._replace(z_loss=0.0, scalars=None), dtype)
-    asked = target.shape if spec.stats else torch.Size((0,))
-    floats = [like.new_empty(asked, dtype=dtype) for _ in range(3)]
+def _fake_sums(target: Tensor, like: Tensor, spec: LossSpec, dtype: torch.dtype) -> DivergenceSums:
+    groups, asked = (
+        reduction.group_shape(spec.reduction, target.shape),
+        target.shape if spec.stats else torch.Size((0,)),
+    )
+    sums = like.new_empty((2, *groups), dtype=reduction.sum_dtype(like.device))
+    value, entropy, teacher_entropy, difference = (
+        like.new_empty(shape, dtype=dtype) for shape in (target.shape, asked, asked, asked)
+    )
     agrees = like.new_empty(asked, dtype=torch.bool)
-    stats = DivergenceStats(tokens.nll, floats[0], floats[1], agrees, floats[2])
-    return DivergenceSums(tokens.sums, stats, unscaled)
-
-
-def _nothing(like: Tensor) -> Unscaled:
-    return Unscaled(*(like.new_empty(0) for _ in Unscaled._fields))
+    return DivergenceSums(sums, DivergenceStats(value, entropy, teacher_entropy, agrees, difference))
 
 
 # --- from logits ---------------------------------------------------------------------------------------------------
 
 
-def _forward_fake(
-    inputs: LogitsInputs, _: Tensor, spec: LossSpec, execution: HeadExecution, **__: object
-) -> DivergenceSums:
-    dtype = reduction.wide_dtype(execution.dtype)
-    return _fake_sums(inputs.target, inputs.logits, spec, dtype=dtype, unscaled=_nothing(inputs.logits))
+def _forward_fake(inputs: LogitsInputs, _: Tensor, spec: LossSpec, __: Execution, **___: object) -> DivergenceSums:
+    return _fake_sums(inputs.target, inputs.logits, spec, reduction.wide_dtype(inputs.logits.dtype))
 
 
 @op(_forward_fake)
 def divergence_forward(
-    inputs: LogitsInputs, teacher_logits: Tensor, spec: LossSpec, execution: HeadExecution, *, asked: Divergence
+    inputs: LogitsInputs, teacher_logits: Tensor, spec: LossSpec, execution: Execution, *, asked: Divergence
 ) -> DivergenceSums:
     tokens = token_inputs(inputs)
     stats = backends.load_divergence(execution.backend).divergence(
@@ -94,7 +89,7 @@ def divergence_forward(
         out=None,
         memory_budget=execution.memory_budget,
     )
-    return _sums(stats, tokens, spec, shape=inputs.target.shape, unscaled=_nothing(inputs.logits))
+    return _sums(stats, tokens, spec, inputs.target.shape)
 
 
 @op(lambda inputs, *_, **__: empty_gradient(inputs.logits))
@@ -102,13 +97,13 @@ def divergence_backward(
     inputs: LogitsInputs,
     teacher_logits: Tensor,
     spec: LossSpec,
-    execution: HeadExecution,
+    execution: Execution,
     *,
     asked: Divergence,
     upstream: Upstream,
 ) -> Tensor:
     out, rows = empty_gradient(inputs.logits), as_rows(inputs.logits)
-    wide = reduction.wide_dtype(execution.dtype)
+    wide = reduction.wide_dtype(inputs.logits.dtype)
     backends.load_divergence(execution.backend).divergence(
         rows,
         _rows_like(teacher_logits, inputs.logits),
@@ -134,20 +129,26 @@ def _rows_like(teacher_logits: Tensor, logits: Tensor) -> Tensor:
 
 def _linear_fake(
     inputs: HeadInputs, _: Teacher, spec: LossSpec, execution: HeadExecution, **__: object
-) -> DivergenceSums:
-    dtype = reduction.wide_dtype(execution.dtype)
-    return _fake_sums(inputs.target, inputs.hidden, spec, dtype=dtype, unscaled=empty_unscaled(inputs, execution))
+) -> HeadDivergenceSums:
+    of_tokens = _fake_sums(inputs.target, inputs.hidden, spec, reduction.wide_dtype(execution.dtype))
+    return HeadDivergenceSums(of_tokens, empty_unscaled(inputs, execution))
 
 
 @op(_linear_fake)
 def linear_divergence(
-    inputs: HeadInputs, teacher: Teacher, spec: LossSpec, execution: HeadExecution, *, asked: Divergence
-) -> DivergenceSums:
+    inputs: HeadInputs,
+    teacher: Teacher,
+    spec: LossSpec,
+    execution: HeadExecution,
+    *,
+    asked: Divergence,
+    teacher_dtype: torch.dtype,
+) -> HeadDivergenceSums:
     """The statistics of every token, and the unscaled gradients that `execution` asks for."""
     one = torch.ones((), dtype=torch.float32, device=inputs.hidden.device)
-    stats, unscaled = _both_heads(inputs, teacher, spec, execution, asked=asked, upstream=one)
-    tokens = TokenInputs(flat(inputs.target), None, flat(inputs.token_weight))
-    return _sums(stats, tokens, spec, shape=inputs.target.shape, unscaled=unscaled)
+    other = _teacher_head(inputs, teacher, spec, execution, dtype=teacher_dtype)
+    stats, unscaled = _both_heads(inputs, other, spec, execution, asked=asked, upstream=one)
+    return HeadDivergenceSums(_sums(stats, token_inputs(inputs), spec, inputs.target.shape), unscaled)
 
 
 @op(lambda inputs, _, __, execution, **___: empty_gradients(inputs, execution.grads, fake=True))
@@ -158,13 +159,15 @@ def linear_divergence_backward(
     execution: HeadExecution,
     *,
     asked: Divergence,
+    teacher_dtype: torch.dtype,
     upstream: Upstream,
 ) -> Unscaled:
     """The gradients from upstream gradients of each token, in the dtype of their tensors."""
     wide = reduction.wide_dtype(execution.dtype)
     of_rows = reduction.row_upstream(upstream, spec, inputs.target.shape, wide).grad_s
     spec = spec._replace(stats=False)
-    _, unscaled = _both_heads(inputs, teacher, spec, execution, asked=asked, upstream=of_rows)
+    other = _teacher_head(inputs, teacher, spec, execution, dtype=teacher_dtype)
+    _, unscaled = _both_heads(inputs, other, spec, execution, asked=asked, upstream=of_rows)
     made = empty_gradients(inputs, execution.grads)
     for out, gradient, needed in zip(made, unscaled, execution.grads, strict=True):
         if needed:
@@ -174,7 +177,7 @@ def linear_divergence_backward(
 
 def _both_heads(
     inputs: HeadInputs,
-    teacher: Teacher,
+    other: Head,
     spec: LossSpec,
     execution: HeadExecution,
     *,
@@ -183,7 +186,6 @@ def _both_heads(
 ) -> tuple[DivergenceStats, Unscaled]:
     """The loop over chunks of rows. Without a gradient to make, `upstream` is not used."""
     backend, needed = backends.load_divergence(execution.backend), any(execution.grads)
-    other = _teacher_head(inputs, teacher, spec, execution, dtype=asked.teacher_dtype)
     loop = HeadLoop(inputs, spec, execution, kind="rows" if needed else "forward", teacher=other)
     loop.clear()
     head, n = loop.head, inputs.target.numel()

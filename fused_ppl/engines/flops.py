@@ -36,13 +36,14 @@ def register() -> None:
             known.update(own)
 
 
+_OTHERS = (Compact, Teacher)  # what else a formula may depend on
+
+
 def _of_values(op: Op[..., Any], formula: Callable[..., int]) -> Callable[..., int]:
     def count(*values: Any, out_val: Any = None) -> int:
         records = op.records(values)
-        execution, asked, teacher = (
-            next((r for r in records if isinstance(r, kind)), None) for kind in (HeadExecution, Compact, Teacher)
-        )
-        return formula(records[0], execution, asked if teacher is None else teacher)
+        execution, other = (next((r for r in records if isinstance(r, k)), None) for k in (HeadExecution, _OTHERS))
+        return formula(records[0], execution, other)
 
     return count
 

@@ -82,7 +82,7 @@ class _Losses:
     def differentiate(self, nll: Tensor, entropy: Tensor | None, rows: slice) -> RowUpstream:
         """`add`, and the derivatives of the losses: the `RowFunction` of the backends."""
         assert entropy is not None
-        known = (-nll).requires_grad_(), entropy.clone().requires_grad_()
+        known = (0 - nll).requires_grad_(), entropy.clone().requires_grad_()
         with torch.enable_grad():
             loss = self.add(*known, rows)
         if not loss.requires_grad:
