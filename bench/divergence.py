@@ -140,28 +140,13 @@ def table(record: dict[str, Any]) -> str:
 
 
 def plot(record: dict[str, Any], path: Path) -> None:
-    import matplotlib
+    import plots  # imported here, because only a plot needs matplotlib
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    kinds = list(dict.fromkeys((row["dtype"], row["direction"]) for row in record["rows"]))
-    figure, panels = pyplot.subplots(1, len(kinds), figsize=(3.4 * len(kinds), 2.6), squeeze=False, sharey=True)
-    for panel, kind in zip(panels[0], kinds, strict=True):
-        rows = [row for row in record["rows"] if (row["dtype"], row["direction"]) == kind][::-1]
-        colors = [
-            "tab:gray" if r["who"] == BARE else "tab:blue" if r["who"] == "fused_ppl" else "tab:orange" for r in rows
-        ]
-        bars = panel.barh([r["who"] for r in rows], [statistics.median(r["seconds"]) for r in rows], color=colors)
-        panel.bar_label(bars, fmt="%.2f s", padding=3)
-        panel.margins(x=0.25)
-        panel.set(title=", ".join(kind), xlabel="seconds")
+    panels: dict[str, dict[str, float]] = {}
+    for row in record["rows"]:
+        panels.setdefault(f"{row['dtype']}, {row['direction']}", {})[row["who"]] = statistics.median(row["seconds"])
     n, v, d, other = record["shape"].values()
-    figure.suptitle(
-        f"Divergence of two heads, forward + backward, N={n}, V={v}, D={d} and {other}, {record['processor']}"
-    )
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    plots.bars(panels, f"Divergence of two heads, N={n}, V={v}, D={d} and {other}, {record['processor']}", path)
 
 
 def main() -> None:

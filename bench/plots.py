@@ -282,3 +282,20 @@ def scaling(points: list[Any], subtitle: str, path: Path) -> Path:
     )
     figure.savefig(path, dpi=110)
     return path
+
+
+def bars(panels: dict[str, dict[str, float]], title: str, path: Path) -> None:
+    """Seconds of each method, in a panel for each kind of run: bare products in grey, ours in blue."""
+    figure = Figure(figsize=(4.2 * len(panels), 2.9))
+    for i, (name, seconds) in enumerate(panels.items()):
+        axes = figure.add_subplot(1, len(panels), i + 1)
+        methods = list(seconds)[::-1]
+        ours = {who: COLOURS["fused_ppl"] for who in methods if who == "fused_ppl" or who.startswith("linear_")}
+        bare = {who: COLOURS["eager"] for who in methods if who.endswith("products")}
+        colours = [{**ours, **bare}.get(who, COLOURS["torch.compile"]) for who in methods]
+        axes.bar_label(axes.barh(methods, [seconds[who] for who in methods], color=colours), fmt="%.2f s", padding=3)
+        axes.margins(x=0.3)
+        axes.set(title=name, xlabel="seconds, forward + backward")
+    figure.suptitle(title)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)

@@ -138,26 +138,13 @@ def table(record: dict[str, Any]) -> str:
 
 
 def plot(record: dict[str, Any], path: Path) -> None:
-    import matplotlib
+    import plots  # imported here, because only a plot needs matplotlib
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    dtypes = list(dict.fromkeys(row["dtype"] for row in record["rows"]))
-    figure, panels = pyplot.subplots(1, len(dtypes), figsize=(5.5 * len(dtypes), 3.2), squeeze=False)
-    for panel, dtype in zip(panels[0], dtypes, strict=True):
-        rows = [row for row in record["rows"] if row["dtype"] == dtype][::-1]
-        colors = [
-            "tab:gray" if "products" in r["who"] else "tab:blue" if "linear" in r["who"] else "tab:orange" for r in rows
-        ]
-        bars = panel.barh([r["who"] for r in rows], [statistics.median(r["seconds"]) for r in rows], color=colors)
-        panel.bar_label(bars, fmt="%.2f s", padding=3)
-        panel.margins(x=0.15)
-        panel.set(title=dtype, xlabel="seconds, forward + backward")
+    panels: dict[str, dict[str, float]] = {}
+    for row in record["rows"]:
+        panels.setdefault(row["dtype"], {})[row["who"]] = statistics.median(row["seconds"])
     n, v, d = record["shape"]
-    figure.suptitle(f"PPO with an entropy bonus, N={n}, V={v}, D={d}, {record['processor']}")
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    plots.bars(panels, f"PPO with an entropy bonus, N={n}, V={v}, D={d}, {record['processor']}", path)
 
 
 def main() -> None:
