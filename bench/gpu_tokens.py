@@ -30,6 +30,7 @@ def token_steps(card: Card | StandIn, sizes: Sizes) -> Iterator[Step]:
     run = functools.partial(lambda: Found(deterministic(card, sizes, functools.partial(log_probs_work, card, sizes))))
     yield Step("determinism: log_probs", "checks", 1, run)
     yield Step("kl_divergence, every direction", "checks", 2, functools.partial(_divergences, card, sizes))
+    yield Step("kl_divergence, top-k teachers", "checks", 2, functools.partial(_top_k, card, sizes))
     n, v = sizes.timed[0]
     run = functools.partial(_entropy_backward, card, n, v)
     yield Step(f"kernel nll_backward with an entropy, N={n}, V={v}", "kernels", 1, run)
@@ -145,6 +146,26 @@ def _divergences(card: Card | StandIn, sizes: Sizes) -> Found:
         assert_as_good_as_eager(value, eager, truth, direction, condition=32.0)
         judge_gradient(f"gradient of {direction}", gradient, wide, exact, condition=32.0)
         found.append(f"{direction} {float(value.mean()):.4g}")
+    return Found(", ".join(found))
+
+
+def _top_k(card: Card | StandIn, sizes: Sizes) -> Found:
+    """Values and gradients against float64, for each tail, with rows that name fewer classes."""
+    n, v = sizes.odd[0]
+    target = make_target(n, v, card.device, 1)
+    logits = fill_logits(torch.empty(n, v, dtype=torch.bfloat16, device=card.device), target, 0)
+    log_probs, ids = fill_logits(torch.empty_like(logits), target, 1).float().log_softmax(-1).topk(16)
+    log_probs[::3, 10:], given, found = -math.inf, upstreams(n, card.device).log_prob, []
+    for tail in ("drop", "merge", "spread"):
+        results = []
+        for dtype, options in ((torch.bfloat16, TRITON), (torch.float32, REFERENCE), (torch.float64, REFERENCE)):
+            x, teacher = logits.detach().to(dtype).requires_grad_(), fused_ppl.TopK(ids, log_probs, tail)
+            value = fused_ppl.kl_divergence(x, teacher, target, reduction="none", options=options)
+            results.append((value.detach(), torch.autograd.grad(value, x, given.to(value.dtype))[0]))
+        (value, gradient), (eager, wide), (truth, exact) = results
+        assert_as_good_as_eager(value, eager, truth, tail, condition=32.0)
+        judge_gradient(f"gradient with {tail}", gradient, wide, exact, condition=32.0)
+        found.append(f"{tail} {float(value.mean()):.4g}")
     return Found(", ".join(found))
 
 

@@ -18,7 +18,7 @@ from fused_ppl.functional import (
 )
 from fused_ppl.metrics import Perplexity
 from fused_ppl.modules import CrossEntropyLoss, LinearCrossEntropyLoss, LinearPerplexityLoss, PerplexityLoss
-from fused_ppl.spec import DivergenceOutput, LogProbs, LossOutput, Options
+from fused_ppl.spec import DivergenceOutput, LogProbs, LossOutput, Options, TopK
 from fused_ppl.targets import next_token_targets
 from fused_ppl.token_values import linear_log_probs, linear_token_loss, log_probs
 
@@ -35,6 +35,7 @@ __all__ = [
     "Perplexity",
     "PerplexityAccumulator",
     "PerplexityLoss",
+    "TopK",
     "cross_entropy",
     "cross_entropy_with_stats",
     "kl_divergence",

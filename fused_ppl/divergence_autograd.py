@@ -42,7 +42,7 @@ from fused_ppl.records import (
 )
 
 _read_results, _read_head_results = reader(DivergenceResults), reader(HeadDivergenceResults)
-_read_inputs, _read_teacher = reader(HeadInputs), reader(Teacher)
+_read_logits, _read_inputs, _read_teacher = reader(LogitsInputs), reader(HeadInputs), reader(Teacher)
 
 
 class LogitsCall(NamedTuple):
@@ -60,12 +60,12 @@ class HeadCall(NamedTuple):
     teacher_dtype: torch.dtype  # of the product of the teacher's head
 
 
-def logits_divergence(inputs: LogitsInputs, teacher_logits: Tensor, call: LogitsCall) -> DivergenceResults:
+def logits_divergence(inputs: LogitsInputs, teacher: Teacher, call: LogitsCall) -> DivergenceResults:
     apply = apply_of(LogitsDivergence, inputs)
     if apply is None:
         transform_checks.check_no_graph_of_ops(inputs, "kl_divergence")
-        return _logits_results(inputs, teacher_logits, call)
-    results: DivergenceResults = _read_results(iter(apply(call, *inputs, teacher_logits)))
+        return _logits_results(inputs, teacher, call)
+    results: DivergenceResults = _read_results(iter(apply(call, *inputs, *teacher)))
     return results
 
 
@@ -78,9 +78,9 @@ def head_divergence(inputs: HeadInputs, teacher: Teacher, call: HeadCall) -> Div
     return results.of_tokens
 
 
-def _logits_results(inputs: LogitsInputs, teacher_logits: Tensor, call: LogitsCall) -> DivergenceResults:
+def _logits_results(inputs: LogitsInputs, teacher: Teacher, call: LogitsCall) -> DivergenceResults:
     request = call.request
-    sums = divergence_forward(inputs, teacher_logits, request.spec, request.execution, asked=call.asked)
+    sums = divergence_forward(inputs, teacher, request.spec, request.execution, asked=call.asked)
     return _finished(sums, inputs.num_items, request)
 
 
@@ -113,31 +113,31 @@ def _only_the_loss_has_a_gradient(ctx: Any, output: tuple[Any, ...]) -> None:
 
 
 class LogitsDivergence(torch.autograd.Function):
-    """The divergence of logits from a teacher's logits. The fields of `DivergenceResults` are the outputs."""
+    """The divergence of logits. The fields of `DivergenceResults` are the outputs."""
 
     @staticmethod
     def forward(call: LogitsCall, *tensors: Any) -> tuple[Tensor, ...]:
-        *own, teacher_logits = tensors
-        return tuple(flatten(_logits_results(LogitsInputs(*own), teacher_logits, call)))
+        values = iter(tensors)
+        return tuple(flatten(_logits_results(_read_logits(values), _read_teacher(values), call)))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        ctx.call, logits, target, _, token_weight, _, teacher_logits = inputs
+        ctx.call, logits, target, _, token_weight, _, *teacher = inputs
         _only_the_loss_has_a_gradient(ctx, output)
         factor = _read_results(iter(output)).totals.loss_factor
-        ctx.save_for_backward(logits, target, token_weight, teacher_logits, factor)
+        ctx.save_for_backward(logits, target, token_weight, factor, *teacher)
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> Any:
-        rest = (None,) * len(LogitsInputs._fields)
+        rest = (None,) * (len(LogitsInputs._fields) - 1 + len(Teacher._fields))
         if grad_loss is None:
             return None, None, *rest
         call: LogitsCall = ctx.call
-        logits, target, token_weight, teacher_logits, factor = ctx.saved_tensors
+        logits, target, token_weight, factor, *teacher = ctx.saved_tensors
         with torch.no_grad():
             gradient = divergence_backward(
                 LogitsInputs(logits, target, None, token_weight, None),
-                teacher_logits,
+                Teacher(*teacher),
                 call.request.spec,
                 call.request.execution,
                 asked=call.asked,

@@ -12,9 +12,8 @@ from torch import Tensor
 
 from fused_ppl import prepare
 from fused_ppl.divergence_checks import check_divergence
-from fused_ppl.prepare import DivergenceExtras, Extras
-from fused_ppl.records import Teacher
-from fused_ppl.spec import DivergenceOutput, LossSpec, Options
+from fused_ppl.prepare import DivergenceExtras, Extras, TeacherGiven
+from fused_ppl.spec import DivergenceOutput, LossSpec, Options, TopK
 
 if TYPE_CHECKING:
     from fused_ppl.groups import Group
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 
 def kl_divergence(
     input: Tensor,
-    teacher_input: Tensor,
+    teacher_input: Tensor | TopK,
     target: Tensor | None = None,
     *,
     direction: str = "forward",
@@ -53,7 +52,8 @@ def kl_divergence(
 
     Args:
         input: logits of the student, as in `cross_entropy`.
-        teacher_input: logits of the teacher, of the same shape. Its dtype may be another.
+        teacher_input: logits of the teacher, of the same shape. Its dtype may be another. Or a `TopK`, where only the
+            most likely classes of each token are known.
         target: only says which tokens count: those that differ from `ignore_index`. None counts all of them.
         direction: "forward", "reverse" or "jensen_shannon".
         beta: in [0.001, 0.999], only for "jensen_shannon": the teacher's share of the mixture.
@@ -91,7 +91,7 @@ def kl_divergence(
 
 def kl_divergence_with_stats(
     input: Tensor,
-    teacher_input: Tensor,
+    teacher_input: Tensor | TopK,
     target: Tensor | None = None,
     *,
     direction: str = "forward",
@@ -137,8 +137,8 @@ def kl_divergence_with_stats(
 def linear_kl_divergence(
     input: Tensor,
     linear_weight: Tensor,
-    teacher_input: Tensor,
-    teacher_linear_weight: Tensor,
+    teacher_input: Tensor | TopK,
+    teacher_linear_weight: Tensor | None = None,
     *,
     target: Tensor | None = None,
     linear_bias: Tensor | None = None,
@@ -167,8 +167,9 @@ def linear_kl_divergence(
     Args:
         input: hidden states of the student, (..., D).
         linear_weight: (V, D), the weight of the student's head.
-        teacher_input: hidden states of the teacher, (..., D of the teacher), with the same leading dimensions.
-        teacher_linear_weight: (V, D of the teacher).
+        teacher_input: hidden states of the teacher, (..., D of the teacher), with the same leading dimensions. Or a
+            `TopK`, where only the most likely classes of each token are known.
+        teacher_linear_weight: (V, D of the teacher). None beside a `TopK`.
         target: (...), only says which tokens count, as in `kl_divergence`.
         linear_bias, teacher_linear_bias: (V,) or None.
         All others: as in `kl_divergence`. `Options.memory_budget` bounds the logits of a chunk, but not the float32
@@ -194,7 +195,7 @@ def linear_kl_divergence(
         reduction=reduction, ignore_index=ignore_index, logit_scale=logit_scale, softcap=softcap, stats=False
     )
     extras = DivergenceExtras(asked, Extras(None, token_weight, num_items, options, group, None))
-    teacher = Teacher(teacher_input, teacher_linear_weight, teacher_linear_bias)
+    teacher = TeacherGiven(teacher_input, teacher_linear_weight, teacher_linear_bias)
     return prepare.divergence_from_hidden(
         input, linear_weight, teacher, spec, target=target, linear_bias=linear_bias, extras=extras
     ).loss
@@ -203,8 +204,8 @@ def linear_kl_divergence(
 def linear_kl_divergence_with_stats(
     input: Tensor,
     linear_weight: Tensor,
-    teacher_input: Tensor,
-    teacher_linear_weight: Tensor,
+    teacher_input: Tensor | TopK,
+    teacher_linear_weight: Tensor | None = None,
     *,
     target: Tensor | None = None,
     linear_bias: Tensor | None = None,
@@ -246,7 +247,7 @@ def linear_kl_divergence_with_stats(
         reduction=reduction, ignore_index=ignore_index, logit_scale=logit_scale, softcap=softcap, stats=True
     )
     extras = DivergenceExtras(asked, Extras(None, token_weight, num_items, options, group, None))
-    teacher = Teacher(teacher_input, teacher_linear_weight, teacher_linear_bias)
+    teacher = TeacherGiven(teacher_input, teacher_linear_weight, teacher_linear_bias)
     return prepare.divergence_from_hidden(
         input, linear_weight, teacher, spec, target=target, linear_bias=linear_bias, extras=extras
     )

@@ -42,7 +42,7 @@ from fused_ppl.records import (
     Teacher,
 )
 from fused_ppl.reduction import sum_dtype
-from fused_ppl.spec import DivergenceOutput, LogProbs, LossOutput, LossSpec, Options, with_tensors
+from fused_ppl.spec import DivergenceOutput, LogProbs, LossOutput, LossSpec, Options, TopK, with_tensors
 from fused_ppl.token_autograd import TokenLossCall
 
 _DEFAULT = Options()
@@ -53,6 +53,14 @@ class DivergenceExtras(NamedTuple):
 
     asked: Divergence
     shared: Extras
+
+
+class TeacherGiven(NamedTuple):
+    """A teacher as the caller gives it: a head, or its most likely classes in the place of the hidden states."""
+
+    input: Tensor | TopK
+    linear_weight: Tensor | None
+    linear_bias: Tensor | None
 
 
 class Extras(NamedTuple):
@@ -161,41 +169,68 @@ def token_loss_from_hidden(
 
 
 def divergence_from_logits(
-    input: Tensor, teacher: Tensor, target: Tensor | None, spec: LossSpec, *, class_dim: int, extras: DivergenceExtras
+    input: Tensor,
+    teacher_input: Tensor | TopK,
+    target: Tensor | None,
+    spec: LossSpec,
+    *,
+    class_dim: int,
+    extras: DivergenceExtras,
 ) -> DivergenceOutput:
     token_checks.check_exact(_options(extras.shared), "a divergence")
-    divergence_checks.check_plain(input, teacher, target, extras.shared.token_weight)
+    divergence_checks.check_plain(input, *_tensors(teacher_input), target, extras.shared.token_weight)
     checks.check_logits(input, class_dim)
-    divergence_checks.check_teacher_logits(input, teacher)
-    teacher = _constant(_classes_last(teacher, class_dim))
-    target, spec = _counted(target, teacher.shape[:-1], spec, input=input)
+    shape = _classes_last(input, class_dim).shape[:-1]
+    asked = extras.asked
+    if isinstance(teacher_input, TopK):
+        asked = divergence_checks.check_top_k(teacher_input, asked, input, shape=shape, stats=spec.stats)
+        teacher = _constants(None, None, None, *teacher_input[:2])
+    else:
+        divergence_checks.check_teacher_logits(input, teacher_input)
+        teacher = _constants(_classes_last(teacher_input, class_dim))
+    target, spec = _counted(target, shape, spec, input=input)
     inputs, request = _logits_call(input, target, spec, class_dim=class_dim, extras=extras.shared)
     if request.execution.backend == "reference":
         spec = _check_for_reference(inputs, spec, request.groups)
-        return reference.divergence(inputs, teacher, spec, asked=extras.asked)
-    call = LogitsCall(request, extras.asked)
-    return _divergence_output(divergence_autograd.logits_divergence(inputs, teacher, call))
+        return reference.divergence(inputs, teacher, spec, asked=asked)
+    return _divergence_output(divergence_autograd.logits_divergence(inputs, teacher, LogitsCall(request, asked)))
 
 
 def divergence_from_hidden(
-    input: Tensor, linear_weight: Tensor, teacher: Teacher, spec: LossSpec, *, target: Tensor | None,
+    input: Tensor, linear_weight: Tensor, teacher: TeacherGiven, spec: LossSpec, *, target: Tensor | None,
     linear_bias: Tensor | None, extras: DivergenceExtras,
 ) -> DivergenceOutput:  # fmt: skip
     token_checks.check_exact(_options(extras.shared), "a divergence")
-    divergence_checks.check_plain(input, linear_weight, linear_bias, *teacher, target, extras.shared.token_weight)
+    hidden, weight, bias = teacher
+    constants = (target, extras.shared.token_weight)
+    divergence_checks.check_plain(input, linear_weight, linear_bias, *_tensors(hidden), weight, bias, *constants)
     checks.check_head(input, linear_weight, linear_bias)
-    divergence_checks.check_teacher(input, linear_weight, teacher)
-    target, spec = _counted(target, input.shape[:-1], spec, input=input)
+    asked, shape = extras.asked, input.shape[:-1]
+    if isinstance(hidden, TopK):
+        divergence_checks.check_no_second_head(weight, bias)
+        asked = divergence_checks.check_top_k(hidden, asked, input, shape=shape, stats=spec.stats)
+        known, dtype = _constants(None, None, None, *hidden[:2]), input.dtype
+    else:
+        divergence_checks.check_teacher(input, linear_weight, hidden, weight, bias=bias)
+        known, dtype = _constants(hidden, weight, bias), _product_dtype(hidden)
+    target, spec = _counted(target, shape, spec, input=input)
     inputs, request = _head_call(input, linear_weight, target, spec, linear_bias=linear_bias, extras=extras.shared)
-    hidden, weight, bias = (None if t is None else _constant(t) for t in teacher)
-    assert hidden is not None and weight is not None
     if request.execution.backend == "reference":
         logits = _with_logits(inputs)
         spec = _check_for_reference(logits, spec, request.groups)
-        known = torch.nn.functional.linear(hidden, weight, bias)
-        return reference.divergence(logits, known, spec, asked=extras.asked)
-    call = HeadCall(request, extras.asked, _product_dtype(hidden))
-    return _divergence_output(divergence_autograd.head_divergence(inputs, Teacher(hidden, weight, bias), call))
+        if known.teacher_input is not None and known.teacher_weight is not None:
+            of_teacher = torch.nn.functional.linear(known.teacher_input, known.teacher_weight, known.teacher_bias)
+            known = Teacher(of_teacher)
+        return reference.divergence(logits, known, spec, asked=asked)
+    return _divergence_output(divergence_autograd.head_divergence(inputs, known, HeadCall(request, asked, dtype)))
+
+
+def _tensors(teacher: Tensor | TopK) -> Sequence[Tensor]:
+    return teacher[:2] if isinstance(teacher, TopK) else (teacher,)
+
+
+def _constants(*teacher: Tensor | None) -> Teacher:
+    return Teacher(*(None if t is None else _constant(t) for t in teacher))
 
 
 def _classes_last(logits: Tensor, class_dim: int) -> Tensor:

@@ -300,14 +300,20 @@ class Divergence(NamedTuple):
     beta: float  # the share of q in the mixture of "jensen_shannon"
     teacher_logit_scale: float
     teacher_softcap: float | None
+    tail: str | None = None  # "drop", "merge" or "spread": the classes that a top-k teacher does not name
 
 
 class Teacher(NamedTuple):
-    """The head of a teacher, which is constant. Its classes are those of the student, its hidden size may differ."""
+    """What a student is compared with, which is constant: logits, a head, or the K most likely classes of each token.
 
-    teacher_hidden: Tensor  # (..., D of the teacher)
-    teacher_weight: Tensor  # (V, D of the teacher)
-    teacher_bias: Tensor | None  # (V,)
+    The classes are those of the student. The hidden size may differ.
+    """
+
+    teacher_input: Tensor | None  # logits (..., V), or hidden states (..., D of the teacher); None of a top-k teacher
+    teacher_weight: Tensor | None = None  # (V, D of the teacher)
+    teacher_bias: Tensor | None = None  # (V,)
+    teacher_ids: Tensor | None = None  # (..., K)
+    teacher_log_probs: Tensor | None = None  # (..., K)
 
 
 class DivergenceStats(NamedTuple):

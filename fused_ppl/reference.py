@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from fused_ppl.records import Divergence, LogitsInputs
+from fused_ppl.records import Divergence, LogitsInputs, Teacher
 from fused_ppl.spec import DivergenceOutput, LogProbs, LossOutput, LossSpec
 
 
@@ -76,12 +76,17 @@ def log_probs(logits: Tensor, target: Tensor, spec: LossSpec) -> LogProbs:
     return LogProbs(*(torch.where(counted, value, 0) for value in values))
 
 
-def divergence(inputs: LogitsInputs, teacher_logits: Tensor, spec: LossSpec, *, asked: Divergence) -> DivergenceOutput:
+def divergence(inputs: LogitsInputs, teacher: Teacher, spec: LossSpec, *, asked: Divergence) -> DivergenceOutput:
     """All fields of `kl_divergence_with_stats`. The teacher is constant."""
     target = inputs.target
     z, y, counted = _transformed(inputs.logits, target, spec)
-    of_teacher = spec._replace(logit_scale=asked.teacher_logit_scale, softcap=asked.teacher_softcap)
-    t, _, _ = _transformed(teacher_logits.detach(), target, of_teacher)
+    if teacher.teacher_input is None:
+        z, t = _top_k_logits(z, counted, teacher, asked)
+    else:
+        of_teacher = spec._replace(logit_scale=asked.teacher_logit_scale, softcap=asked.teacher_softcap)
+        t, _, _ = _transformed(teacher.teacher_input.detach(), target, of_teacher)
+    if asked.tail == "merge":
+        y = torch.zeros_like(y)  # nobody asks for values at the target
     log_p, log_q = z.log_softmax(-1), t.to(z.dtype).log_softmax(-1)
     if asked.direction == "forward":
         value = _relative_entropy(log_q, log_p)
@@ -108,6 +113,32 @@ def divergence(inputs: LogitsInputs, teacher_logits: Tensor, spec: LossSpec, *, 
         own, other = (log.gather(-1, y.unsqueeze(-1)).squeeze(-1) for log in (log_p, log_q))
         at_target = torch.where(counted & (own != other), own - other, 0)  # a class may be excluded by both
     return DivergenceOutput(loss.to(value.dtype), value.detach(), of_p, of_q, agrees, at_target, m)
+
+
+def _top_k_logits(z: Tensor, counted: Tensor, teacher: Teacher, asked: Divergence) -> tuple[Tensor, Tensor]:
+    """The logits of both predictions, where the teacher names K classes of each token: over V or K + 1 classes."""
+    assert teacher.teacher_ids is not None and teacher.teacher_log_probs is not None
+    log_q = torch.where(counted.unsqueeze(-1), teacher.teacher_log_probs.to(z.dtype), -torch.inf)
+    given = log_q != -torch.inf
+    ids = torch.where(given, teacher.teacher_ids, z.shape[-1]).long()  # one more class, for entries that name none
+    tail = (1 - log_q.exp().sum(-1, keepdim=True)).clamp(min=0)
+    if asked.direction == "reverse":
+        tail = tail.clamp(min=torch.finfo(z.dtype).eps)
+    tail = torch.where(given.sum(-1, keepdim=True) == z.shape[-1], 0, tail)
+    named = torch.zeros(*z.shape[:-1], z.shape[-1] + 1, dtype=torch.bool, device=z.device).scatter(-1, ids, True)
+    named = named[..., :-1]
+    if asked.tail == "merge":
+        with_none = torch.cat((z, torch.full_like(z[..., :1], -torch.inf)), -1)
+        rest = z.masked_fill(named, -torch.inf)
+        empty = (rest == -torch.inf).all(-1, keepdim=True)
+        rest = rest.masked_fill(empty, 0).logsumexp(-1, keepdim=True).masked_fill(empty, -torch.inf)
+        return torch.cat((with_none.gather(-1, ids), rest), -1), torch.cat((log_q, tail.log()), -1)
+    each = torch.zeros_like(tail)
+    if asked.tail == "spread":
+        each = tail / (~named).sum(-1, keepdim=True).clamp(min=1)
+    of_all = each.log().expand(z.shape)
+    with_none = torch.cat((of_all, of_all[..., :1]), -1)
+    return z, with_none.scatter(-1, ids, log_q)[..., :-1]
 
 
 def _relative_entropy(log_p: Tensor, log_q: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fused_ppl import checks, transform_checks
 
+TAILS = ("drop", "merge", "spread")
 DIRECTIONS = ("forward", "reverse", "jensen_shannon")
 REDUCTIONS = ("mean", "sum", "none", "sequence")
 BACKENDS = ("triton", "torch", "reference")
@@ -168,6 +169,29 @@ class LogProbs(NamedTuple):
     log_prob: Tensor  # z[target] - lse: log of the probability of the target; 0 where ignored
     entropy: Tensor  # -sum_v p[v] log p[v], p = softmax(z); 0 where ignored
     lse: Tensor  # log sum_v exp(z[v]); 0 where ignored
+
+
+class TopK(NamedTuple):
+    """A teacher that names its K most likely classes of each token, in the place of its logits or of its head.
+
+    Q = sum_k exp(log_probs[k]) is the probability of the named classes. `tail` says what becomes of the other 1 - Q:
+
+        "drop"    the named classes have exp(log_probs[k]) / Q, and all others have 0
+        "merge"   all other classes are one class, of the teacher and of the student as well
+        "spread"  each of the V - K other classes has (1 - Q) / (V - K)
+
+    An entry whose log-probability is -inf names no class, whatever its id is. So rows with fewer classes are padded.
+
+    Example:
+        >>> import torch, fused_ppl
+        >>> teacher = fused_ppl.TopK(torch.tensor([[2, 0]]), torch.tensor([[0.5, 0.25]]).log(), tail="merge")
+        >>> round(fused_ppl.kl_divergence(torch.zeros(1, 4), teacher).item(), 4)
+        0.1733
+    """
+
+    ids: Tensor  # (*target.shape, K), int64 or int32, different from each other within a token
+    log_probs: Tensor  # (*target.shape, K), in nats
+    tail: str
 
 
 class DivergenceOutput(NamedTuple):

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks of what only log-probabilities and losses made of them take; `checks` has those of every loss."""
+"""Checks of log-probabilities, of losses made of them, and of the values of a teacher that names few classes."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fused_ppl.checks import check_device, check_no_grad, check_tensor
@@ -60,3 +61,34 @@ def check_per_token(name: str, value: object, target: Tensor) -> None:
         raise ValueError(f"{name} must have shape {shape}, the shape of target; got {tuple(constant.shape)}.")
     check_device(name, constant, target)
     check_no_grad(name, constant)
+
+
+MOST_PROBABILITY = 1.05  # of all named classes of a token: log-probabilities in bfloat16 are rounded
+
+
+def check_named_classes(ids: Tensor, given: Tensor, total: Tensor, num_classes: int) -> None:
+    """Check the values of a top-k teacher: ids (N, K), and the sums of its probabilities (N,).
+
+    Callers do this on a CPU. On a GPU they do it with FUSED_PPL_DEBUG=1 only, because it waits for the GPU.
+    """
+    if ids.is_meta or not ids.numel():
+        return
+    wrong = (ids < 0) | (ids >= num_classes)
+    if bool(wrong.any()):
+        row, k = (int(i) for i in wrong.nonzero()[0])
+        raise IndexError(
+            f"teacher_input.ids must be in [0, {num_classes}); got {int(ids[row, k])} for token {row}. "
+            "An entry that names no class has the log-probability -inf."
+        )
+    none = torch.arange(-1, -1 - ids.shape[1], -1, dtype=ids.dtype, device=ids.device)
+    in_order = torch.where(given, ids, none).sort(1).values
+    twice = (in_order[:, 1:] == in_order[:, :-1]).any(1)
+    if bool(twice.any()):
+        row = int(twice.nonzero()[0])
+        raise ValueError(f"teacher_input.ids must differ within a token; got {ids[row].tolist()} for token {row}.")
+    if bool((total > MOST_PROBABILITY).any()):
+        row = int(total.argmax())
+        raise ValueError(
+            f"exp(teacher_input.log_probs) must add up to at most 1 for each token; got {float(total[row]):.4g} for "
+            f"token {row}. Pass log-probabilities, logits.log_softmax(-1) at the ids, and not logits."
+        )

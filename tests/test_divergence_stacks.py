@@ -68,8 +68,9 @@ def test_opcheck(case, reduction, stats, backend):
     factor = torch.tensor(0.3, dtype=torch.float64) if reduction == "mean" else torch.ones(3, 3, dtype=torch.float64)
     upstream = Upstream(factor, factor, torch.rand(factor.shape), None)
     execution = Execution(backend, None)
-    checked_op("divergence_forward", logits, t, spec, execution, asked=asked)
-    checked_op("divergence_backward", logits, t, spec, execution, asked=asked, upstream=upstream)
+    teacher_logits = Teacher(t)
+    checked_op("divergence_forward", logits, teacher_logits, spec, execution, asked=asked)
+    checked_op("divergence_backward", logits, teacher_logits, spec, execution, asked=asked, upstream=upstream)
     (hidden, weight, bias), teacher = heads()
     inputs = HeadInputs(*(t.detach() for t in (hidden, weight, bias)), TARGET, None, None, None)
     for grads in ((True, True, True), (True, False, False)):

@@ -41,6 +41,7 @@ TRITON_BACKEND = {f"fused_ppl/backends/triton_{name}.py" for name in ("rows", "c
 FORMULA_NAMES = {"exp", "exp2", "expm1", "log_softmax", "logsumexp", "one_hot", "softmax"}
 TORCH_ROOMS = {"fused_ppl/backends/torch_stats.py", "fused_ppl/backends/torch_rows.py"}  # l, and its gradient
 DIVERGENCE_ROOMS = {"fused_ppl/backends/torch_divergence.py", "kernels/divergence_formula.py"}  # and its gradient
+DIVERGENCE_ROOMS |= {"fused_ppl/backends/top_k.py"}
 FORMULA_ROOMS = {"fused_ppl/reference.py", *TORCH_ROOMS, "kernels/row_formula.py", "kernels/elementary.py"}
 FORMULA_ROOMS |= DIVERGENCE_ROOMS
 MERGE_OF_SHARDS = {"fused_ppl/backends/shards.py": {"exp"}}  # sums of rows relative to a common maximum

@@ -15,11 +15,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fused_ppl import backends, reduction
+from fused_ppl import reduction
 from fused_ppl.engines import memory
+from fused_ppl.engines.comparison import Comparison
 from fused_ppl.engines.head import Head, HeadLoop, empty_gradients, empty_unscaled, scale_into
 from fused_ppl.engines.logits import as_rows, empty_gradient, token_inputs
 from fused_ppl.engines.ops import op
+from fused_ppl.engines.top_k import compare_named, named_by, rows_of
 from fused_ppl.records import (
     Divergence,
     DivergenceStats,
@@ -70,58 +72,56 @@ def _fake_sums(target: Tensor, like: Tensor, spec: LossSpec, dtype: torch.dtype)
 # --- from logits ---------------------------------------------------------------------------------------------------
 
 
-def _forward_fake(inputs: LogitsInputs, _: Tensor, spec: LossSpec, __: Execution, **___: object) -> DivergenceSums:
+def _forward_fake(inputs: LogitsInputs, _: Teacher, spec: LossSpec, __: Execution, **___: object) -> DivergenceSums:
     return _fake_sums(inputs.target, inputs.logits, spec, reduction.wide_dtype(inputs.logits.dtype))
 
 
 @op(_forward_fake)
 def divergence_forward(
-    inputs: LogitsInputs, teacher_logits: Tensor, spec: LossSpec, execution: Execution, *, asked: Divergence
+    inputs: LogitsInputs, teacher: Teacher, spec: LossSpec, execution: Execution, *, asked: Divergence
 ) -> DivergenceSums:
-    tokens = token_inputs(inputs)
-    stats = backends.load_divergence(execution.backend).divergence(
-        as_rows(inputs.logits),
-        _rows_like(teacher_logits, inputs.logits),
-        tokens,
-        spec,
-        asked=asked,
-        upstream=None,
-        out=None,
-        memory_budget=execution.memory_budget,
-    )
+    how, tokens = Comparison(spec, asked, *execution), token_inputs(inputs)
+    stats = _of_logits(inputs, teacher, tokens, how, upstream=None, out=None)
     return _sums(stats, tokens, spec, inputs.target.shape)
 
 
 @op(lambda inputs, *_, **__: empty_gradient(inputs.logits))
 def divergence_backward(
     inputs: LogitsInputs,
-    teacher_logits: Tensor,
+    teacher: Teacher,
     spec: LossSpec,
     execution: Execution,
     *,
     asked: Divergence,
     upstream: Upstream,
 ) -> Tensor:
-    out, rows = empty_gradient(inputs.logits), as_rows(inputs.logits)
+    out, shape = empty_gradient(inputs.logits), as_rows(inputs.logits).shape
     wide = reduction.wide_dtype(inputs.logits.dtype)
-    backends.load_divergence(execution.backend).divergence(
-        rows,
-        _rows_like(teacher_logits, inputs.logits),
-        token_inputs(inputs),
-        spec._replace(stats=False),
-        asked=asked,
-        upstream=reduction.row_upstream(upstream, spec, inputs.target.shape, wide).grad_s,
-        out=out if out.ndim == 2 else out.view(rows.shape),
-        memory_budget=execution.memory_budget,
-    )
+    of_rows = reduction.row_upstream(upstream, spec, inputs.target.shape, wide).grad_s
+    how = Comparison(spec._replace(stats=False), asked, *execution)
+    rows = out if out.ndim == 2 else out.view(shape)
+    _of_logits(inputs, teacher, token_inputs(inputs), how, upstream=of_rows, out=rows)
     return out
 
 
-def _rows_like(teacher_logits: Tensor, logits: Tensor) -> Tensor:
-    """The rows of the teacher, in the two or three dimensions that the student's rows have."""
-    rows = as_rows(logits)
-    own = as_rows(teacher_logits)
-    return own if own.shape == rows.shape else teacher_logits.reshape(rows.shape)
+def _of_logits(
+    inputs: LogitsInputs,
+    teacher: Teacher,
+    tokens: TokenInputs,
+    how: Comparison,
+    *,
+    upstream: Tensor | None,  # (N,)
+    out: Tensor | None,
+) -> DivergenceStats:
+    rows = as_rows(inputs.logits)
+    if teacher.teacher_input is None:
+        wide = reduction.wide_dtype(rows.dtype)
+        known = named_by(rows_of(teacher), tokens, how, num_classes=rows.shape[-1], dtype=wide)
+        return compare_named(rows, known, tokens, how, upstream=upstream, out=out)
+    own = as_rows(teacher.teacher_input)
+    if own.shape != rows.shape:  # other strides
+        own = teacher.teacher_input.reshape(rows.shape)
+    return how.of_logits(rows, own, tokens, upstream=upstream, out=out)
 
 
 # --- through two heads ---------------------------------------------------------------------------------------------
@@ -146,8 +146,8 @@ def linear_divergence(
 ) -> HeadDivergenceSums:
     """The statistics of every token, and the unscaled gradients that `execution` asks for."""
     one = torch.ones((), dtype=torch.float32, device=inputs.hidden.device)
-    other = _teacher_head(inputs, teacher, spec, execution, dtype=teacher_dtype)
-    stats, unscaled = _both_heads(inputs, other, spec, execution, asked=asked, upstream=one)
+    how = Comparison(spec, asked, execution.backend, execution.memory_budget)
+    stats, unscaled = _by_chunks(inputs, teacher, how, execution, teacher_dtype=teacher_dtype, upstream=one)
     return HeadDivergenceSums(_sums(stats, token_inputs(inputs), spec, inputs.target.shape), unscaled)
 
 
@@ -165,9 +165,8 @@ def linear_divergence_backward(
     """The gradients from upstream gradients of each token, in the dtype of their tensors."""
     wide = reduction.wide_dtype(execution.dtype)
     of_rows = reduction.row_upstream(upstream, spec, inputs.target.shape, wide).grad_s
-    spec = spec._replace(stats=False)
-    other = _teacher_head(inputs, teacher, spec, execution, dtype=teacher_dtype)
-    _, unscaled = _both_heads(inputs, other, spec, execution, asked=asked, upstream=of_rows)
+    how = Comparison(spec._replace(stats=False), asked, execution.backend, execution.memory_budget)
+    _, unscaled = _by_chunks(inputs, teacher, how, execution, teacher_dtype=teacher_dtype, upstream=of_rows)
     made = empty_gradients(inputs, execution.grads)
     for out, gradient, needed in zip(made, unscaled, execution.grads, strict=True):
         if needed:
@@ -175,48 +174,51 @@ def linear_divergence_backward(
     return made
 
 
-def _both_heads(
+def _by_chunks(
     inputs: HeadInputs,
-    other: Head,
-    spec: LossSpec,
+    teacher: Teacher,
+    how: Comparison,
     execution: HeadExecution,
     *,
-    asked: Divergence,
+    teacher_dtype: torch.dtype,
     upstream: Tensor,  # () or (N,)
 ) -> tuple[DivergenceStats, Unscaled]:
     """The loop over chunks of rows. Without a gradient to make, `upstream` is not used."""
-    backend, needed = backends.load_divergence(execution.backend), any(execution.grads)
-    loop = HeadLoop(inputs, spec, execution, kind="rows" if needed else "forward", teacher=other)
+    needed, n = any(execution.grads), inputs.target.numel()
+    other = _teacher_head(inputs, teacher, how.spec, execution, dtype=teacher_dtype)
+    loop = HeadLoop(inputs, how.spec, execution, kind="rows" if needed else "forward", teacher=other)
     loop.clear()
-    head, n = loop.head, inputs.target.numel()
+    head, columns = loop.head, loop.case.num_classes
     upstream, parts = head.of_rows(upstream), []
-    shape = (min(loop.plan.rows, max(head.num_rows, 1)), loop.case.num_classes)
-    buffer = memory.empty(shape, other.dtype, inputs.hidden.device)
+    if other is None:
+        ids, log_probs = (head.of_rows(t) for t in rows_of(teacher))
+        named = named_by((ids, log_probs), head.tokens, how, num_classes=columns, dtype=head.wide)
+    else:
+        shape = (min(loop.plan.rows, max(head.num_rows, 1)), columns)
+        buffer = memory.empty(shape, other.dtype, inputs.hidden.device)
     for chunk in loop.chunks():
-        teacher_logits = buffer[: chunk.hidden.shape[0]]
         head.logits(chunk.hidden, chunk.logits)
-        other.logits(other.hidden[chunk.rows].to(other.dtype), teacher_logits)
-        parts.append(
-            backend.divergence(
-                chunk.logits,
-                teacher_logits,
-                chunk.tokens,
-                spec,
-                asked=asked,
-                upstream=(upstream[chunk.rows] if upstream.ndim else upstream) if needed else None,
-                out=chunk.logits if needed else None,
-                memory_budget=execution.memory_budget,
-            )
-        )
+        here = (upstream[chunk.rows] if upstream.ndim else upstream) if needed else None
+        out = chunk.logits if needed else None
+        if other is None:
+            known = named.of(chunk.rows)
+            parts.append(compare_named(chunk.logits, known, chunk.tokens, how, upstream=here, out=out))
+        else:
+            logits = buffer[: chunk.hidden.shape[0]]
+            other.logits(other.hidden[chunk.rows].to(other.dtype), logits)
+            parts.append(how.of_logits(chunk.logits, logits, chunk.tokens, upstream=here, out=out))
         if needed:
             loop.add_gradients(chunk)
-    return _of_all(parts, head, spec, n), loop.finished()
+    return _of_all(parts, head, how.spec, n), loop.finished()
 
 
 def _teacher_head(
     inputs: HeadInputs, teacher: Teacher, spec: LossSpec, execution: HeadExecution, *, dtype: torch.dtype
-) -> Head:
-    hidden, weight, bias = teacher
+) -> Head | None:
+    """The second head, or None of a top-k teacher."""
+    hidden, weight, bias, *_ = teacher
+    if hidden is None or weight is None:
+        return None
     given = HeadInputs(hidden, weight, bias, inputs.target, weight=None, token_weight=None, num_items=None)
     return Head(given, spec, HeadExecution(execution.backend, execution.memory_budget, dtype, _CONSTANT))
 

@@ -63,7 +63,8 @@ def _compact(inputs: HeadInputs, execution: HeadExecution, asked: Compact) -> in
 
 
 def _with_teacher(inputs: HeadInputs, execution: HeadExecution, teacher: Teacher) -> int:
-    return _with_gradients(inputs, execution, None) + 2 * teacher.teacher_hidden.numel() * inputs.linear_weight.shape[0]
+    of_teacher = 0 if teacher.teacher_input is None else teacher.teacher_input.numel()
+    return _with_gradients(inputs, execution, None) + 2 * of_teacher * inputs.linear_weight.shape[0]
 
 
 _FORMULAS: dict[Op[..., Any], Callable[..., int]] = {
