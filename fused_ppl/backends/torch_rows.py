@@ -8,11 +8,13 @@ are in `torch_stats`, its gradient is here.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from fused_ppl import checks
 from fused_ppl.backends.torch_chunks import Chunks, Rows, chain, transform
 from fused_ppl.backends.torch_stats import (
     Others,
@@ -20,6 +22,7 @@ from fused_ppl.backends.torch_stats import (
     chunk_stats,
     collect,
     others_mass,
+    plain_stats,
     product,
     shard_stats,
     stats_of_others,
@@ -27,6 +30,7 @@ from fused_ppl.backends.torch_stats import (
     without_target,
     x_log_x,
 )
+from fused_ppl.backends.torch_threads import Part, in_parts, worth_it
 from fused_ppl.records import Normalizers, RowFunction, RowStats, RowUpstream, Shard, TokenInputs, Totals
 from fused_ppl.spec import LossSpec
 
@@ -41,8 +45,32 @@ def nll_forward(
     keep_lse: bool = True,
 ) -> tuple[RowStats, Totals | None]:
     """nll, lse and the parts of S and M of every row; entropy and argmax with `stats`."""
+    if not worth_it(logits):
+        return _forward(logits, tokens, spec, memory_budget=memory_budget, keep_lse=keep_lse), None
+
+    def of_part(part: Part) -> RowStats:
+        budget = part.budget(memory_budget)
+        return _forward(logits[part.place], part.tokens(tokens), spec, memory_budget=budget, keep_lse=keep_lse)
+
+    def whole() -> RowStats:
+        return _forward(logits, tokens, spec, memory_budget=memory_budget, keep_lse=keep_lse)
+
+    def check() -> object:
+        return checks.check_target_range(tokens.target, logits.shape[-1], spec.ignore_index)
+
+    found = in_parts(logits, whole, of_part, check=check)
+    return (found[0] if len(found) == 1 else RowStats.concatenate(found)), None
+
+
+def _forward(
+    logits: Tensor, tokens: TokenInputs, spec: LossSpec, *, memory_budget: int | None, keep_lse: bool
+) -> RowStats:
     chunks = Chunks(logits, tokens, spec, memory_budget=memory_budget, keep_lse=keep_lse)
-    return collect(chunks, [chunks.zeros(rows) if rows.skipped else chunk_stats(chunks, rows) for rows in chunks]), None
+    if chunks.on_cpu and chunks.rows < tokens.target.shape[0] and not (spec.stats or spec.label_smoothing):
+        found = plain_stats(chunks)
+        if found is not None:
+            return found
+    return collect(chunks, [chunks.zeros(rows) if rows.skipped else chunk_stats(chunks, rows) for rows in chunks])
 
 
 def nll_backward(
@@ -57,6 +85,46 @@ def nll_backward(
     shard: Shard | None = None,
 ) -> None:
     """The gradient of every row into `out`."""
+    whole = functools.partial(
+        _backward,
+        logits,
+        tokens,
+        spec,
+        normalizers=normalizers,
+        upstream=upstream,
+        out=out,
+        memory_budget=memory_budget,
+        shard=shard,
+    )
+    if not worth_it(logits):
+        return whole()
+
+    def of_part(part: Part) -> None:
+        _backward(
+            logits[part.place],
+            part.tokens(tokens),
+            spec,
+            normalizers=Normalizers(*(part.of(t) for t in normalizers)),
+            upstream=upstream.map(part.of),
+            out=out[part.place],
+            memory_budget=part.budget(memory_budget),
+            shard=shard,
+        )
+
+    in_parts(logits, whole, of_part)
+
+
+def _backward(
+    logits: Tensor,
+    tokens: TokenInputs,
+    spec: LossSpec,
+    *,
+    normalizers: Normalizers,
+    upstream: RowUpstream,
+    out: Tensor,
+    memory_budget: int | None,
+    shard: Shard | None,
+) -> None:
     lse, nll = normalizers
     chunks = Chunks(logits, tokens, spec, memory_budget=memory_budget, out=out, shard=shard)
     slope = None if spec.softcap is None else torch.empty_like(chunks.buffer)
@@ -136,6 +204,37 @@ def nll_forward_backward(
 
         lse_o = log sum_{v != y} exp z_v,    nll = log(1 + exp(lse_o - z_y)) >= 0,    1 - p_y = -expm1(-nll)
     """
+
+    def of_part(part: Part) -> RowStats:
+        return _forward_backward(
+            logits[part.place],
+            part.tokens(tokens),
+            spec,
+            target_logit=part.of(target_logit),
+            upstream=upstream,
+            memory_budget=part.budget(memory_budget),
+        )
+
+    def whole() -> RowStats:
+        return _forward_backward(
+            logits, tokens, spec, target_logit=target_logit, upstream=upstream, memory_budget=memory_budget
+        )
+
+    if callable(upstream) or not worth_it(logits):  # a function runs in the caller's thread
+        return whole()
+    found = in_parts(logits, whole, of_part)
+    return found[0] if len(found) == 1 else RowStats.concatenate(found)
+
+
+def _forward_backward(
+    logits: Tensor,
+    tokens: TokenInputs,
+    spec: LossSpec,
+    *,
+    target_logit: Tensor,
+    upstream: float | RowFunction | None,
+    memory_budget: int | None,
+) -> RowStats:
     out = None if upstream is None else logits
     chunks = Chunks(logits, tokens, spec, memory_budget=memory_budget, out=out)
     slope = torch.empty_like(chunks.buffer) if spec.softcap is not None and upstream is not None else None

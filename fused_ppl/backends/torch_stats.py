@@ -16,6 +16,49 @@ from fused_ppl.backends.shards import LOWEST
 from fused_ppl.backends.torch_chunks import Chunks, Rows, transform
 from fused_ppl.records import RowStats
 
+# Nearly all logits are such that their maximum need not be subtracted, which saves a pass over each chunk, or two.
+# Bounds of a sum of e^z. Below, terms that round to 0 would be missed. Above, 1 / sum would lose digits.
+LEAST_SUM, MOST_SUM, MOST_LOGIT = 1e-20, 1e30, 80.0
+
+
+def within_bounds(sums: Tensor) -> bool:
+    low, high = sums.aminmax()
+    return float(low) >= LEAST_SUM and float(high) <= MOST_SUM
+
+
+def plain_stats(chunks: Chunks) -> RowStats | None:
+    """nll and lse of all rows from sums of e^z, or None where a sum is out of bounds, or rows are not a matrix.
+
+    There is little Python between the chunks. So they may be small, and a row is in the thread's own cache when it is
+    read again.
+    """
+    every, spec = chunks.all_rows, chunks.spec
+    if chunks.shape[0] > 1 and chunks.logits.ndim == 3:
+        return None
+    logits = chunks.logits if chunks.logits.ndim == 2 else chunks.logits[0]
+    may_read = logits.dtype == chunks.dtype and spec.logit_scale == 1 and spec.softcap is None
+    sums = torch.empty(logits.shape[0], dtype=chunks.dtype, device=logits.device)
+    rows = max(1, chunks.rows // 2)
+    counted = None if every.counted is None else every.counted.split(rows)
+    for k, (x, s) in enumerate(zip(logits.split(rows), sums.split(rows), strict=True)):
+        if counted is not None and not bool(counted[k].any()):
+            s.fill_(1)
+            continue
+        e = chunks.buffer[: x.shape[0]]
+        torch.sum(torch.exp(x, out=e) if may_read else transform(e.copy_(x), spec).exp_(), 1, out=s)
+        if counted is not None:
+            s.masked_fill_(~counted[k], 1)
+        if k == 0 and not within_bounds(s):
+            return None
+    if not within_bounds(sums):
+        return None
+    z_y = target_z(chunks, logits.gather(1, every.target).squeeze(1))
+    log_sum = sums.to(chunks.wide).log_()
+    # the same e^z divided out: where the target has all the mass, nll is 0 and not the rounding of e^z
+    ratio = sums.to(chunks.wide).div_(z_y.exp())
+    nll = torch.where(z_y < -MOST_LOGIT, log_sum - z_y, ratio.log_().clamp_min_(0)).to(chunks.dtype)
+    return row_stats(chunks, every, nll, lse=log_sum if chunks.keep_lse else None)
+
 
 def chunk_stats(chunks: Chunks, rows: Rows) -> RowStats:
     spec, y, w = chunks.spec, rows.target, chunks.weight
@@ -48,9 +91,9 @@ def row_stats(
     nll: Tensor,
     *,
     lse: Tensor | None,
-    smooth: Tensor | None,  # sum_v w[v] * (lse - z[v])
-    entropy: Tensor | None,
-    predicted: Tensor | None,
+    smooth: Tensor | None = None,  # sum_v w[v] * (lse - z[v])
+    entropy: Tensor | None = None,
+    predicted: Tensor | None = None,
 ) -> RowStats:
     """The statistics of rows, with l and u * w[y]; 0 in ignored rows."""
     a = chunks.spec.label_smoothing
@@ -134,13 +177,17 @@ def without_target(
 ) -> tuple[Others, Softmax, Tensor]:
     """The statistics of the other classes, their p, which is 0 at the target, and 1 - p_y."""
     spec, y, z_y = chunks.spec, rows.target, rows.of(z_y)
-    x = chunks.copy(rows)
-    if spec.softcap is not None or spec.label_smoothing or spec.stats:
-        x.scatter_(1, y, rows.of(target_logit).unsqueeze(1))
-    transform(x, chunks.spec, derivative)
-    plain_sum = None
-    if spec.label_smoothing:
-        plain_sum = x.sum(1) if chunks.weight is None else x @ chunks.weight
+    logit = rows.of(target_logit)
+    x, plain_sum = _chunk_with_target(chunks, rows, logit, derivative)
+    if chunks.on_cpu and not spec.stats and x.dtype != rows.source.dtype:  # then x is a copy, and can be made again
+        mass = x.scatter_(1, y, -torch.inf).exp_().sum(1)
+        if within_bounds(mass) and float(z_y.max()) <= MOST_LOGIT:
+            excess = mass.to(chunks.wide).log_()
+            nll = torch.nn.functional.softplus(excess - z_y, threshold=40.0).to(chunks.dtype)
+            rest = others_mass(nll)
+            found = Others(nll, torch.zeros_like(nll), excess, plain_sum, None, None)
+            return found, Softmax(x, rest / mass), rest
+        x, plain_sum = _chunk_with_target(chunks, rows, logit, derivative)
     predicted = argmax(x) if spec.stats else None
     # the largest of the others takes the place of the target: softmax then gives its share of a sum that it is part of
     x.scatter_(1, y, -torch.inf)
@@ -166,6 +213,20 @@ def without_target(
         found = found._replace(entropy=torch.where(rest < 1, (1 - rest) * nll, 0) + of_others)
         p = p._replace(q_log_q=q_log_q, shift=rest.clamp(min=torch.finfo(x.dtype).tiny).log() - lost)
     return found, p, rest
+
+
+def _chunk_with_target(
+    chunks: Chunks, rows: Rows, target_logit: Tensor, derivative: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """z of the rows, in memory that may be written to, and sum_v w[v] * z[v] where the smoothing needs it."""
+    spec = chunks.spec
+    x = chunks.copy(rows)
+    if spec.softcap is not None or spec.label_smoothing or spec.stats:
+        x.scatter_(1, rows.target, target_logit.unsqueeze(1))
+    transform(x, spec, derivative)
+    if not spec.label_smoothing:
+        return x, None
+    return x, x.sum(1) if chunks.weight is None else x @ chunks.weight
 
 
 def others_mass(nll: Tensor) -> Tensor:
