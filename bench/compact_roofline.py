@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import roofline
 
+from fused_ppl import plan
+
 N, V, D = 8192, 128256, 4096
 SHARE, GROUP = 1 / 8, 1024
 RATE = 768e12  # FLOP/s in bf16: QuACK's own measurement of its head at N = 4096 and this V and D; fp8 is twice that
@@ -40,11 +42,18 @@ def rows() -> list[Row]:
     # stats and column sums read the logits; the kept ones are gathered (32 bytes of a sector each), written, read twice
     passes = logits * (2 + 2) + N * kept * (32 + 6)
     converted = weight * 3  # W, read and written as fp8 at every call
+    case = plan.LinearCase(N, V, D, 2, "cuda", (True, True, False))
+    chunks = -(-N // plan.linear_plan(case, "rows").rows)
+    # each chunk but the first reads and writes dW, and the end reads and rounds it
+    added = logits * 6 + weight * (8 * (chunks - 1) + 6)
+    # without addmm(out_dtype=): each product is written to a buffer first
+    beside = logits * 6 + weight * (8 * chunks + 6)
     return [
         Row("QuACK: three products, logits in bf16 chunks", 3 * product, 0, logits * 4 + weight * 2),
         Row("Liger: three products, chunks of 256 rows", 3 * product, 0, logits * 6 + LIGER_CHUNKS * weight * 4),
         Row("cut-cross-entropy: recomputes, no tile is skipped", 4 * product, 0, weight * 2),
-        Row("fused_ppl, rows", 3 * product, 0, logits * 6 + weight * (8 * N // 2048 + 6)),
+        Row(f"fused_ppl, rows, {chunks} chunks", 3 * product, 0, added),
+        Row("fused_ppl, rows, torch without addmm(out_dtype=)", 3 * product, 0, beside),
         Row("fused_ppl, compact", product * (1 + 2 * SHARE), 0, passes + thin),
         Row(
             "fused_ppl, compact with an fp8 screen",

@@ -24,6 +24,7 @@ from torch import Tensor
 
 import fused_ppl
 from fused_ppl import Options, backends, plan
+from fused_ppl.backends import presence
 from fused_ppl.records import Normalizers, RowUpstream, TokenInputs
 from fused_ppl.spec import LossSpec
 
@@ -303,6 +304,7 @@ def _few_rows(card: Card | StandIn, sizes: Sizes, n: int) -> Found:
 # name -> options, and the kind of plan; "vocab" is what a tight budget leads to
 HEADS: dict[str, tuple[dict[str, Any], str]] = {
     "plan rows": ({}, "rows"),
+    "plan rows, products beside": ({}, "rows"),  # added from a buffer, and not in place
     "plan vocab": ({"memory_budget": 2**20}, "vocab"),
     "compact, tolerance 1e-3": ({"gradient_tolerance": 1e-3}, "compact"),
     "compact, an eighth of the columns": ({"gradient_columns": 0.125}, "compact"),
@@ -324,7 +326,13 @@ def _head_plan(card: Card | StandIn, sizes: Sizes, name: str) -> Found:
     modes = MODES if kind != "compact" else MODES[1:]
     case = Case("plans", case.tensors, case.target, case.objective, case.truth, {}, case.flops, planned, modes)
     loss = functools.partial(fused_ppl.linear_perplexity, options=options)
-    found = time_loss(card, f"fused_ppl, {name}", loss, case)
+    adds = presence.adds_half_products
+    try:
+        if name.endswith("beside"):
+            presence.adds_half_products = lambda kind: False
+        found = time_loss(card, f"fused_ppl, {name}", loss, case)
+    finally:
+        presence.adds_half_products = adds
     if kind == "compact":
         leaves = [t.detach().clone().requires_grad_() for t in case.tensors]
         out = fused_ppl.linear_cross_entropy_with_stats(*leaves, case.target, options=options)

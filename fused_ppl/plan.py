@@ -59,7 +59,7 @@ def row_chunks(outer: int, inner: int, rows: int) -> Iterator[tuple[slice, slice
 # Each chunk of the fused LM head reads the weight once, and reads and writes its gradient once. Chunks of fewer rows
 # spend too much of their time on that. The keys are bytes per element: bf16 products are faster and need more rows.
 MIN_ROWS = {"cpu": {2: 512, 4: 128, 8: 128}, "gpu": {2: 1024, 4: 1024, 8: 1024}}
-MAX_ROWS = {"cpu": 1024, "gpu": 4096}
+MAX_ROWS = {"cpu": 1024, "gpu": 8192}
 CHUNK_BYTES = {"cpu": 256 * 2**20, "gpu": 512 * 2**20}
 COLUMNS = 8192  # of a slice of the vocabulary, at most
 LEAST_COLUMNS = 256
@@ -199,6 +199,9 @@ def linear_plan(case: LinearCase, kind: str) -> LinearPlan:
         # A buffer over half of the size of the weight's float32 gradient costs more memory than it saves time. With a
         # screen a larger buffer is worth it, and so it is for the buffers of two heads.
         rows = min(rows, int(wide * d / (logit * (1 if screened else 1.5 if case.teacher_itemsize else 2))))
+    elif case.grads[1] and kind == "rows":
+        # Each chunk reads and writes the weight's gradient. A buffer of half of its size is worth it.
+        rows = max(rows, wide * d // (2 * logit))
     rows = min(max(rows, least), most)
     made_in_forward = kind in ("rows", "compact")
     saved = case.accumulator_bytes + wide * n * d * case.grads[0] if made_in_forward else 2 * wide * n

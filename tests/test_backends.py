@@ -17,6 +17,8 @@ from fused_ppl import Options, backends, perplexity, records, spec
 from fused_ppl.backends import presence
 from fused_ppl.cli import machine
 from fused_ppl.engines import head
+from fused_ppl.records import HeadExecution, HeadInputs
+from fused_ppl.spec import LossSpec
 
 CPU, CUDA, MPS = torch.device("cpu"), torch.device("cuda"), torch.device("mps")
 FP32, FP64 = torch.float32, torch.float64
@@ -123,6 +125,51 @@ def test_products_of_bf16_are_fp32_where_they_cannot_be_summed_in_fp32(monkeypat
     monkeypatch.setattr(type(torch.ops.aten.mm), "overloads", lambda self: ["default", "out"])
     assert head.product_dtype(torch.bfloat16, CUDA) == FP32
     presence.widens_half_products.cache_clear()
+
+
+def _mm(a, b, *, out_dtype, out):
+    return out.copy_(a.to(out_dtype) @ b.to(out_dtype))
+
+
+def _addmm(c, a, b, *, out_dtype, out):
+    return out.copy_(c + a.to(out_dtype) @ b.to(out_dtype))
+
+
+def _raises(*given, **keywords):
+    raise NotImplementedError("Could not run 'aten::addmm.dtype_out'")
+
+
+@pytest.mark.parametrize(
+    ("addmm", "right"),
+    [
+        (_addmm, True),
+        (lambda c, a, b, out_dtype, out: out.copy_((c.bfloat16() + a @ b).float()), False),  # a rounded sum
+        (lambda c, a, b, out_dtype, out: out.copy_(a.float() @ b.float()), False),  # nothing added
+        (_raises, False),
+    ],
+    ids=["right", "rounded", "overwritten", "missing"],
+)
+def test_products_are_added_in_place_where_that_was_tried_and_right(addmm, right, monkeypatch):
+    monkeypatch.setattr(torch, "mm", _mm)
+    monkeypatch.setattr(torch, "addmm", addmm)
+    assert presence._adds_in_place("cpu") is right
+
+
+def test_a_gradient_that_is_added_in_place(monkeypatch):
+    """As on a GPU with torch 2.8: the first chunk writes the gradient of the weight, and others add to it."""
+    inputs = HeadInputs(torch.randn(6, 8).bfloat16(), torch.randn(5, 8).bfloat16(), None, *[None] * 4)
+    inputs = inputs._replace(target=torch.zeros(6, dtype=torch.long))
+    execution = HeadExecution("torch", None, torch.bfloat16, (True, True, False))
+    of_head = head.Head(inputs, LossSpec(), execution)
+    of_head.on_cpu, of_head.dtype = False, torch.bfloat16
+    g, out = torch.randn(6, 5).bfloat16(), torch.full((5, 8), torch.nan)
+    monkeypatch.setattr(presence, "adds_half_products", lambda kind: True)
+    monkeypatch.setattr(torch, "mm", _mm)
+    monkeypatch.setattr(torch, "addmm", _addmm)
+    of_head.add_weight_gradient(g[:4], inputs.hidden[:4], out, fresh=True)
+    of_head.add_weight_gradient(g[4:], inputs.hidden[4:], out, fresh=False)
+    monkeypatch.undo()
+    torch.testing.assert_close(out, g.float().t() @ inputs.hidden.float(), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["torch", "reference"])

@@ -75,10 +75,10 @@ def test_more_budget_never_means_smaller_chunks_of_the_same_plan(case, a, b):
 def test_explain_says_what_was_chosen_with_its_numbers():
     case = plan.LinearCase(8192, 128256, 4096, 2, "cuda", (True, True, False))
     made = plan.linear_plan(case, plan.linear_kind(case, per_token=False))
-    assert made.kind == "rows" and made.rows == 2092
+    assert made.kind == "rows" and made.rows == 4096
     assert made.saved_bytes == 128256 * 4096 * 4 + 8192 * 4096 * 4
     assert made.flops == 6 * 8192 * 128256 * 4096
-    assert made.explain().startswith("plan rows: 2092 rows at a time; one upstream gradient for all tokens")
+    assert made.explain().startswith("plan rows: 4096 rows at a time; one upstream gradient for all tokens")
     assert plan.linear_kind(case, per_token=True) == "vocab"
 
 
@@ -205,7 +205,8 @@ def test_a_weight_that_autocast_converts_is_in_the_budget(trained, dtype, peak_b
 
     gradients = sum(4 * leaf.numel() for leaf in leaves)
     for budget in (2 * MIB, 4 * MIB):  # all of the weight takes 8 MiB in bf16
-        assert peak_bytes(lambda budget=budget: step(budget)) <= gradients + budget + 2.2 * MIB
+        of_rows = min(budget, plan.CPU_BUFFER_PER_THREAD * torch.get_num_threads())  # in cache
+        assert peak_bytes(lambda budget=budget: step(budget)) <= gradients + budget + of_rows + 0.2 * MIB
     # what is converted by slices is the same number
     for a, b in zip(step(2 * MIB), step(None), strict=True):
         assert_close(a, b, rtol=1e-2, atol=1e-2 * b.abs().amax().item())

@@ -87,3 +87,31 @@ def widens_half_products(kind: str) -> bool:
     except (RuntimeError, NotImplementedError):
         return False
     return True
+
+
+_adds: dict[str, bool] = {}  # by type of device
+
+
+def adds_half_products(kind: str) -> bool:
+    """True if torch.addmm(out_dtype=) adds a bf16 product to a float32 matrix in place on this type of device.
+
+    It is tried once per process, with its value, because a wrong sum would be a wrong gradient. The result is False
+    while that cannot be tried.
+    """
+    if kind not in _adds:
+        if not widens_half_products(kind) or not _can_launch(kind):
+            return False
+        _adds[kind] = _adds_in_place(kind)
+    return _adds[kind]
+
+
+def _adds_in_place(kind: str) -> bool:
+    a = torch.ones(16, 16, dtype=torch.bfloat16, device=kind)
+    total = torch.full((16, 16), 1e-3, dtype=torch.float32, device=kind)  # rounded to bf16, 16.001 would be 16
+    try:
+        torch.mm(a, a, out_dtype=torch.float32, out=total)
+        torch.addmm(total, a, a, out_dtype=torch.float32, out=total)
+        torch.addmm(total.mul_(1e-3), a, a, out_dtype=torch.float32, out=total)
+    except (RuntimeError, TypeError):
+        return False
+    return bool(((total - 16.032).abs() < 1e-4).all())

@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -212,6 +212,10 @@ class Head:
         if a.dtype == out.dtype:
             # not addmm_, whose FLOPs torch.utils.flop_counter does not count
             torch.mm(a, b, out=out) if fresh else torch.addmm(out, a, b, out=out)
+            return
+        if not self.on_cpu and presence.adds_half_products(out.device.type):  # no buffer for the product
+            how: dict[str, Any] = {"out_dtype": out.dtype, "out": out}  # which torch's stubs do not know together
+            torch.mm(a, b, **how) if fresh else torch.addmm(out, a, b, **how)
             return
         product = torch.mm(a, b) if self.on_cpu else torch.mm(a, b, out_dtype=out.dtype)
         out.copy_(product) if fresh else out.add_(product)
