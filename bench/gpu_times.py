@@ -259,7 +259,8 @@ def variant_steps(card: Card | StandIn, sizes: Sizes) -> Iterator[Step]:
         run = functools.partial(_few_rows, card, sizes, rows)
         yield Step(f"perplexity from logits, N={rows}, V={v}, latency", "rows", 2, run)
     for name in HEADS:
-        yield Step(f"perplexity of a head, {name}", "plans", 4, functools.partial(_head_plan, card, sizes, name))
+        seconds = 2 if name.endswith("beside") else 4
+        yield Step(f"perplexity of a head, {name}", "plans", seconds, functools.partial(_head_plan, card, sizes, name))
 
 
 def _logits_dtype(card: Card | StandIn, sizes: Sizes, dtype: torch.dtype) -> Found:
@@ -323,7 +324,7 @@ def _head_plan(card: Card | StandIn, sizes: Sizes, name: str) -> Found:
     case = head_case(card, sizes, group="plans", kind="rows" if kind == "compact" else kind)
     planned = planned_bytes(sizes, kind, keywords.get("memory_budget")) if kind != "compact" else {}
     # a cheap forward alone is not what a compact head is for
-    modes = MODES if kind != "compact" else MODES[1:]
+    modes = MODES if kind != "compact" and not name.endswith("beside") else MODES[1:]
     case = Case("plans", case.tensors, case.target, case.objective, case.truth, {}, case.flops, planned, modes)
     loss = functools.partial(fused_ppl.linear_perplexity, options=options)
     adds = presence.adds_half_products
