@@ -129,19 +129,23 @@ class LinearPlan:
     peak_bytes: int  # the most that is held at once, including the returned gradients
     cheap_flops: int = 0  # of the screen, in low precision
     group: int = 0  # rows that share their kept columns
+    cache_bytes: int = 0  # at most, beside peak_bytes: a CPU's threads convert rows in buffers that stay in cache
 
     def explain(self) -> str:
-        """Say the choice in words and numbers."""
+        """Say the choice in words and numbers. Memory is a range where it depends on the number of threads."""
         walk = f"{self.rows} rows at a time"
         if self.group:
             walk += f", at most {self.columns} columns kept for each {self.group} of them"
         elif self.columns:
             walk += f", backward in slices of {self.columns} columns"
+        peak = f"at most {self.peak_bytes / 2**20:.0f}"
+        if self.cache_bytes:
+            peak = f"{self.peak_bytes / 2**20:.0f} to {(self.peak_bytes + self.cache_bytes) / 2**20:.0f}"
         cheap = f" and {self.cheap_flops / 1e9:.1f} GFLOP of the screen" if self.cheap_flops else ""
         return (
             f"plan {self.kind}: {walk}; {self.reason}. {self.temporary_bytes / 2**20:.0f} MiB temporary, "
-            f"{self.saved_bytes / 2**20:.0f} MiB from forward to backward, at most {self.peak_bytes / 2**20:.0f} "
-            f"MiB with the gradients, {self.flops / 1e9:.1f} GFLOP{cheap}."
+            f"{self.saved_bytes / 2**20:.0f} MiB from forward to backward, {peak} MiB with the gradients, "
+            f"{self.flops / 1e9:.1f} GFLOP{cheap}."
         )
 
 
@@ -236,7 +240,10 @@ def linear_plan(case: LinearCase, kind: str) -> LinearPlan:
     products = {"forward": 1, "rows": 1, "vocab": 2}[kind] + case.grads[0] + case.grads[1]
     reason += _over(case, temporary + saved)
     flops = product * products + 2 * n * v * case.teacher_size
-    return LinearPlan(kind, rows, columns, temporary, saved, flops, reason, saved + at_once)
+    # float32 logits are overwritten by their gradient, and need no such buffer
+    copies = case.place == "cpu" and (size == 2 or kind == "forward")
+    cache = min(CPU_BUFFER, rows * v * wide) if copies else 0
+    return LinearPlan(kind, rows, columns, temporary, saved, flops, reason, saved + at_once, cache_bytes=cache)
 
 
 def _over(case: LinearCase, size: int) -> str:

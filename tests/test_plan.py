@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import re
+
 import options as option_table
 import pytest
 import torch
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from fused_ppl import Options, cross_entropy, cross_entropy_with_stats, linear_cross_entropy, perplexity, plan
+from fused_ppl.engines import head
 from fused_ppl.testing import make_logits, make_target
 
 MIB = 2**20
@@ -210,6 +213,27 @@ def test_a_weight_that_autocast_converts_is_in_the_budget(trained, dtype, peak_b
     # what is converted by slices is the same number
     for a, b in zip(step(2 * MIB), step(None), strict=True):
         assert_close(a, b, rtol=1e-2, atol=1e-2 * b.abs().amax().item())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["forward", "rows"])
+@pytest.mark.parametrize("shape", [(512, 16384, 256), (512, 4096, 64), (256, 16384, 1024)], ids=str)
+def test_measured_memory_is_in_the_range_that_explain_names(shape, kind, dtype, peak_bytes):
+    n, v, d = shape
+    hidden, weight = torch.randn(n, d).to(dtype), torch.randn(v, d).to(dtype)
+    leaves = [t.requires_grad_(kind == "rows") for t in (hidden, weight)]
+    target = torch.randint(v, (n,))
+
+    def step():
+        loss = linear_cross_entropy(*leaves, target)
+        return torch.autograd.grad(loss, leaves) if kind == "rows" else loss
+
+    grads = (kind == "rows",) * 2 + (False,)
+    case = plan.LinearCase(n, v, d, head.product_dtype(dtype, hidden.device).itemsize, "cpu", grads)
+    made = plan.linear_plan(case, kind)
+    low, high = (float(x) for x in re.search(r"(\d+)(?: to (\d+))? MiB with the gradients", made.explain()).groups(0))
+    measured = peak_bytes(step) / MIB
+    assert 0.85 * low <= measured <= 1.15 * max(low, high) + 1, made.explain()
 
 
 def test_the_kind_is_chosen_with_the_element_size_of_the_products():
