@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from torch import Tensor
+from torch.testing import assert_close
 
 from fused_ppl import Options, cross_entropy, linear_cross_entropy, perplexity
 from fused_ppl.backends import torch_rows, torch_threads
@@ -87,6 +88,16 @@ def test_from_logits(keywords, kind, dtype, threads):
     assert_as_good_as_eager(gradient, wide.to(dtype), right, condition=condition)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_float64_from_logits(kind, threads):
+    target, found = labels(kind), []
+    for options in (CHUNKS, REFERENCE):
+        z = logits_of(kind).requires_grad_()
+        loss = cross_entropy(z, target, reduction="none", options=options)
+        found.append((loss.detach(), torch.autograd.grad(loss.sum(), z)[0]))
+    assert_close(*found, rtol=1e-12, atol=1e-12, equal_nan=True)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", KINDS[:7])
 @pytest.mark.parametrize("keywords", [{}, {"softcap": 20.0}, {"label_smoothing": 0.1}], ids=str)
@@ -153,7 +164,7 @@ def test_our_threads_leave_everything_as_it_was(threads, monkeypatch):
     x, target = torch.randn(40, 300), torch.arange(40)
     want = cross_entropy(x, target, options=REFERENCE)
     with torch.inference_mode():
-        torch.testing.assert_close(cross_entropy(x.clone(), target), want)
+        assert_close(cross_entropy(x.clone(), target), want)
     assert torch.get_num_threads() == 3
     of_new: list[int] = []
     new = threading.Thread(target=lambda: of_new.append(torch.get_num_threads()))

@@ -53,10 +53,10 @@ def plain_stats(chunks: Chunks) -> RowStats | None:
     if not within_bounds(sums):
         return None
     z_y = target_z(chunks, logits.gather(1, every.target).squeeze(1))
-    log_sum = sums.to(chunks.wide).log_()
+    wide = sums.to(chunks.wide)
+    log_sum = wide.log()
     # the same e^z divided out: where the target has all the mass, nll is 0 and not the rounding of e^z
-    ratio = sums.to(chunks.wide).div_(z_y.exp())
-    nll = torch.where(z_y < -MOST_LOGIT, log_sum - z_y, ratio.log_().clamp_min_(0)).to(chunks.dtype)
+    nll = torch.where(z_y < -MOST_LOGIT, log_sum - z_y, (wide / z_y.exp()).log_().clamp_min_(0)).to(chunks.dtype)
     return row_stats(chunks, every, nll, lse=log_sum if chunks.keep_lse else None)
 
 
@@ -182,7 +182,7 @@ def without_target(
     if chunks.on_cpu and not spec.stats and x.dtype != rows.source.dtype:  # then x is a copy, and can be made again
         mass = x.scatter_(1, y, -torch.inf).exp_().sum(1)
         if within_bounds(mass) and float(z_y.max()) <= MOST_LOGIT:
-            excess = mass.to(chunks.wide).log_()
+            excess = mass.to(chunks.wide).log()
             nll = torch.nn.functional.softplus(excess - z_y, threshold=40.0).to(chunks.dtype)
             rest = others_mass(nll)
             found = Others(nll, torch.zeros_like(nll), excess, plain_sum, None, None)
