@@ -129,6 +129,8 @@ class RowStats(NamedTuple):
     @classmethod
     def concatenate(cls, parts: Sequence[RowStats]) -> RowStats:
         """The rows of all parts, one part after another."""
+        if len(parts) == 1:
+            return parts[0]
         return cls(*(None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True)))  # type: ignore[arg-type]  # as above
 
 

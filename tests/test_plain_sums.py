@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from fused_ppl import Options, cross_entropy, linear_cross_entropy, perplexity
-from fused_ppl.backends import torch_rows, torch_threads
+from fused_ppl.backends import torch_threads
 from fused_ppl.testing import assert_as_good_as_eager
 
 CHUNKS = Options(backend="torch", memory_budget=40_000)  # a few rows each
@@ -57,19 +57,24 @@ def labels(kind: str) -> Tensor:
     return target
 
 
+@pytest.fixture
+def our_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Three of our threads, for logits of any size."""
+    if not torch_threads._uses_openmp():
+        pytest.skip("this torch has one number of threads for the process")
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    monkeypatch.setattr(torch_threads, "LEAST_LOGITS", 0)
+    monkeypatch.setattr(torch_threads, "_calls_left", 10**9)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(params=["pytorch", "own"])
-def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def threads(request: pytest.FixtureRequest) -> None:
     """Rows in PyTorch's threads, or in ours."""
     if request.param == "own":
-        if not torch_threads._uses_openmp():
-            pytest.skip("this torch has one number of threads for the process")
-        before = torch.get_num_threads()
-        torch.set_num_threads(3)
-        monkeypatch.setattr(torch_threads, "LEAST_LOGITS", 0)
-        monkeypatch.setattr(torch_threads, "_calls_left", 10**9)
-    yield request.param
-    if request.param == "own":
-        torch.set_num_threads(before)
+        request.getfixturevalue("our_threads")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -130,7 +135,7 @@ def both_ways(call: Callable[[], tuple[Tensor, ...]], monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shape", [(7, 60_000), (200, 513), (3, 50, 129), (1, 1)], ids=str)
+@pytest.mark.parametrize("shape", [(7, 60_000), (200, 513), (3, 50, 129), (1, 300)], ids=str)
 @pytest.mark.skipif(not torch_threads._uses_openmp(), reason="this torch has one number of threads for the process")
 def test_our_threads_have_the_bits_of_pytorch_s(shape, dtype, monkeypatch):
     torch.manual_seed(0)
@@ -157,10 +162,8 @@ def test_our_threads_have_the_bits_of_pytorch_s(shape, dtype, monkeypatch):
         assert all(torch.equal(a, b) for a, b in zip(alone, ours, strict=True)), call.__name__
 
 
-def test_our_threads_leave_everything_as_it_was(threads, monkeypatch):
+def test_our_threads_leave_everything_as_it_was(our_threads):
     """The numbers of threads, inference mode, errors, and a forked child."""
-    if threads != "own":
-        pytest.skip("for our threads only")
     x, target = torch.randn(40, 300), torch.arange(40)
     want = cross_entropy(x, target, options=REFERENCE)
     with torch.inference_mode():
@@ -187,7 +190,7 @@ def test_a_thread_without_a_core_sends_the_next_calls_to_ours(share, left, monke
     clocks = types.SimpleNamespace(perf_counter=lambda: next(wall), thread_time=lambda: next(own))
     monkeypatch.setattr(torch_threads, "LEAST_LOGITS", 0)
     monkeypatch.setattr(torch_threads, "_calls_left", 0)
-    monkeypatch.setattr(torch_rows, "worth_it", lambda logits: True)
+    monkeypatch.setattr(torch_threads, "_worth_it", lambda logits: True)
     monkeypatch.setattr(torch_threads, "time", clocks)
     cross_entropy(torch.randn(8, 5), torch.zeros(8, dtype=torch.long))
     assert torch_threads._calls_left == left

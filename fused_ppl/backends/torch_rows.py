@@ -8,7 +8,6 @@ are in `torch_stats`, its gradient is here.
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -30,7 +29,7 @@ from fused_ppl.backends.torch_stats import (
     without_target,
     x_log_x,
 )
-from fused_ppl.backends.torch_threads import Part, in_parts, worth_it
+from fused_ppl.backends.torch_threads import ALL, Part, in_parts
 from fused_ppl.records import Normalizers, RowFunction, RowStats, RowUpstream, Shard, TokenInputs, Totals
 from fused_ppl.spec import LossSpec
 
@@ -45,21 +44,15 @@ def nll_forward(
     keep_lse: bool = True,
 ) -> tuple[RowStats, Totals | None]:
     """nll, lse and the parts of S and M of every row; entropy and argmax with `stats`."""
-    if not worth_it(logits):
-        return _forward(logits, tokens, spec, memory_budget=memory_budget, keep_lse=keep_lse), None
 
     def of_part(part: Part) -> RowStats:
-        budget = part.budget(memory_budget)
-        return _forward(logits[part.place], part.tokens(tokens), spec, memory_budget=budget, keep_lse=keep_lse)
-
-    def whole() -> RowStats:
-        return _forward(logits, tokens, spec, memory_budget=memory_budget, keep_lse=keep_lse)
+        own_tokens, budget = part.of_tokens(tokens), part.budget(memory_budget)
+        return _forward(part.of_logits(logits), own_tokens, spec, memory_budget=budget, keep_lse=keep_lse)
 
     def check() -> object:
         return checks.check_target_range(tokens.target, logits.shape[-1], spec.ignore_index)
 
-    found = in_parts(logits, whole, of_part, check=check)
-    return (found[0] if len(found) == 1 else RowStats.concatenate(found)), None
+    return RowStats.concatenate(in_parts(logits, of_part, check=check)), None
 
 
 def _forward(
@@ -85,33 +78,20 @@ def nll_backward(
     shard: Shard | None = None,
 ) -> None:
     """The gradient of every row into `out`."""
-    whole = functools.partial(
-        _backward,
-        logits,
-        tokens,
-        spec,
-        normalizers=normalizers,
-        upstream=upstream,
-        out=out,
-        memory_budget=memory_budget,
-        shard=shard,
-    )
-    if not worth_it(logits):
-        return whole()
 
     def of_part(part: Part) -> None:
         _backward(
-            logits[part.place],
-            part.tokens(tokens),
+            part.of_logits(logits),
+            part.of_tokens(tokens),
             spec,
             normalizers=Normalizers(*(part.of(t) for t in normalizers)),
             upstream=upstream.map(part.of),
-            out=out[part.place],
+            out=part.of_logits(out),
             memory_budget=part.budget(memory_budget),
             shard=shard,
         )
 
-    in_parts(logits, whole, of_part)
+    in_parts(logits, of_part)
 
 
 def _backward(
@@ -207,23 +187,17 @@ def nll_forward_backward(
 
     def of_part(part: Part) -> RowStats:
         return _forward_backward(
-            logits[part.place],
-            part.tokens(tokens),
+            part.of_logits(logits),
+            part.of_tokens(tokens),
             spec,
             target_logit=part.of(target_logit),
             upstream=upstream,
             memory_budget=part.budget(memory_budget),
         )
 
-    def whole() -> RowStats:
-        return _forward_backward(
-            logits, tokens, spec, target_logit=target_logit, upstream=upstream, memory_budget=memory_budget
-        )
-
-    if callable(upstream) or not worth_it(logits):  # a function runs in the caller's thread
-        return whole()
-    found = in_parts(logits, whole, of_part)
-    return found[0] if len(found) == 1 else RowStats.concatenate(found)
+    if callable(upstream):  # a function runs in the caller's thread
+        return of_part(ALL)
+    return RowStats.concatenate(in_parts(logits, of_part))
 
 
 def _forward_backward(

@@ -29,50 +29,52 @@ MOST_THREADS = 16  # Python's lock lets one thread start an operation at a time
 LEAST_SHARE = 0.7  # of the time: a thread that other programs leave alone has its core for all of it
 CALLS = 32  # in our threads, until PyTorch's are tried again
 
-T = TypeVar("T")
-V = TypeVar("V", Tensor, Tensor | None)
+Result = TypeVar("Result")
+Values = TypeVar("Values", Tensor, Tensor | None)
 
-_calls_left = 0  # in our threads
+# In our threads. Callers in several threads may count one call for two, which changes no result.
+_calls_left = 0
 
 
 class Part(NamedTuple):
-    """Some of the rows of logits."""
+    """Some of the rows of logits, or all of them."""
 
-    place: slice | tuple[slice, slice]  # in (N, V) or in (B, R, V)
+    place: slice | tuple[slice, slice] | None  # in (N, V) or in (B, R, V); None is all
     rows: slice  # of the flat rows
     number: int  # of parts, which share a budget
 
-    def tokens(self, tokens: TokenInputs) -> TokenInputs:
+    def of_logits(self, logits: Tensor) -> Tensor:
+        return logits if self.place is None else logits[self.place]
+
+    def of_tokens(self, tokens: TokenInputs) -> TokenInputs:
+        if self.place is None:
+            return tokens
         return TokenInputs(tokens.target[self.rows], tokens.weight, self.of(tokens.token_weight))
 
-    def of(self, values: V) -> V:
+    def of(self, values: Values) -> Values:
         """The values (N,) of these rows, or a value () of all."""
-        return values if values is None or values.ndim == 0 else values[self.rows]
+        return values if self.place is None or values is None or values.ndim == 0 else values[self.rows]
 
     def budget(self, memory_budget: int | None) -> int | None:
         return None if memory_budget is None else memory_budget // self.number
 
 
-def worth_it(logits: Tensor) -> bool:
-    large = logits.numel() >= LEAST_LOGITS and logits.device.type == "cpu"
-    return large and 1 < torch.get_num_threads() <= MOST_THREADS and _uses_openmp()
+ALL = Part(None, slice(None), 1)
 
 
 def in_parts(
-    logits: Tensor,
-    whole: Callable[[], T],
-    of_part: Callable[[Part], T],
-    *,
-    check: Callable[[], object] | None = None,
-) -> list[T]:
-    """The results of logits that are `worth_it`: of all rows in one part, by `whole`, or of one part for each thread.
+    logits: Tensor, of_part: Callable[[Part], Result], *, check: Callable[[], object] | None = None
+) -> list[Result]:
+    """The results of `of_part`: of all rows at once in the caller's thread, or of one part for each of our threads.
 
     `check` raises in the place of a part, which would name a position in the part.
     """
     global _calls_left
+    if not _worth_it(logits):
+        return [of_part(ALL)]
     if _calls_left <= 0:
         wall, own = time.perf_counter(), time.thread_time()
-        result = whole()
+        result = of_part(ALL)
         wall, own = time.perf_counter() - wall, time.thread_time() - own
         if own < LEAST_SHARE * wall:
             _calls_left = CALLS
@@ -86,11 +88,16 @@ def in_parts(
     parts = [Part(i if logits.ndim == 2 else (b, r), i, len(chunks)) for b, r, i in chunks]
     mode = torch.inference_mode if torch.is_inference_mode_enabled() else torch.no_grad
 
-    def run(part: Part) -> T:
+    def run(part: Part) -> Result:
         with mode():
             return of_part(part)
 
     return list(_pool(threads).map(run, parts))
+
+
+def _worth_it(logits: Tensor) -> bool:
+    large = logits.numel() >= LEAST_LOGITS and logits.device.type == "cpu"
+    return large and 1 < torch.get_num_threads() <= MOST_THREADS and _uses_openmp()
 
 
 @functools.cache
