@@ -17,7 +17,8 @@ from fused_ppl.backends.torch_chunks import Chunks, Rows, transform
 from fused_ppl.records import RowStats
 
 # Nearly all logits are such that their maximum need not be subtracted, which saves a pass over each chunk, or two.
-# Bounds of a sum of e^z. Below, terms that round to 0 would be missed. Above, 1 / sum would lose digits.
+# Bounds of a sum of e^z. Below, terms that round to 0 would be missed. Above, 1 / sum would lose digits. MOST_LOGIT
+# bounds |z_y|, so that e^z_y is a normal float32 number.
 LEAST_SUM, MOST_SUM, MOST_LOGIT = 1e-20, 1e30, 80.0
 
 
