@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The nll of every scored token: windows in batches through a model, its head in the fused loss.
+
+Windows of one length make a batch, so that nothing is padded. Batches follow from the text alone: a run that is
+stopped and resumed has the same ones, and the same bits.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+import fused_ppl
+from fused_ppl import Options
+from fused_ppl.evaluation.models import HiddenModel
+from fused_ppl.evaluation.records import EvaluationError, Window
+
+RANKED_ROWS = 128  # whose logits exist at once
+
+
+class Scored(NamedTuple):
+    """The scored tokens of one window, in their order."""
+
+    window: Window
+    nll: NDArray[np.float64]  # nats
+    entropy: NDArray[np.float64] | None  # nats; None if not asked
+    predicted: NDArray[np.int64] | None  # the most likely token
+    ranked: Ranked | None = None
+
+
+class Ranked(NamedTuple):
+    """What only the logits of a token can tell."""
+
+    rank: NDArray[np.int64]  # of the target, from 1
+    ids: NDArray[np.int64]  # (n, K): the most likely tokens
+    probabilities: NDArray[np.float64]  # (n, K)
+
+    def of(self, part: slice) -> Ranked:
+        return Ranked(self.rank[part], self.ids[part], self.probabilities[part])
+
+
+class Rows(NamedTuple):
+    """Hidden states of all scored tokens of a batch of windows."""
+
+    hidden: Tensor  # (n, D)
+    target: Tensor  # (n,)
+    counts: list[int]  # of each window
+
+
+def batches(windows: Sequence[Window], batch_size: int) -> Iterator[list[Window]]:
+    """Consecutive windows with as many inputs each, at most `batch_size` of them."""
+
+    def shape(window: Window) -> tuple[int, str]:
+        return window.stop - window.start, window.bos
+
+    for _, group in itertools.groupby(windows, shape):
+        same = list(group)
+        for i in range(0, len(same), batch_size):
+            yield same[i : i + batch_size]
+
+
+def inputs_of(ids: NDArray[np.int64], window: Window, bos: int) -> NDArray[np.int64]:
+    inputs = ids[window.start : window.stop - 1]
+    if window.bos == "before":
+        return np.concatenate(([bos], inputs))
+    if window.bos == "over":
+        inputs = inputs.copy()
+        inputs[0] = bos
+    return inputs
+
+
+def rows_of(model: HiddenModel, ids: NDArray[np.int64], batch: Sequence[Window], bos: int) -> Rows:
+    """One forward of the model, and the hidden states before each scored token."""
+    tokens = torch.from_numpy(np.stack([inputs_of(ids, w, bos) for w in batch])).to(model.device)
+    hidden = model.hidden_states(tokens)
+    if hidden.shape[:2] != tokens.shape:
+        raise EvaluationError(
+            f"hidden_states must be (B, T, D) for tokens of {tuple(tokens.shape)}; they are {tuple(hidden.shape)}."
+        )
+    parts, targets = [], []
+    for row, w in zip(hidden, batch, strict=True):
+        before = int(w.bos == "before")
+        parts.append(row[w.first - 1 - w.start + before : w.stop - 1 - w.start + before])
+        targets.append(ids[w.first : w.stop])
+    target = torch.from_numpy(np.concatenate(targets)).to(model.device)
+    return Rows(torch.cat(parts), target, [len(t) for t in targets])
+
+
+@torch.no_grad()
+def score(
+    model: HiddenModel,
+    ids: NDArray[np.int64],
+    batch: Sequence[Window],
+    *,
+    bos: int,
+    stats: bool = False,
+    alternatives: int = 0,
+    options: Options | None = None,
+) -> list[Scored]:
+    """The scored tokens of every window of a batch; their entropies and most likely tokens with `stats`."""
+    rows = rows_of(model, ids, batch, bos)
+    how: dict[str, Any] = {"linear_bias": model.linear_bias, "logit_scale": model.logit_scale, "softcap": model.softcap}
+    how |= {"ignore_index": None, "reduction": "none", "options": options}
+    entropy = predicted = ranked = None
+    hidden = rows.hidden.to(model.dtype)
+    if stats:
+        out = fused_ppl.linear_cross_entropy_with_stats(hidden, model.linear_weight, rows.target, **how)
+        nll, entropy, predicted = out.nll, out.entropy.double().cpu().numpy(), out.predicted.cpu().numpy()
+        if alternatives:
+            ranked = rank(model, rows, out.lse, alternatives)
+    else:
+        nll = fused_ppl.linear_cross_entropy(hidden, model.linear_weight, rows.target, **how)
+    values = nll.double().cpu().numpy()
+    found, at = [], 0
+    for window, count in zip(batch, rows.counts, strict=True):
+        part = slice(at, at + count)
+        at += count
+        if not np.isfinite(values[part]).all():
+            i = int(np.flatnonzero(~np.isfinite(values[part]))[0])
+            token = int(ids[window.first + i])
+            raise EvaluationError(
+                f"The model must give finite logits; the nll of token {window.first + i} (id {token}) is "
+                f"{values[part][i]}. Try another dtype."
+            )
+        of_stats = (None if entropy is None else entropy[part], None if predicted is None else predicted[part])
+        found.append(Scored(window, values[part], *of_stats, None if ranked is None else ranked.of(part)))
+    return found
+
+
+def rank(model: HiddenModel, rows: Rows, lse: Tensor, alternatives: int) -> Ranked:
+    """Ranks and the most likely tokens, from the logits of a few rows at a time."""
+    parts = []
+    weight = model.linear_weight.float()
+    for i in range(0, len(rows.target), RANKED_ROWS):
+        part = slice(i, i + RANKED_ROWS)
+        x = rows.hidden[part].float() @ weight.t()
+        if model.linear_bias is not None:
+            x += model.linear_bias
+        z = x * model.logit_scale
+        if model.softcap is not None:
+            z = model.softcap * torch.tanh(z / model.softcap)
+        z_y = z.gather(1, rows.target[part].unsqueeze(1))
+        top, ids = z.topk(min(alternatives, z.shape[1]), dim=1)
+        probability = torch.pow(2.0, (top.double() - lse[part].double().unsqueeze(1)) / math.log(2))
+        parts.append(((z > z_y).sum(1) + 1, ids, probability))
+    return Ranked(*(torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True)))
