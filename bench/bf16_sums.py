@@ -139,7 +139,7 @@ def spread(values: list[float]) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path, help="write the record as JSON")
     args = parser.parse_args()
     record: dict[str, Any] = {"command": "python bench/bf16_sums.py", **records.machine()}

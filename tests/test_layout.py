@@ -30,6 +30,7 @@ LAYERS = (
     {"fused_ppl"},  # __init__.py, and `from fused_ppl import <a public name>`
     {"testing"},
     {"integrations"},
+    {"evaluation"},
     {"cli"},
 )
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}

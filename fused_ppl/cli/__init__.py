@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line, `fused-ppl` or `python -m fused_ppl.cli`. It needs torch and numpy only."""
+"""The command line, `fused-ppl` or `python -m fused_ppl.cli`. `doctor` needs torch and numpy only."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 import fused_ppl
-from fused_ppl.cli import doctor
+from fused_ppl.cli import doctor, evaluate
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -17,9 +17,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"fused_ppl {fused_ppl.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     doctor.add_parser(commands)
+    evaluate.add_parser(commands)
     args = parser.parse_args(argv)
     try:
         return int(args.run(args))
-    except (ValueError, NotImplementedError) as error:
+    except (ValueError, NotImplementedError, OSError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2

@@ -11,6 +11,7 @@ from fused_ppl.evaluation.records import Document, EvaluationError, Settings, To
 from fused_ppl.evaluation.result import Evaluation
 from fused_ppl.evaluation.statistics import Row
 from fused_ppl.evaluation.texts import read_texts
+from fused_ppl.evaluation.token_file import TokenFile
 
 __all__ = [
     "CONVENTIONS",
@@ -20,6 +21,7 @@ __all__ = [
     "HiddenModel",
     "Row",
     "Settings",
+    "TokenFile",
     "TokenRow",
     "evaluate",
     "load",

@@ -55,7 +55,8 @@ def evaluate(
         max_tokens: of each text, from its beginning.
         batch_size: windows at once. It changes no number beyond rounding.
         options: of the fused head, as in `fused_ppl.linear_cross_entropy`.
-        per_token: is called with each scored token, in order.
+        per_token: is called with each scored token, in order. If it has a method `keep`, that is called first, with
+            the number of tokens that an earlier run had handed over (`TokenFile`).
         alternatives: of each token for `per_token`: its rank, and so many of the most likely tokens. This costs a
             second product with the head.
         state: a file that keeps what is done. A killed evaluation that is called again goes on from it.

@@ -21,6 +21,8 @@ from fused_ppl.integrations.huggingface.check import small_batch
 from fused_ppl.integrations.huggingface.patching import language_model
 from fused_ppl.integrations.huggingface.swap import head_of, reason_against_weight
 
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
 
 @dataclass(frozen=True)
 class HiddenModel:
@@ -165,16 +167,16 @@ def load(name: str, *, gguf: str | None = None, dtype: str = "auto", device: str
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     keywords: dict[str, Any] = {} if gguf is None else {"gguf_file": gguf}
-    numbers: Any = dtype if dtype == "auto" else getattr(torch, dtype, None)
-    if dtype != "auto" and not isinstance(numbers, torch.dtype):
-        raise EvaluationError(f"dtype must be auto, float32, bfloat16 or float16; got {dtype!r}.")
+    if dtype not in DTYPES:
+        raise EvaluationError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}.")
     if gguf is not None and dtype == "auto":
-        numbers = torch.float32  # what its numbers are unpacked to
+        dtype = "float32"  # what its numbers are unpacked to
+    numbers: Any = dtype if dtype == "auto" else getattr(torch, dtype)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **keywords)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=numbers, **keywords)
+        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=numbers, **keywords)
+        model = model.to(device)
     except Exception as error:  # transformers, its hub and its readers raise of many kinds
         reason = str(error).strip().split("\n")[0]
-        raise EvaluationError(f"The model {name!r} cannot be loaded: {reason}") from error
-    on_device: Any = model
-    return of(on_device.to(device)), tokenizer
+        raise EvaluationError(f"The model {name!r} cannot be loaded to {device}: {reason}") from error
+    return of(model), tokenizer

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import platform
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +34,7 @@ class Evaluation:
     versions: dict[str, str]
     seconds: float  # of this process
     tokens_per_second: float
+    peak_memory: int | None  # bytes: of the GPU, or of this process
     replaced: int  # characters that stand for invalid UTF-8
     warnings: list[str]
 
@@ -71,6 +73,18 @@ class Evaluation:
         name, value = self.headline
         whole = dataclasses.asdict(self)
         return {"headline": {name: value}, "quote": self.quote(), "formula": self.convention.formula, **whole}
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """The most bytes that were allocated on a GPU, or resident in this process; None where nobody knows."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def versions() -> dict[str, str]:

@@ -24,7 +24,7 @@ from fused_ppl.evaluation import tokens as tokenization
 from fused_ppl.evaluation.conventions import CONVENTIONS, Convention, windows_of
 from fused_ppl.evaluation.models import HiddenModel
 from fused_ppl.evaluation.records import Document, EvaluationError, Group, Settings, TokenRow, Tokens, Window
-from fused_ppl.evaluation.result import Evaluation, versions
+from fused_ppl.evaluation.result import Evaluation, peak_memory, versions
 from fused_ppl.evaluation.state import Progress, StateFile
 
 SAVE_EVERY = 2.0  # seconds
@@ -78,6 +78,9 @@ class Run:
 
     def finish(self, texts: Iterable[str | Document], file: StateFile) -> Evaluation:
         begin, done = time.perf_counter(), file.load()
+        keep = getattr(self.how.per_token, "keep", None)
+        if keep is not None:
+            keep(done.handed_over)
         text_hash, resumed = hashlib.sha256(), len(done.documents)
         for number, document in enumerate(_documents(texts)):
             data = document.text.encode()
@@ -118,7 +121,7 @@ class Run:
                 for scored in self.score(tokens, batch):
                     done.nll.extend(scored.nll.tolist())
                     self.num_scored += len(scored.nll)
-                    self.hand_over(document, tokens, scored)
+                    done.handed_over += self.hand_over(document, tokens, scored)
                 done.batches = number + 1
                 if time.monotonic() - saved > SAVE_EVERY:
                     file.save(done)
@@ -157,9 +160,10 @@ class Run:
             options=self.how.options,
         )
 
-    def hand_over(self, document: Document, tokens: Tokens, scored: scoring.Scored) -> None:
+    def hand_over(self, document: Document, tokens: Tokens, scored: scoring.Scored) -> int:
+        """Give the scored tokens of a window to the caller. Returns their number."""
         if self.how.per_token is None or scored.entropy is None or scored.predicted is None:
-            return
+            return 0
         ranked = scored.ranked
         for i, nll in enumerate(scored.nll.tolist()):
             at = scored.window.first + i
@@ -177,6 +181,7 @@ class Run:
                     alternatives=() if ranked is None else alternatives_of(ranked, i),
                 )
             )
+        return len(scored.nll)
 
     def sums(self, document: Document, tokens: Tokens, windows: list[Window], *, nll: NDArray[np.float64]) -> Group:
         """The sums of a document from the nll of its scored tokens, by windows."""
@@ -252,6 +257,7 @@ class Run:
             versions=versions(),
             seconds=seconds,
             tokens_per_second=self.num_scored / seconds,
+            peak_memory=peak_memory(self.model.device),
             replaced=done.replaced,
             warnings=done.warnings + (replaced if done.replaced else []),
         )

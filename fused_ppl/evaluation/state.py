@@ -29,7 +29,7 @@ class Progress:
     warnings: list[str] = field(default_factory=list)
     batches: int = 0  # of the document at work
     nll: list[float] = field(default_factory=list)  # of its scored tokens, in their order
-    tokens_file: int = 0  # bytes of the per-token file that belong to this
+    handed_over: int = 0  # tokens, to `per_token`
 
 
 class StateFile:

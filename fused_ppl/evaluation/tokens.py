@@ -42,14 +42,15 @@ def tokenize(tokenizer: Any, text: str, name: str = "the text") -> Tokens:
 
 def _bytes_of_words(tokenizer: Any, ids: NDArray[np.int64], text: str) -> NDArray[np.int32] | None:
     """The bytes of byte-level tokens, each a string of bytes. None unless they spell the text."""
-    words = [_bytes_of_word(word) for word in tokenizer.convert_ids_to_tokens(ids.tolist())]
-    added = tokenizer.added_tokens_decoder
-    for i, token in enumerate(ids.tolist()):
-        if token in added:
-            words[i] = added[token].content.encode()
-    if any(word is None for word in words) or b"".join(words) != text.encode():  # type: ignore[arg-type]  # none is None
+    added, words = tokenizer.added_tokens_decoder, list[bytes]()
+    for token, word in zip(ids.tolist(), tokenizer.convert_ids_to_tokens(ids.tolist()), strict=True):
+        spelled = added[token].content.encode() if token in added else _bytes_of_word(word)
+        if spelled is None:
+            return None
+        words.append(spelled)
+    if b"".join(words) != text.encode():
         return None
-    return np.asarray([len(word) for word in words], dtype=np.int32)  # type: ignore[arg-type]
+    return np.asarray([len(word) for word in words], dtype=np.int32)
 
 
 def _bytes_of_word(word: str) -> bytes | None:
