@@ -8,6 +8,7 @@ import contextlib
 import json
 import sys
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fused_ppl.cli import inputs
@@ -49,6 +50,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--per-token, --html and --resume need one convention; --convention all has many.")
     if args.html and args.resume:
         raise ValueError("--html needs all tokens in one run, so it cannot go on from --resume.")
+    if args.html and not Path(args.html).absolute().parent.is_dir():
+        raise ValueError(f"--html must be in a folder that exists; got {args.html!r}.")
     documents = inputs.texts(args)
     next(iter(documents()), None)  # a text that cannot be read is found before the model is loaded
     model, tokenizer = inputs.model(args, args.model, args.gguf)

@@ -79,6 +79,9 @@ def model(args: argparse.Namespace, name: str, gguf: str | None = None) -> tuple
         logging.getLogger(library).setLevel(logging.ERROR)
     with warnings.catch_warnings(), extras():
         warnings.simplefilter("ignore")
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.disable_progress_bar()
         return load(name, gguf=gguf, dtype=args.dtype, device=args.device)
 
 

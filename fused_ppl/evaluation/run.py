@@ -81,8 +81,9 @@ class Run:
         keep = getattr(self.how.per_token, "keep", None)
         if keep is not None:
             keep(done.handed_over)
-        text_hash, resumed = hashlib.sha256(), len(done.documents)
+        text_hash, resumed, given = hashlib.sha256(), len(done.documents), 0
         for number, document in enumerate(_documents(texts)):
+            given += 1
             data = document.text.encode()
             text_hash.update(data + SEPARATOR)
             own_hash = hashlib.sha256(data).hexdigest()[:16]
@@ -100,12 +101,10 @@ class Run:
             done.replaced += document.replaced
             done.batches, done.nll = 0, []
             file.save(done)
-        if len(done.documents) < resumed or not done.documents:
-            raise EvaluationError(
-                "There must be at least one text that is not empty; got none."
-                if not resumed
-                else f"The state file {file.path} knows {resumed} texts; only {len(done.documents)} were given."
-            )
+        if given < resumed:
+            raise EvaluationError(f"The state file {file.path} knows {resumed} texts; only {given} were given.")
+        if not given:
+            raise EvaluationError("There must be at least one text that is not empty; got none.")
         return self.result(done, text_hash.hexdigest()[:12], time.perf_counter() - begin)
 
     def of_document(self, document: Document, done: Progress, file: StateFile) -> Group:

@@ -1,0 +1,283 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs of an evaluation: reading texts, the command line, a kill and its resumption."""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import evaluation_cases as cases
+import pytest
+from evaluation_cases import TEXT
+
+from fused_ppl.cli import main
+from fused_ppl.evaluation import Document, EvaluationError, TokenFile, evaluate, read_texts
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+# --- texts -----------------------------------------------------------------------------------------------------------
+
+
+def test_files_and_folders_are_read_in_order(tmp_path):
+    (tmp_path / "b.txt").write_text("two")
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.md").write_text("three")
+    (tmp_path / "in" / "z.bin").write_bytes(b"\0")
+    (tmp_path / "in" / "empty.txt").write_text("")
+    found = list(read_texts([str(tmp_path / "b.txt"), str(tmp_path / "in")]))
+    assert [d.text for d in found] == ["two", "three"]
+    assert [Path(d.domain).name for d in found] == ["b.txt", "a.md"]
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_records_have_a_text_and_a_domain(suffix, tmp_path):
+    records = [{"body": "one 😀", "source": "web"}, {"body": "two", "source": "code"}, {"body": "", "source": "web"}]
+    path = tmp_path / f"data.{suffix}"
+    if suffix == "jsonl":
+        path.write_text("\n".join(map(json.dumps, records)) + "\n\n")
+    else:
+        arrow = pytest.importorskip("pyarrow", reason="Parquet needs it")
+        pytest.importorskip("pyarrow.parquet").write_table(arrow.Table.from_pylist(records), path)
+    found = list(read_texts([str(path)], field="body", domain_field="source"))
+    assert found == [Document(f"{path.name}:1", "one 😀", "web"), Document(f"{path.name}:2", "two", "code")]
+    assert {d.domain for d in read_texts([str(path)], field="body")} == {path.name}
+    with pytest.raises(EvaluationError, match="must have a text in its field 'text'; it has body, source"):
+        list(read_texts([str(path)]))
+    with pytest.raises(EvaluationError, match="must have a field 'topic'"):
+        list(read_texts([str(path)], field="body", domain_field="topic"))
+
+
+def test_bytes_that_are_not_utf_8_are_refused_or_counted(tmp_path):
+    path = tmp_path / "latin.txt"
+    path.write_bytes("na\u00efve caf\u00e9 \ufffd".encode("utf-8").replace("ï".encode(), b"\xef"))
+    with pytest.raises(EvaluationError, match=r"must be UTF-8; byte 2 \(0xef\) is not"):
+        list(read_texts([str(path)]))
+    (found,) = read_texts([str(path)], errors="replace")
+    assert found.text == "na\ufffdve café \ufffd" and found.replaced == 1
+    result = evaluate(cases.model(), cases.tokenizer(), [found], ctx=32)
+    assert result.replaced == 1 and "1 characters are U+FFFD" in result.warnings[-1]
+    assert result.total.total_bytes == len(found.text.encode())
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("a.txt", b"a\0b", "zero byte"),
+        ("a.jsonl", b"{", "line 1, must be JSON"),
+        ("a.jsonl", b'{"text": 3}', "must have a text in its field"),
+        ("a.jsonl", b"[1]", "it has list"),
+    ],
+)
+def test_files_that_are_no_texts_are_refused(name, data, message, tmp_path):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(EvaluationError, match=message):
+        list(read_texts([str(tmp_path / name)]))
+
+
+def test_paths_that_do_not_exist_are_refused(tmp_path):
+    for paths, message in (
+        ([], "at least one text"),
+        ([str(tmp_path / "none")], "it does not exist"),
+        ([str(tmp_path)], "it holds none"),
+    ):
+        with pytest.raises(EvaluationError, match=message):
+            list(read_texts(paths))
+
+
+# --- the command line ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    cases.model().save_pretrained(path)
+    cases.tokenizer("bos").save_pretrained(path)
+    (path / "a.txt").write_text(TEXT)
+    (path / "b.txt").write_text(TEXT[:500])
+    return path
+
+
+def command(folder: Path, *more: str, text: str = "a.txt") -> list[str]:
+    return ["eval", "--model", str(folder), "--text", str(folder / text), "--ctx", "32", *more]
+
+
+def test_eval_prints_the_number_of_the_function(folder, capsys):
+    assert main(command(folder, "--json")) == 0
+    said = json.loads(capsys.readouterr().out)
+    expected = evaluate(cases.model(), cases.tokenizer("bos"), [TEXT], ctx=32)
+    assert said["total"]["perplexity"] == pytest.approx(expected.total.perplexity, rel=1e-6)
+    assert said["total"]["bits_per_byte"] == pytest.approx(expected.total.bits_per_byte, rel=1e-6)
+    assert said["quote"].startswith(f"perplexity {expected.total.perplexity:.2f}"[:-1])
+    assert main(command(folder)) == 0
+    shown = capsys.readouterr().out
+    for part in ("To quote: perplexity", "bits a byte", "tokens a second", "peak memory", "formula: exp(mean nll)"):
+        assert part in shown
+
+
+def test_eval_shows_every_domain_and_the_mean(folder, capsys):
+    assert main(["eval", "--model", str(folder), "--text", str(folder / "a.txt"), str(folder / "b.txt")]) == 0
+    rows = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.strip()]
+    assert [r for r in rows if r.endswith(".txt") or r in ("all", "mean")][-2:] == ["all", "mean"]
+
+
+def test_eval_under_all_conventions(folder, capsys):
+    assert main(command(folder, "--convention", "all")) == 0
+    shown = capsys.readouterr().out
+    from fused_ppl.evaluation import CONVENTIONS
+
+    for name, convention in CONVENTIONS.items():
+        assert f"{name}: {convention.formula}" in shown
+    assert main(command(folder, "--convention", "all", "--max-tokens", "40", text="b.txt")) == 0
+    assert "llama.cpp: not measured. convention llama.cpp needs at least 64 tokens" in capsys.readouterr().out
+
+
+def test_eval_reads_standard_input(folder, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(TEXT.encode())))
+    assert main(["eval", "--model", str(folder), "--text", "-", "--ctx", "32", "--convention", "all", "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert len(said["conventions"]) == 9 and not said["refused"]
+    assert {c["text_hash"] for c in said["conventions"]} == {
+        evaluate(cases.model(), cases.tokenizer("bos"), [TEXT], ctx=32).text_hash
+    }
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_eval_writes_every_token(suffix, folder, tmp_path, capsys):
+    path = tmp_path / f"tokens.{suffix}"
+    if suffix == "parquet":
+        pytest.importorskip("pyarrow", reason="Parquet needs it")
+    assert main(command(folder, "--json", "--per-token", str(path))) == 0
+    said = json.loads(capsys.readouterr().out)
+    if suffix == "jsonl":
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+    else:
+        rows = pytest.importorskip("pyarrow.parquet").read_table(path).to_pylist()
+    assert len(rows) == said["total"]["tokens"]
+    assert sum(r["nll"] for r in rows) / len(rows) == pytest.approx(said["total"]["nll"], rel=1e-12)
+    assert sum(r["num_bytes"] for r in rows) == len(TEXT.encode())
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--ctx", "0"], "ctx must be at least 2"),
+        (["--stride", "40"], "stride must be between"),
+        (["--convention", "mine"], "convention must be one of"),
+        (["--bos", "maybe"], "bos must be one of"),
+        (["--dtype", "int8"], "dtype must be one of"),
+        (["--device", "cuda:77"], "cannot be loaded to cuda:77"),
+        (["--batch-size", "0"], "--batch-size must be at least 1"),
+        (["--text", "/nowhere.txt"], "does not exist"),
+        (["--text", sys.executable], "zero byte"),
+        (["--model", "/nowhere"], "must be a folder, or a name of the Hub"),
+        (["--convention", "all", "--resume", "x"], "need one convention"),
+        (["--html", "x", "--resume", "y"], "cannot go on"),
+        (["--per-token", "x.csv"], "must end in .jsonl or .parquet"),
+        (["--html", "/nowhere/x.html"], "must be in a folder that exists"),
+    ],
+    ids=str,
+)
+def test_bad_input_is_a_sentence_and_exit_code_2(more, message, folder, capsys):
+    assert main(command(folder, *more)) == 2
+    said = capsys.readouterr().err
+    assert message in said and "Traceback" not in said
+
+
+def test_a_model_that_is_none_is_a_sentence(folder, tmp_path, capsys):
+    (tmp_path / "config.json").write_text("{}")
+    assert main(["eval", "--model", str(tmp_path), "--text", str(folder / "a.txt")]) == 2
+    assert "cannot be loaded" in capsys.readouterr().err
+
+
+# --- a kill ----------------------------------------------------------------------------------------------------------
+
+SCRIPT = """
+import json, sys, time
+import evaluation_cases as cases
+from fused_ppl.evaluation import TokenFile, evaluate, run
+run.SAVE_EVERY = 0.0
+state, tokens, pause = sys.argv[1], sys.argv[2], float(sys.argv[3])
+progress = lambda n: time.sleep(pause)
+texts = [cases.TEXT, cases.TEXT[:300], cases.TEXT[100:]]
+with TokenFile(tokens) as file:
+    found = evaluate(cases.model(), cases.tokenizer(), texts, ctx=32, batch_size=2, state=state, per_token=file,
+                     progress=progress)
+print(json.dumps([found.total.nll, found.total.perplexity_interval, found.text_hash, found.total.tokens]))
+"""
+
+
+def start(state: Path, tokens: Path, pause: float) -> subprocess.Popen[str]:
+    environment = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
+    arguments = [sys.executable, "-c", SCRIPT, str(state), str(tokens), str(pause)]
+    return subprocess.Popen(arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+
+
+def result(process: subprocess.Popen[str]) -> Any:
+    out = process.communicate(timeout=120)[0]
+    assert process.returncode == 0
+    return json.loads(out.splitlines()[-1])
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system has no SIGKILL")
+def test_a_killed_run_goes_on_to_the_same_number(tmp_path):
+    whole = result(start(tmp_path / "whole.json", tmp_path / "whole.jsonl", 0.0))
+    state, tokens = tmp_path / "state.json", tmp_path / "tokens.jsonl"
+    generator, kills = random.Random(), 0
+    for _ in range(3):
+        process = start(state, tokens, 0.05)
+        before = state.read_text() if state.exists() else None
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and (not state.exists() or state.read_text() == before):
+            time.sleep(0.01)
+        time.sleep(generator.random() * 0.5)
+        kills += process.poll() is None
+        process.kill()
+        process.wait()
+        assert state.exists()
+    assert kills
+    assert result(start(state, tokens, 0.0)) == whole
+    assert tokens.read_text() == (tmp_path / "whole.jsonl").read_text()
+
+
+def kept(path: Path, **keywords: Any) -> Any:
+    keywords = {"texts": [TEXT, TEXT[:99]], "ctx": 32, "state": path, **keywords}
+    return evaluate(cases.model(), cases.tokenizer(), keywords.pop("texts"), **keywords)
+
+
+def test_a_state_that_does_not_fit_is_refused_and_stays(tmp_path):
+    path = tmp_path / "state.json"
+    first = kept(path)
+    assert kept(path).total == first.total
+    good = path.read_text()
+    for changed, message in (
+        ({"ctx": 16}, "ctx was 32 and is 16"),
+        ({"convention": "disjoint"}, "convention was 'strided' and is 'disjoint'"),
+        ({"batch_size": 3}, "batch_size was 4 and is 3"),
+        ({"texts": [TEXT[:-1], TEXT[:99]]}, "text 0 is not the text that the state file"),
+        ({"texts": [TEXT]}, "knows 2 texts; only 1 were given"),
+    ):
+        with pytest.raises(EvaluationError, match=message):
+            kept(path, **changed)
+        assert path.read_text() == good
+    for damaged in (good[: len(good) // 2], good.replace('"tokens": ', '"tokens": 1', 1), "[]", ""):
+        path.write_text(damaged)
+        with pytest.raises(EvaluationError, match=r"(not a whole state file|damaged).* Delete .*state\.json"):
+            kept(path)
+        assert path.read_text() == damaged
+
+
+def test_a_file_of_tokens_that_lost_lines_is_refused(tmp_path):
+    with TokenFile(tmp_path / "t.jsonl") as file:
+        kept(tmp_path / "state.json", per_token=file)
+    lines = (tmp_path / "t.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "t.jsonl").write_text("".join(lines[:-1]))
+    with TokenFile(tmp_path / "t.jsonl") as file, pytest.raises(EvaluationError, match=r"must have the \d+ tokens"):
+        kept(tmp_path / "state.json", per_token=file)
