@@ -65,9 +65,26 @@ class Perplexity:
         self.total_weight: Tensor = torch.zeros((), dtype=torch.float64, device="cpu")
 
     @torch.no_grad()
-    def update(self, input: Tensor, target: Tensor, *, token_weight: Tensor | None = None) -> None:
-        """Add a batch. The arguments are those of `fused_ppl.perplexity`."""
-        nll = functional.cross_entropy(input, target, reduction="none", token_weight=token_weight, **self._keywords)
+    def update(
+        self,
+        input: Tensor,
+        target: Tensor,
+        *,
+        linear_weight: Tensor | None = None,
+        linear_bias: Tensor | None = None,
+        token_weight: Tensor | None = None,
+    ) -> None:
+        """Add a batch. The arguments are those of `fused_ppl.perplexity`.
+
+        With a `linear_weight` (V, D), `input` holds hidden states (..., D) of a target (...), as in
+        `fused_ppl.linear_perplexity`, and the logits are not stored.
+        """
+        keywords = {**self._keywords, "reduction": "none", "token_weight": token_weight}
+        if linear_weight is None:
+            nll = functional.cross_entropy(input, target, **keywords)
+        else:
+            del keywords["class_dim"]
+            nll = functional.linear_cross_entropy(input, linear_weight, target, linear_bias=linear_bias, **keywords)
         weight = torch.ones_like(nll) if token_weight is None else token_weight
         self._add(nll, weight if self.ignore_index is None else torch.where(target.ne(self.ignore_index), weight, 0))
 

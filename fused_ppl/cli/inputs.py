@@ -81,7 +81,8 @@ def model(args: argparse.Namespace, name: str, gguf: str | None = None) -> tuple
         warnings.simplefilter("ignore")
         from transformers.utils import logging as transformers_logging
 
-        transformers_logging.disable_progress_bar()
+        quiet: Callable[[], None] = transformers_logging.disable_progress_bar
+        quiet()
         return load(name, gguf=gguf, dtype=args.dtype, device=args.device)
 
 
