@@ -34,7 +34,12 @@ METHODS = {
     "exact": ("cross_entropy", Options()),
     "compact": ("compact", Options(gradient_tolerance=1e-3)),
     "screened": ("screened", Options(gradient_tolerance=1e-3, screen="bf16")),
+    # these two take the exact gradient as well, so they save nothing and only explain: what a step drops of dW is added
+    # to the next step; only dh is compact
+    "feedback": ("feedback", Options(gradient_tolerance=1e-3)),
+    "exact dW": ("exact dW", Options(gradient_tolerance=1e-3)),
 }
+DEFAULT, EXPLAIN = ["exact", "compact", "screened"], ("feedback", "exact dW")
 TRAIN_LM = {"vocab-size": 8192, "dim": 128, "layers": 2, "steps": 120, "eval-every": 20, "eval-windows": 64}
 TITLES = {
     "train_lm": f"train_lm, from random weights, V = {TRAIN_LM['vocab-size']}",
@@ -103,12 +108,17 @@ class FineTune:
         tail, options = Tail(self.model), METHODS[method][1]
         tail.load_state_dict(self.start)
         optimizer = torch.optim.AdamW(tail.parameters(), lr=2e-4)
-        generator = torch.Generator().manual_seed(seed)
+        generator, dropped = torch.Generator().manual_seed(seed), torch.zeros_like(tail.head)
         points = [{"step": 0, "perplexity": self.validate(tail)}]
         for step in range(1, STEPS + 1):
             picked = self.train[torch.randint(len(self.train), (BATCH,), generator=generator)]
             out = tail(self.inputs[picked], self.targets[picked], options)
             out.loss.backward()
+            if method in EXPLAIN:
+                exact = tail(self.inputs[picked], self.targets[picked], Options()).loss
+                (of_exact,) = torch.autograd.grad(exact, tail.head)
+                sent, dropped = dropped, of_exact - tail.head.grad
+                tail.head.grad += sent if method == "feedback" else dropped
             nn.utils.clip_grad_norm_(tail.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
@@ -131,7 +141,7 @@ class FineTune:
 def table(record: dict[str, Any]) -> str:
     lines = ["| task | method | validation perplexity, each seed | mean | spread of exact |", "|---|---|---|---|---|"]
     for task, methods in record["tasks"].items():
-        exact = [points[-1]["perplexity"] for points in methods["exact"]]
+        exact = [points[-1]["perplexity"] for points in methods.get("exact", [])]
         for method, runs in methods.items():
             last = [points[-1]["perplexity"] for points in runs]
             spread = f"{min(exact):.3f} to {max(exact):.3f}" if method == "exact" else ""
@@ -145,6 +155,7 @@ def plot(record: dict[str, Any], path: pathlib.Path) -> None:
 
     figure = Figure(figsize=(10, 4), dpi=130, layout="constrained")
     styles = {"exact": ("#0072B2", "-"), "compact": ("#D55E00", (0, (6, 3))), "screened": ("#009E73", (0, (1.5, 2)))}
+    styles |= {"feedback": ("#CC79A7", (0, (4, 1, 1, 1))), "exact dW": ("#56B4E9", (0, (1, 1)))}
     panels = figure.subplots(1, len(record["tasks"]), squeeze=False)[0]
     for axes, (task, methods) in zip(panels, record["tasks"].items(), strict=True):
         for method, runs in methods.items():
@@ -169,6 +180,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--task", choices=("train_lm", "fine-tune"), nargs="+", default=["train_lm", "fine-tune"])
+    parser.add_argument("--method", choices=METHODS, nargs="+", default=DEFAULT)
     parser.add_argument("--out", type=pathlib.Path, help="write the record as JSON, and a plot beside it")
     args = parser.parse_args()
     tasks: dict[str, Any] = {}
@@ -177,7 +189,7 @@ def main() -> None:
     for task in args.task:
         run = FineTune().run if task == "fine-tune" else train_lm
         tasks[task] = {}
-        for method, seed in tqdm([(m, s) for m in METHODS for s in range(args.seeds)], desc=task, unit="run"):
+        for method, seed in tqdm([(m, s) for m in args.method for s in range(args.seeds)], desc=task, unit="run"):
             tasks[task].setdefault(method, []).append(run(method, seed))
         record = {"command": "python bench/compact_training.py", **records.machine(), "tasks": tasks}
         if args.out:

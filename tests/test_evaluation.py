@@ -222,6 +222,19 @@ def test_every_token_is_scored_once_with_its_context():
     assert sum(row.num_bytes for row in seen) == len(TEXT.encode()) - len(TEXT[: seen[0].start].encode())
 
 
+def test_a_bos_in_the_text_is_no_token_of_it():
+    seen: list[TokenRow] = []
+    run("nanochat", per_token=seen.append)
+    ids = cases.tokenizer()(TEXT, add_special_tokens=False)["input_ids"]
+    assert [(row.position, row.id) for row in seen] == list(enumerate(ids))
+
+
+def test_a_domain_without_scored_tokens_is_left_out_of_the_mean():
+    found = run("strided", [Document("a", "a", "short"), Document("b", TEXT, "long")], bos="no")
+    assert [row.tokens for row in found.rows] == [0, found.total.tokens]
+    assert found.macro_perplexity == found.rows[1].perplexity
+
+
 @pytest.mark.parametrize("min_context", [1, 16, 31])
 def test_min_context_is_the_stride_by_another_name(min_context):
     by_stride = run(stride=CTX - min_context + 1)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import io
 import json
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -281,3 +282,13 @@ def test_a_file_of_tokens_that_lost_lines_is_refused(tmp_path):
     (tmp_path / "t.jsonl").write_text("".join(lines[:-1]))
     with TokenFile(tmp_path / "t.jsonl") as file, pytest.raises(EvaluationError, match=r"must have the \d+ tokens"):
         kept(tmp_path / "state.json", per_token=file)
+
+
+def test_the_blocks_of_the_page_run(tmp_path, monkeypatch):
+    page = (ROOT / "docs" / "evaluation.md").read_text()
+    blocks = re.findall(r"^```python needs=transformers\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    assert len(blocks) >= 3 and "```python\n" not in page
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, object] = {}
+    for i, block in enumerate(blocks):
+        exec(compile(block, f"evaluation.md, block {i}", "exec"), namespace)

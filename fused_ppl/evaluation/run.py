@@ -163,13 +163,13 @@ class Run:
         """Give the scored tokens of a window to the caller. Returns their number."""
         if self.how.per_token is None or scored.entropy is None or scored.predicted is None:
             return 0
-        ranked = scored.ranked
+        ranked, before = scored.ranked, int(self.convention.in_stream and self.settings.bos)
         for i, nll in enumerate(scored.nll.tolist()):
             at = scored.window.first + i
             self.how.per_token(
                 TokenRow(
                     document=document.name,
-                    position=at,
+                    position=at - before,
                     start=int(tokens.starts[at]),
                     id=int(tokens.ids[at]),
                     num_bytes=int(tokens.num_bytes[at]),
@@ -241,13 +241,14 @@ class Run:
                 "one and a BOS."
             )
         rows = [statistics.row(name, group) for name, group in done.groups.items()]
+        counted = [row for row in rows if row.tokens]
         replaced = [f"{done.replaced} characters are U+FFFD (3 bytes) in the place of bytes that were not UTF-8."]
         return Evaluation(
             settings=self.settings,
             total=statistics.row("all", total),
             rows=rows,
-            macro_perplexity=float(np.mean([r.perplexity for r in rows])),
-            macro_bits_per_byte=float(np.mean([r.bits_per_byte for r in rows])),
+            macro_perplexity=float(np.mean([r.perplexity for r in counted])),
+            macro_bits_per_byte=float(np.mean([r.bits_per_byte for r in counted])),
             model=self.model.name,
             dtype=str(self.model.dtype).removeprefix("torch."),
             bos=self.bos_words(),
