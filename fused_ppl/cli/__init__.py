@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 import fused_ppl
-from fused_ppl.cli import doctor, evaluate
+from fused_ppl.cli import compare, doctor, evaluate, rank
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -18,6 +18,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     doctor.add_parser(commands)
     evaluate.add_parser(commands)
+    compare.add_parser(commands)
+    rank.add_parser(commands)
     args = parser.parse_args(argv)
     try:
         return int(args.run(args))

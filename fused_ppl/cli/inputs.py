@@ -22,11 +22,16 @@ if TYPE_CHECKING:
 MISSING = "This command needs more packages: pip install 'fused-ppl[eval]'. Missing: "
 
 
-def add_model(parser: argparse.ArgumentParser, *, named: bool = True) -> None:
+def add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model", required=True, metavar="DIR|NAME", help="folder of a model of transformers, or a name"
+    )
+    parser.add_argument("--gguf", metavar="FILE", help="a GGUF file in that folder")
+    add_how(parser)
+
+
+def add_how(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    if named:
-        add("--model", required=True, metavar="DIR|NAME", help="folder of a model of transformers, or its name")
-        add("--gguf", metavar="FILE", help="a GGUF file in that folder")
     add("--dtype", default="auto", help="auto (default), float32, bfloat16 or float16")
     add("--device", default="auto", help="auto (default: a GPU if there is one), cpu, cuda, cuda:1, mps")
     add("--backend", choices=BACKENDS, help="of the fused head (default: the best that can run)")

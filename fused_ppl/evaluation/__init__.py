@@ -4,9 +4,11 @@
 It needs transformers and numpy (`pip install 'fused-ppl[eval]'`), and is not imported by `fused_ppl` itself.
 """
 
+from fused_ppl.evaluation.comparison import Comparison, compare
 from fused_ppl.evaluation.conventions import CONVENTIONS
 from fused_ppl.evaluation.evaluate import evaluate
 from fused_ppl.evaluation.models import HiddenModel, load
+from fused_ppl.evaluation.ranking import Ranked, Ranking, rank
 from fused_ppl.evaluation.records import Document, EvaluationError, Settings, TokenRow
 from fused_ppl.evaluation.result import Evaluation
 from fused_ppl.evaluation.statistics import Row
@@ -15,15 +17,20 @@ from fused_ppl.evaluation.token_file import TokenFile
 
 __all__ = [
     "CONVENTIONS",
+    "Comparison",
     "Document",
     "Evaluation",
     "EvaluationError",
     "HiddenModel",
+    "Ranked",
+    "Ranking",
     "Row",
     "Settings",
     "TokenFile",
     "TokenRow",
+    "compare",
     "evaluate",
     "load",
+    "rank",
     "read_texts",
 ]

@@ -82,7 +82,7 @@ class Run:
         if keep is not None:
             keep(done.handed_over)
         text_hash, resumed, given = hashlib.sha256(), len(done.documents), 0
-        for number, document in enumerate(_documents(texts)):
+        for number, document in enumerate(documents_of(texts)):
             given += 1
             data = document.text.encode()
             text_hash.update(data + SEPARATOR)
@@ -285,7 +285,7 @@ def _hf_sums(nll: NDArray[np.float64], windows: list[Window]) -> tuple[float, in
     return total, count
 
 
-def _documents(texts: Iterable[str | Document]) -> Iterator[Document]:
+def documents_of(texts: Iterable[str | Document]) -> Iterator[Document]:
     if isinstance(texts, str):
         raise EvaluationError("texts must be several texts, as in [text]; got one string.")
     for number, text in enumerate(texts):

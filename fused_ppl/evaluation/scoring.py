@@ -106,17 +106,16 @@ def score(
 ) -> list[Scored]:
     """The scored tokens of every window of a batch; their entropies and most likely tokens with `stats`."""
     rows = rows_of(model, ids, batch, bos)
-    how: dict[str, Any] = {"linear_bias": model.linear_bias, "logit_scale": model.logit_scale, "softcap": model.softcap}
-    how |= {"ignore_index": None, "reduction": "none", "options": options}
     entropy = predicted = ranked = None
-    hidden = rows.hidden.to(model.dtype)
     if stats:
-        out = fused_ppl.linear_cross_entropy_with_stats(hidden, model.linear_weight, rows.target, **how)
+        out = fused_ppl.linear_cross_entropy_with_stats(
+            rows.hidden.to(model.dtype), model.linear_weight, rows.target, **keywords(model, options)
+        )
         nll, entropy, predicted = out.nll, out.entropy.double().cpu().numpy(), out.predicted.cpu().numpy()
         if alternatives:
             ranked = rank(model, rows, out.lse, alternatives)
     else:
-        nll = fused_ppl.linear_cross_entropy(hidden, model.linear_weight, rows.target, **how)
+        nll = nll_of(model, rows, options=options)
     values = nll.double().cpu().numpy()
     found, at = [], 0
     for window, count in zip(batch, rows.counts, strict=True):
@@ -132,6 +131,18 @@ def score(
         of_stats = (None if entropy is None else entropy[part], None if predicted is None else predicted[part])
         found.append(Scored(window, values[part], *of_stats, None if ranked is None else ranked.of(part)))
     return found
+
+
+def keywords(model: HiddenModel, options: Options | None) -> dict[str, Any]:
+    """What the fused losses are told of a model, for a result of each token."""
+    of_model = {"linear_bias": model.linear_bias, "logit_scale": model.logit_scale, "softcap": model.softcap}
+    return {**of_model, "ignore_index": None, "reduction": "none", "options": options}
+
+
+def nll_of(model: HiddenModel, rows: Rows, *, options: Options | None) -> Tensor:
+    """(n,) float64, nats."""
+    hidden = rows.hidden.to(model.dtype)
+    return fused_ppl.linear_cross_entropy(hidden, model.linear_weight, rows.target, **keywords(model, options)).double()
 
 
 def rank(model: HiddenModel, rows: Rows, lse: Tensor, alternatives: int) -> Ranked:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fused_ppl.evaluation.records import Blocks, Group
 
@@ -76,17 +77,21 @@ def power_of_2(bits: float) -> float:
 
 def bootstrap(blocks: Blocks, of: Sequence[int]) -> Interval | None:
     """The 95 % interval of sum(nll) / sum(of), in bits."""
-    nll, size = np.asarray(blocks.nll) / math.log(2), np.asarray(of, dtype=np.float64)
-    if len(nll) < 2 or not size.sum():
+    return bootstrap_ratio(np.asarray(blocks.nll) / math.log(2), np.asarray(of, dtype=np.float64))
+
+
+def bootstrap_ratio(values: NDArray[np.float64], sizes: NDArray[np.float64]) -> Interval | None:
+    """The 95 % interval of sum(values) / sum(sizes) over blocks that are drawn again; None if there is only one."""
+    if len(values) < 2 or not sizes.sum():
         return None
-    if len(nll) > MOST_BLOCKS:  # longer blocks
-        starts = np.linspace(0, len(nll), MOST_BLOCKS, endpoint=False).astype(np.int64)
-        nll, size = np.add.reduceat(nll, starts), np.add.reduceat(size, starts)
+    if len(values) > MOST_BLOCKS:  # longer blocks
+        starts = np.linspace(0, len(values), MOST_BLOCKS, endpoint=False).astype(np.int64)
+        values, sizes = np.add.reduceat(values, starts), np.add.reduceat(sizes, starts)
     generator = np.random.default_rng(0)
     ratios = []
     for _ in range(RESAMPLES):
-        chosen = generator.integers(len(nll), size=len(nll))
-        total = size[chosen].sum()
-        ratios.append(nll[chosen].sum() / total if total else math.nan)
+        chosen = generator.integers(len(values), size=len(values))
+        total = sizes[chosen].sum()
+        ratios.append(values[chosen].sum() / total if total else math.nan)
     low, high = np.nanpercentile(ratios, [2.5, 97.5])
     return float(low), float(high)
