@@ -65,9 +65,10 @@ def windows(args: argparse.Namespace) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def extras() -> Iterator[None]:
-    """Say which extra is missing, in the place of an ImportError."""
+    """Say which extra is missing, in the place of an ImportError. What the libraries print goes to standard error."""
     try:
-        yield
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
     except ImportError as error:
         raise ValueError(f"{MISSING}{error.name or error}.") from error
 
