@@ -147,6 +147,7 @@ def test_the_command(tuned, tmp_path, capsys):
     (tmp_path / "a.txt").write_text(TEXT)
     command = ["compare", str(tmp_path / "tuned"), str(tmp_path / "base"), "--text", str(tmp_path / "a.txt")]
     command += ["--ctx", "32", "--stride", "32"]
+    capsys.readouterr()  # what libraries printed so far
     assert main([*command, "--json"]) == 0
     said, expected = json.loads(capsys.readouterr().out), of(tuned, cases.model())
     assert said["kl"] == pytest.approx(expected.kl, rel=1e-5)
