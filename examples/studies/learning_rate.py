@@ -137,9 +137,7 @@ def plot(done: list[Point]) -> Figure:
         row.axes[0].set_ylabel("held-out nll, nats a token")
     rows[0].axes[0].legend(frameon=False, fontsize=8)
     seeds, steps = len({p["seed"] for p in done}), done[0]["steps"]
-    title = (
-        f"{seeds} seeds, {steps} steps, 95 % intervals. Dotted: a uniform prediction; worse is cut off"
-    )
+    title = f"{seeds} seeds, {steps} steps, 95 % intervals. Dotted: a uniform prediction; worse is cut off"
     figure.suptitle(title, size=9)
     return figure
 

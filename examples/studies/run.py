@@ -16,7 +16,7 @@ from pathlib import Path
 
 from study import RESULTS, Study
 
-NAMES = ("learning_rate", "sampling")
+NAMES = ("learning_rate", "imbalance", "transfer", "uncertainty", "stability", "sampling")
 
 
 def load(name: str) -> Study:

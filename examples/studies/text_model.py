@@ -1,16 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A language model that learns in seconds on two cores, and its text: windows of tokens of Python's own sources."""
+"""A language model that learns in seconds on two cores, and its texts: Python's sources, and prose of its reference."""
 
 from __future__ import annotations
 
+import re
 import sysconfig
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 FILES = 120
+PARTS = 60  # of the prose
 
 
 @dataclass(frozen=True)
@@ -19,6 +23,7 @@ class Windows:
 
     train: Tensor
     held_out: Tensor
+    tokenizer: Any
 
     def batch(self, size: int) -> tuple[Tensor, Tensor]:
         """Random contexts (size, context) and targets (size,)."""
@@ -26,26 +31,49 @@ class Windows:
         return chosen[:, :-1], chosen[:, -1]
 
 
-def sources() -> list[str]:
+def source(name: str) -> str:
+    return (Path(sysconfig.get_paths()["stdlib"]) / f"{name}.py").read_text(errors="replace")
+
+
+def sources(without: Collection[str] = ()) -> list[str]:
     """Texts of the standard library's modules, in the order of their names."""
     folder = Path(sysconfig.get_paths()["stdlib"])
-    return [path.read_text(errors="replace") for path in sorted(folder.glob("*.py"))[:FILES]]
+    paths = [path for path in sorted(folder.glob("*.py")) if path.stem not in without]
+    return [path.read_text(errors="replace") for path in paths[:FILES]]
 
 
-def windows(num_classes: int, *, context: int, held_out: int) -> Windows:
-    """Every tenth file is held out; the vocabulary is trained on the others."""
+def prose() -> list[str]:
+    """Python's reference in English, in parts of whole lines."""
+    lines = re.sub(r"\\n'\n\s*'|\\n\"\n\s*\"", "\n", source("pydoc_data/topics")).split("\n")
+    size = len(lines) // PARTS
+    return ["\n".join(lines[i * size : (i + 1) * size]) for i in range(PARTS)]
+
+
+def tokenizer_of(texts: Sequence[str], num_classes: int) -> Any:
     from tokenizers import ByteLevelBPETokenizer
 
-    texts = sources()
-    seen = [text for i, text in enumerate(texts) if i % 10]
     tokenizer = ByteLevelBPETokenizer()
-    tokenizer.train_from_iterator(seen, num_classes, show_progress=False)
-    parts = []
-    for chosen in (seen, texts[::10]):
-        ids = torch.tensor(tokenizer.encode("".join(chosen)).ids)
-        parts.append(ids.unfold(0, context + 1, 1))
-    step = max(1, len(parts[1]) // held_out)
-    return Windows(parts[0], parts[1][::step][:held_out])
+    tokenizer.train_from_iterator(texts, num_classes, show_progress=False)
+    return tokenizer
+
+
+def context_windows(tokenizer: Any, text: str, context: int) -> Tensor:
+    """(n, context + 1)"""
+    return torch.tensor(tokenizer.encode(text).ids).unfold(0, context + 1, 1)
+
+
+def windows_of(texts: Sequence[str], tokenizer: Any, *, context: int, held_out: int) -> Windows:
+    """Every tenth text is held out."""
+    train = context_windows(tokenizer, "".join(t for i, t in enumerate(texts) if i % 10), context)
+    held = context_windows(tokenizer, "".join(texts[::10]), context)
+    return Windows(train, held[:: max(1, len(held) // held_out)][:held_out], tokenizer)
+
+
+def windows(num_classes: int, *, context: int, held_out: int, without: Collection[str] = ()) -> Windows:
+    """Python's sources; the vocabulary is trained without what is held out."""
+    texts = sources(without)
+    tokenizer = tokenizer_of([t for i, t in enumerate(texts) if i % 10], num_classes)
+    return windows_of(texts, tokenizer, context=context, held_out=held_out)
 
 
 class WindowModel(nn.Module):
