@@ -400,7 +400,7 @@ def test_models_that_do_not_fit_are_refused():
     broken = copy.deepcopy(cases.model())
     with torch.no_grad():
         broken.lm_head.weight[3] = torch.nan
-    with pytest.raises(EvaluationError, match="must give finite logits; the nll of token 0 "):
+    with pytest.raises(EvaluationError, match="must give finite logits; the nll of token 1 "):
         evaluate(
             HiddenModel(lambda t: torch.ones(*t.shape, 32), linear_weight=broken.lm_head.weight), tokenizer, [TEXT]
         )

@@ -29,7 +29,7 @@ from fused_ppl.evaluation.state import Progress, StateFile
 
 SAVE_EVERY = 2.0  # seconds
 BOS_DIFFERENCE = 0.02  # of the perplexity, above which a warning names both
-BOS_WINDOWS = 4  # that are scored both ways
+BOS_TOKENS = 256  # that are scored both ways
 SEPARATOR = b"\0"
 
 
@@ -111,8 +111,6 @@ class Run:
         """The sums of one document. Batches that `done` knows are not computed again."""
         tokens, document = self.tokens(document)
         windows = windows_of(len(tokens.ids), self.settings, document.name)
-        if not done.documents and not done.batches:
-            done.warnings += self.bos_warnings(tokens)
         batches = list(scoring.batches(windows, self.how.batch_size))
         size, saved = len(document.text.encode()), time.monotonic()
         for number, batch in enumerate(batches):
@@ -126,7 +124,10 @@ class Run:
                     file.save(done)
                     saved = time.monotonic()
             self.how.progress(size * (number + 1) // len(batches) - size * number // len(batches))
-        return self.sums(document, tokens, windows, nll=np.asarray(done.nll, dtype=np.float64))
+        nll = np.asarray(done.nll, dtype=np.float64)
+        if not done.documents:
+            done.warnings += self.bos_warnings(tokens, nll)
+        return self.sums(document, tokens, windows, nll=nll)
 
     def tokens(self, document: Document) -> tuple[Tokens, Document]:
         """The tokens of a document, both cut to `max_tokens`; with a BOS before them if that is a token of the text."""
@@ -200,27 +201,26 @@ class Run:
         s.documents = 1
         return group
 
-    def bos_warnings(self, tokens: Tokens) -> list[str]:
-        """A warning if a BOS changes the beginning of the first text by much. Models may need one, or not know it."""
-        if self.bos_asked != "auto" or self.convention.name != "strided" or self.tokenizer.bos_token_id is None:
+    def bos_warnings(self, tokens: Tokens, nll: NDArray[np.float64]) -> list[str]:
+        """A warning if a BOS changes the beginning of the first text by much. Models may need one, or not know it.
+
+        The beginning is scored the other way as well, and compared with what the evaluation found.
+        """
+        bos = self.tokenizer.bos_token_id
+        if self.bos_asked != "auto" or self.convention.name != "strided" or bos is None:
             return []
-        found = {}
-        for bos in (True, False):
-            settings = dataclasses.replace(self.settings, bos=bos)
-            windows = windows_of(len(tokens.ids), settings, "the text")[:BOS_WINDOWS]
-            scored = [
-                s
-                for batch in scoring.batches(windows, self.how.batch_size)
-                for s in scoring.score(self.model, tokens.ids, batch, bos=int(self.tokenizer.bos_token_id))
-            ]
-            # the same tokens in both: the first has no context without a BOS
-            nll = np.concatenate([s.nll[int(bos and s.window.first == 0) :] for s in scored]) if scored else np.zeros(0)
-            found[bos] = nll
-        size = min(len(nll) for nll in found.values())
+        own, other = self.settings.bos, not self.settings.bos
+        settings = dataclasses.replace(self.settings, bos=other)
+        windows = windows_of(min(len(tokens.ids), self.settings.ctx, BOS_TOKENS), settings, "the text")[:1]
+        if not windows:
+            return []
+        (scored,) = scoring.score(self.model, tokens.ids, windows, bos=int(bos), options=self.how.options)
+        # the first token has no prediction without a BOS
+        found = {own: nll[int(own) :], other: scored.nll[int(other) :]}
+        size = min(len(values) for values in found.values())
         if not size:
             return []
-        bits = {bos: float(nll[:size].mean()) / np.log(2) for bos, nll in found.items()}
-        with_bos, without = (statistics.power_of_2(bits[bos]) for bos in (True, False))
+        with_bos, without = (statistics.power_of_2(float(found[k][:size].mean()) / np.log(2)) for k in (True, False))
         if abs(with_bos - without) <= BOS_DIFFERENCE * min(with_bos, without):
             return []
         does = "The tokenizer adds one, and so does this evaluation."
