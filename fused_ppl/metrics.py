@@ -80,6 +80,8 @@ class Perplexity:
         `fused_ppl.linear_perplexity`, and the logits are not stored.
         """
         keywords = {**self._keywords, "reduction": "none", "token_weight": token_weight}
+        if linear_weight is None and linear_bias is not None:
+            raise ValueError("linear_bias belongs to a linear_weight; got a bias alone. Add it to the logits.")
         if linear_weight is None:
             nll = functional.cross_entropy(input, target, **keywords)
         else:

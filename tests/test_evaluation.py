@@ -135,24 +135,27 @@ def test_each_convention_is_the_slow_one(convention, bos, slow):
         assert math.log(found.word_perplexity) == pytest.approx(sum(nats) / len(re.split(r"\s+", TEXT)), rel=1e-6)
 
 
+@pytest.mark.parametrize("stride", [STRIDE, CTX - 1, CTX])
 @pytest.mark.parametrize("kind", ["byte-level", "bos"])
-def test_the_page_of_transformers(kind, slow):
+def test_the_page_of_transformers(kind, stride, slow):
     """Its weights are one too small after the first window, and so are ours under its name."""
     tokenizer = cases.tokenizer(kind)
     ids, weighted, count, before = tokenizer(TEXT)["input_ids"], 0.0, 0, 0
-    for begin in range(0, len(ids), STRIDE):
+    for begin in range(0, len(ids), stride):
         end = min(begin + CTX, len(ids))
         labels = torch.tensor(ids[begin:end])
         labels[: len(labels) - (end - before)] = -100
         with torch.no_grad():
             loss = slow.model(torch.tensor([ids[begin:end]]), labels=labels[None]).loss.item()
+        if len(labels) == 1:  # its loss is NaN
+            break
         valid = int((labels != -100).sum()) - 1
         weighted, count, before = weighted + loss * valid, count + valid, end
         if end == len(ids):
             break
-    found = run("hf-strided", kind=kind)
+    found = run("hf-strided", kind=kind, stride=stride)
     assert math.log(found.total.perplexity) == pytest.approx(weighted / count, rel=1e-6)
-    assert found.total.tokens == len(ids) - 1
+    assert found.total.tokens <= len(ids) - 1
 
 
 def test_nanochat_counts_the_bytes_of_decoded_tokens(slow):
@@ -332,6 +335,44 @@ def test_byte_level_tokens_have_exactly_their_bytes():
         assert decoded == piece.decode(errors="replace")
 
 
+def with_normalizer(normalizer: Any) -> Any:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer.from_str(cases.tokenizer().backend_tokenizer.to_str())
+    backend.normalizer = normalizer
+    return PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False)
+
+
+def test_what_a_tokenizer_changes_is_said():
+    from tokenizers import normalizers
+
+    composed = tokenize(with_normalizer(normalizers.NFC()), "cafe\u0301 x")
+    assert composed.num_bytes.sum() == len("cafe\u0301 x".encode())
+    assert "changes the text" in composed.warning
+    for normalizer in (normalizers.Lowercase(), normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents()])):
+        assert "changes the text" in tokenize(with_normalizer(normalizer), "Größe ABC").warning
+    found = run(texts=["Größe ABC"] * 2)
+    assert not any("changes" in w for w in found.warnings)
+    unknown = tokenize(cases.tokenizer("words"), "漢字")
+    assert "stands for any text" in unknown.warning
+
+
+def test_the_hash_of_a_tokenizer_does_not_depend_on_its_use():
+    from fused_ppl.evaluation.tokens import tokenizer_hash
+
+    used = copy.deepcopy(cases.tokenizer())
+    used.pad_token = "<s>"
+    before = tokenizer_hash(used)
+    used(["a", "bb cc dd"], padding=True, truncation=True, max_length=2)
+    assert tokenizer_hash(used) == before != tokenizer_hash(cases.tokenizer("bos"))
+
+
+def test_max_tokens_within_a_character():
+    found = run("lm-eval", ["ab龍龍" * 9], max_tokens=4).total
+    assert found.num_bytes == found.total_bytes
+
+
 def test_a_tokenizer_that_drops_characters_is_refused_at_the_first_of_them():
     with pytest.raises(EvaluationError, match=r"after token 0 \('The'\) the tokenizer drops ' ' at byte 3"):
         tokenize(cases.tokenizer("words"), TEXT)
@@ -375,6 +416,8 @@ def test_the_interval_is_wide_where_neighbours_are_alike():
         ({"bos": "perhaps"}, "bos must be one of auto, yes, no; got 'perhaps'"),
         ({"max_tokens": 1}, "max_tokens must be at least 2; got 1"),
         ({"texts": TEXT}, "texts must be several texts"),
+        ({"texts": [3]}, "texts must be strings or Documents; text 0 is a int"),
+        ({"batch_size": 0}, "batch_size must be at least 1; got 0"),
         ({"texts": []}, "at least one text that is not empty"),
         ({"texts": [""]}, "at least one text that is not empty"),
         ({"texts": ["a"]}, "No token was scored: the texts have 1 tokens"),
@@ -387,6 +430,49 @@ def test_the_interval_is_wide_where_neighbours_are_alike():
 def test_bad_input_is_a_sentence(keywords, message):
     with pytest.raises(EvaluationError, match=message):
         run(**{"convention": "strided", **keywords})
+
+
+def test_a_model_that_sees_later_tokens_is_refused():
+    from transformers import RobertaConfig, RobertaForCausalLM
+
+    torch.manual_seed(0)
+    config = RobertaConfig(
+        vocab_size=512, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+    )
+    model = RobertaForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3)
+    with pytest.raises(EvaluationError, match="sees the tokens after a position"):
+        evaluate(model, cases.tokenizer(), [TEXT], ctx=CTX)
+
+
+def test_windows_do_not_exceed_what_the_model_takes():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=512, n_positions=64, n_embd=32, n_layer=1, n_head=2)).eval()
+    for convention in CONVENTIONS:
+        assert evaluate(model, cases.tokenizer(), [TEXT], convention=convention).total.tokens
+    with pytest.raises(EvaluationError, match=r"at most what the model takes, 64; ctx \+ stride / 2 is 80"):
+        evaluate(model, cases.tokenizer(), [TEXT], convention="llama.cpp-strided", ctx=64)
+
+
+def test_numbers_that_do_not_exist_are_not_invented():
+    import json
+
+    found = run("strided", [Document("a", "a", "short"), Document("b", TEXT, "long")], bos="no")
+    assert math.isnan(found.rows[0].perplexity)
+    assert json.loads(json.dumps(found.to_dict(), allow_nan=False))["rows"][0]["perplexity"] is None
+
+
+def test_alternatives_of_a_head_in_another_dtype_are_probabilities():
+    torch.manual_seed(0)
+    table, seen = torch.randn(512, 8), list[TokenRow]()
+    model = HiddenModel(lambda t: table[t], linear_weight=4 * torch.randn(512, 8).bfloat16())
+    evaluate(model, cases.tokenizer(), [TEXT], ctx=CTX, per_token=seen.append, alternatives=4)
+    for row in seen:
+        assert sum(p for _, p in row.alternatives) < 1.01
+        assert row.predicted == row.alternatives[0][0] or row.alternatives[0][1] < 1.02 * row.alternatives[1][1]
 
 
 def test_models_that_do_not_fit_are_refused():

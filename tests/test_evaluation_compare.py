@@ -121,6 +121,15 @@ def test_two_tokenizers_have_bits_per_byte_only(tuned):
     assert low < found.bits_per_byte_difference < high
 
 
+def test_the_interval_of_two_tokenizers_is_of_the_difference():
+    """Texts that are all the same have an interval without width, also beside one that has no scored token."""
+    others, texts = cases.tokenizer("byte-fallback"), ["committee", "x", *["committee"] * 20]
+    found = compare(cases.model(), cases.model(600, 1), cases.tokenizer(), texts, base_tokenizer=others)
+    assert found.bits_per_byte_difference_interval == pytest.approx([found.bits_per_byte_difference] * 2, rel=1e-6)
+    with pytest.raises(EvaluationError, match="max_tokens of two tokenizers"):
+        compare(cases.model(), cases.model(), cases.tokenizer(), texts, base_tokenizer=others, max_tokens=9)
+
+
 def test_the_interval_of_a_difference_is_paired(tuned):
     """The text varies much more than the models differ: the interval of the ratio is far narrower than either's."""
     found = of(tuned, cases.model())

@@ -126,7 +126,7 @@ def test_the_command(tmp_path, capsys):
     capsys.readouterr()  # what libraries printed so far
     assert main([*command, "--json", "--by", "compression"]) == 0
     said = json.loads(capsys.readouterr().out)
-    assert {d["name"] for d in said["documents"]} == {"a.jsonl:1", "a.jsonl:2", "a.jsonl:3"}
+    assert {d["name"] for d in said["documents"]} == {f"{tmp_path / 'a.jsonl'}:{i}" for i in (1, 2, 3)}
     assert main([*command, "--top", "1"]) == 0
     shown = capsys.readouterr().out
     assert "3 documents by perplexity" in shown and "quantiles: 0 %" in shown and "a.jsonl:4: not ranked" in shown

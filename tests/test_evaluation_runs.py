@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import random
@@ -16,10 +17,11 @@ from typing import Any
 
 import evaluation_cases as cases
 import pytest
+import torch
 from evaluation_cases import TEXT
 
 from fused_ppl.cli import main
-from fused_ppl.evaluation import Document, EvaluationError, TokenFile, evaluate, read_texts
+from fused_ppl.evaluation import Document, EvaluationError, HiddenModel, TokenFile, evaluate, read_texts
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -48,8 +50,8 @@ def test_records_have_a_text_and_a_domain(suffix, tmp_path):
         arrow = pytest.importorskip("pyarrow", reason="Parquet needs it")
         pytest.importorskip("pyarrow.parquet").write_table(arrow.Table.from_pylist(records), path)
     found = list(read_texts([str(path)], field="body", domain_field="source"))
-    assert found == [Document(f"{path.name}:1", "one 😀", "web"), Document(f"{path.name}:2", "two", "code")]
-    assert {d.domain for d in read_texts([str(path)], field="body")} == {path.name}
+    assert found == [Document(f"{path}:1", "one 😀", "web"), Document(f"{path}:2", "two", "code")]
+    assert {d.domain for d in read_texts([str(path)], field="body")} == {str(path)}
     with pytest.raises(EvaluationError, match="must have a text in its field 'text'; it has body, source"):
         list(read_texts([str(path)]))
     with pytest.raises(EvaluationError, match="must have a field 'topic'"):
@@ -66,6 +68,20 @@ def test_bytes_that_are_not_utf_8_are_refused_or_counted(tmp_path):
     result = evaluate(cases.model(), cases.tokenizer(), [found], ctx=32)
     assert result.replaced == 1 and "1 characters are U+FFFD" in result.warnings[-1]
     assert result.total.total_bytes == len(found.text.encode())
+
+
+def test_records_with_bytes_or_surrogates_that_are_no_text(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "na\xefve"}\n{"text": "the \\ud83d committee"}\n')
+    for at, message in ((0, "line 1, must be UTF-8"), (1, "Record 2 of .* is half of a surrogate pair")):
+        lines = path.read_bytes().splitlines(keepends=True)
+        (tmp_path / "b.jsonl").write_bytes(b'{"text": "fine"}\n' * at + lines[at])
+        with pytest.raises(EvaluationError, match=message):
+            list(read_texts([str(tmp_path / "b.jsonl")]))
+    found = list(read_texts([str(path)], errors="replace"))
+    assert [(d.text, d.replaced) for d in found] == [("na\ufffdve", 1), ("the \ufffd committee", 1)]
+    with pytest.raises(EvaluationError, match="text 0 must be text; its character 0 is half of a surrogate pair"):
+        evaluate(cases.model(), cases.tokenizer(), ["\ud83d"], ctx=32)
 
 
 @pytest.mark.parametrize(
@@ -203,8 +219,9 @@ def test_a_model_that_is_none_is_a_sentence(folder, tmp_path, capsys):
 SCRIPT = """
 import json, sys, time
 import evaluation_cases as cases
-from fused_ppl.evaluation import TokenFile, evaluate, run
-run.SAVE_EVERY = 0.0
+from fused_ppl.evaluation import TokenFile, evaluate
+from fused_ppl.evaluation import state as state_file
+state_file.SAVE_EVERY = state_file.SHARE = 0
 state, tokens, pause = sys.argv[1], sys.argv[2], float(sys.argv[3])
 progress = lambda n: time.sleep(pause)
 texts = [cases.TEXT, cases.TEXT[:300], cases.TEXT[100:]]
@@ -273,6 +290,79 @@ def test_a_state_that_does_not_fit_is_refused_and_stays(tmp_path):
         with pytest.raises(EvaluationError, match=r"(not a whole state file|damaged).* Delete .*state\.json"):
             kept(path)
         assert path.read_text() == damaged
+
+
+class Stop(Exception):
+    pass
+
+
+def stopped(path: Path, **keywords: Any) -> None:
+    """A run that is stopped in the middle of its first text, with its state saved."""
+    calls = iter(range(100))
+
+    def progress(_: int) -> None:
+        if next(calls) == 6:
+            raise Stop
+
+    with pytest.raises(Stop):
+        kept(path, progress=progress, batch_size=2, **keywords)
+
+
+@pytest.fixture
+def saved_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fused_ppl.evaluation import state
+
+    monkeypatch.setattr(state, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr(state, "SHARE", 0)
+
+
+@pytest.mark.usefixtures("saved_at_once")
+def test_the_text_at_work_and_its_domain_belong_to_the_state(tmp_path):
+    stopped(tmp_path / "s")
+    for texts in ([TEXT[::-1]], [TEXT[:30]], [Document("text 0", TEXT, "other")]):
+        with pytest.raises(EvaluationError, match="text 0 is not the text that the state file"):
+            kept(tmp_path / "s", texts=texts, batch_size=2)
+    assert kept(tmp_path / "s", batch_size=2).total == kept(tmp_path / "other", batch_size=2).total
+
+
+@pytest.mark.usefixtures("saved_at_once")
+def test_another_body_scale_or_receiver_is_another_evaluation(tmp_path):
+    stopped(tmp_path / "s")
+    body = copy.deepcopy(cases.model())
+    with torch.no_grad():
+        body.model.layers[0].mlp.up_proj.weight.mul_(1.5)
+    with pytest.raises(EvaluationError, match="head was "):
+        evaluate(body, cases.tokenizer(), [TEXT], ctx=32, batch_size=2, state=tmp_path / "s")
+    with pytest.raises(EvaluationError, match="per_token was False and is True"):
+        kept(tmp_path / "s", batch_size=2, per_token=print)
+    table = torch.randn(512, 8)
+    for scale, name in ((1.0, "a"), (0.5, "a")):
+        found = HiddenModel(lambda t: table[t], linear_weight=table, logit_scale=scale, name=name)
+        if scale == 1.0:
+            evaluate(found, cases.tokenizer(), [TEXT], ctx=32, state=tmp_path / "h")
+        else:
+            with pytest.raises(EvaluationError, match="head was "):
+                evaluate(found, cases.tokenizer(), [TEXT], ctx=32, state=tmp_path / "h")
+
+
+@pytest.mark.usefixtures("saved_at_once")
+def test_tokens_are_not_handed_over_twice(tmp_path):
+    seen: list[Any] = []
+    stopped(tmp_path / "s", per_token=seen.append)
+    assert seen
+    with pytest.raises(EvaluationError, match=r"needs a method keep\(n\)"):
+        kept(tmp_path / "s", batch_size=2, per_token=seen.append)
+
+
+def test_a_finished_run_with_parquet_can_be_run_again(tmp_path):
+    pytest.importorskip("pyarrow", reason="Parquet needs it")
+    counts = []
+    for _ in range(2):
+        with TokenFile(tmp_path / "t.parquet") as file:
+            kept(tmp_path / "s", per_token=file)
+        counts.append(pytest.importorskip("pyarrow.parquet").read_table(tmp_path / "t.parquet").num_rows)
+        assert not (tmp_path / "t.parquet.lines").exists()
+    assert counts[0] == counts[1] > 0
 
 
 def test_a_file_of_tokens_that_lost_lines_is_refused(tmp_path):

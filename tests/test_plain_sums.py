@@ -162,6 +162,35 @@ def test_our_threads_have_the_bits_of_pytorch_s(shape, dtype, monkeypatch):
         assert all(torch.equal(a, b) for a, b in zip(alone, ours, strict=True)), call.__name__
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("value", [300.0, -300.0, torch.nan])
+def test_a_row_out_of_bounds_changes_no_other_row(value, dtype, our_threads, monkeypatch):
+    """From logits and through a head, in one part and in three: the bits of the other rows are the same."""
+    torch.manual_seed(0)
+    x, target = (3 * torch.randn(100, 400)).to(dtype), torch.randint(400, (100,))
+    changed = x.clone()
+    changed[37, 5] = value
+    if value == -300.0:
+        changed[37] = value
+    others = torch.arange(100) != 37
+
+    def losses(z: Tensor) -> list[Tensor]:
+        found = []
+        for left in (0, 10**9):
+            monkeypatch.setattr(torch_threads, "_calls_left", left)
+            found.append(cross_entropy(z, target, reduction="none", options=CHUNKS))
+            if value != value:  # 0 * NaN would reach all rows
+                continue
+            # logits are the weight's own numbers: hidden states of one 1 each
+            weight = z.t().contiguous().requires_grad_()
+            of_head = linear_cross_entropy(torch.eye(100, dtype=dtype), weight, target, reduction="sum", options=CHUNKS)
+            found.append(torch.autograd.grad(of_head, weight)[0].t())
+        return found
+
+    for before, after in zip(losses(x), losses(changed), strict=True):
+        assert torch.equal(before[others], after[others])
+
+
 def test_our_threads_leave_everything_as_it_was(our_threads):
     """The numbers of threads, inference mode, errors, and a forked child."""
     x, target = torch.randn(40, 300), torch.arange(40)

@@ -67,6 +67,24 @@ def test_in_a_collection_by_forward_and_update(batches):
     assert found["ours"].item() == found["again"].item() == pytest.approx(truth(batches), rel=1e-6)
 
 
+def test_metrics_with_other_settings_do_not_share_their_sums_in_a_collection():
+    collection = torchmetrics.MetricCollection({"all": metric(ignore_index=None), "text": metric(ignore_index=0)})
+    torch.manual_seed(0)
+    first, second = torch.randn(1, 6, 5), 3 * torch.randn(1, 6, 5)
+    target = torch.tensor([[0, 1, 0, 2, 0, 3]])
+    collection.update(first, target.clamp(min=1))  # both have the same sums
+    collection.update(second, target)
+    logits, targets = torch.cat([first[0], second[0]]), torch.cat([target[0].clamp(min=1), target[0]])
+    for name, ignored in (("all", -100), ("text", 0)):
+        truth = F.cross_entropy(logits, targets, ignore_index=ignored).exp()
+        assert collection.compute()[name].item() == pytest.approx(truth.item(), rel=1e-6)
+
+
+def test_a_bias_without_a_weight_is_refused():
+    with pytest.raises(ValueError, match="linear_bias belongs to a linear_weight"):
+        fused_ppl.Perplexity().update(torch.zeros(2, 3), torch.zeros(2).long(), linear_bias=torch.zeros(3))
+
+
 def test_from_hidden_states_and_from_sums(batches):
     hidden, head, bias = torch.randn(2, 5, 4), torch.randn(11, 4), torch.randn(11)
     target = torch.randint(11, (2, 5))

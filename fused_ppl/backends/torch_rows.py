@@ -62,8 +62,28 @@ def _forward(
     if chunks.on_cpu and chunks.rows < tokens.target.shape[0] and not (spec.stats or spec.label_smoothing):
         found = plain_stats(chunks)
         if found is not None:
-            return found
+            return _redone(*found, chunks, tokens)
+    return _by_chunks(chunks)
+
+
+def _by_chunks(chunks: Chunks) -> RowStats:
     return collect(chunks, [chunks.zeros(rows) if rows.skipped else chunk_stats(chunks, rows) for rows in chunks])
+
+
+def _redone(stats: RowStats, trusted: Tensor, chunks: Chunks, tokens: TokenInputs) -> RowStats:
+    """Rows that are not to be trusted, once more by their maximum, a chunk of them at a time."""
+    if bool(trusted.all()):
+        return stats
+    for rows in (~trusted).nonzero().squeeze(1).split(chunks.rows):
+        weight = tokens.token_weight
+        own = TokenInputs(
+            tokens.target[rows], tokens.weight, weight if weight is None or not weight.ndim else weight[rows]
+        )
+        again = _by_chunks(Chunks(chunks.logits[rows], own, chunks.spec, memory_budget=None, keep_lse=chunks.keep_lse))
+        for whole, part in zip(stats, again, strict=True):
+            if whole is not None and part is not None:
+                whole.index_copy_(0, rows, part)
+    return stats
 
 
 def nll_backward(

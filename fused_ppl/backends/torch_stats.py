@@ -22,21 +22,21 @@ from fused_ppl.records import RowStats
 LEAST_SUM, MOST_SUM, MOST_LOGIT = 1e-20, 1e30, 80.0
 
 
-def within_bounds(sums: Tensor) -> bool:
-    low, high = sums.aminmax()
-    return float(low) >= LEAST_SUM and float(high) <= MOST_SUM
+def within_bounds(sums: Tensor) -> Tensor:
+    """(n,): a row is judged by itself, so that its result does not depend on the other rows."""
+    return (sums >= LEAST_SUM) & (sums <= MOST_SUM)
 
 
-def plain_stats(chunks: Chunks) -> RowStats | None:
-    """nll and lse of all rows from sums of e^z, or None where a sum is out of bounds, or rows are not a matrix.
+def plain_stats(chunks: Chunks) -> tuple[RowStats, Tensor] | None:
+    """nll and lse of all rows from sums of e^z, and which of them are to be trusted. None where rows are no matrix.
 
     There is little Python between the chunks. So they may be small, and a row is in the thread's own cache when it is
     read again.
     """
     every, spec = chunks.all_rows, chunks.spec
-    if chunks.shape[0] > 1 and chunks.logits.ndim == 3:
+    logits = chunks.logits
+    if logits.ndim == 3:
         return None
-    logits = chunks.logits if chunks.logits.ndim == 2 else chunks.logits[0]
     may_read = logits.dtype == chunks.dtype and spec.logit_scale == 1 and spec.softcap is None
     sums = torch.empty(logits.shape[0], dtype=chunks.dtype, device=logits.device)
     rows = max(1, chunks.rows // 2)
@@ -49,16 +49,12 @@ def plain_stats(chunks: Chunks) -> RowStats | None:
         torch.sum(torch.exp(x, out=e) if may_read else transform(e.copy_(x), spec).exp_(), 1, out=s)
         if counted is not None:
             s.masked_fill_(~counted[k], 1)
-        if k == 0 and not within_bounds(s):
-            return None
-    if not within_bounds(sums):
-        return None
     z_y = target_z(chunks, logits.gather(1, every.target).squeeze(1))
     wide = sums.to(chunks.wide)
     log_sum = wide.log()
     # the same e^z divided out: where the target has all the mass, nll is 0 and not the rounding of e^z
     nll = torch.where(z_y < -MOST_LOGIT, log_sum - z_y, (wide / z_y.exp()).log_().clamp_min_(0)).to(chunks.dtype)
-    return row_stats(chunks, every, nll, lse=log_sum if chunks.keep_lse else None)
+    return row_stats(chunks, every, nll, lse=log_sum if chunks.keep_lse else None), within_bounds(sums)
 
 
 def chunk_stats(chunks: Chunks, rows: Rows) -> RowStats:
@@ -182,13 +178,37 @@ def without_target(
     x, plain_sum = _chunk_with_target(chunks, rows, logit, derivative)
     if chunks.on_cpu and not spec.stats and x.dtype != rows.source.dtype:  # then x is a copy, and can be made again
         mass = x.scatter_(1, y, -torch.inf).exp_().sum(1)
-        if within_bounds(mass) and float(z_y.max()) <= MOST_LOGIT:
-            excess = mass.to(chunks.wide).log()
-            nll = torch.nn.functional.softplus(excess - z_y, threshold=40.0).to(chunks.dtype)
-            rest = others_mass(nll)
-            found = Others(nll, torch.zeros_like(nll), excess, plain_sum, None, None)
-            return found, Softmax(x, rest / mass), rest
+        trusted = within_bounds(mass) & (z_y <= MOST_LOGIT)
+        excess = mass.to(chunks.wide).log()
+        nll = torch.nn.functional.softplus(excess - z_y, threshold=40.0).to(chunks.dtype)
+        rest = others_mass(nll)
+        plain = Others(nll, torch.zeros_like(nll), excess, plain_sum, None, None), Softmax(x, rest / mass), rest
+        if bool(trusted.all()):
+            return plain
+        kept = plain[1]._replace(q=x.clone())
         x, plain_sum = _chunk_with_target(chunks, rows, logit, derivative)
+        found, p, rest = _by_maximum(chunks, rows, x, plain_sum, z_y=z_y)
+        return _chosen(trusted, (plain[0], kept, plain[2]), (found, p, rest))
+    return _by_maximum(chunks, rows, x, plain_sum, z_y=z_y)
+
+
+def _chosen(
+    trusted: Tensor, plain: tuple[Others, Softmax, Tensor], other: tuple[Others, Softmax, Tensor]
+) -> tuple[Others, Softmax, Tensor]:
+    """Row by row one of two statistics. Both have neither entropy nor prediction."""
+    (a, p, rest), (b, q, other_rest) = plain, other
+    nll, top, excess = (torch.where(trusted, u, v) for u, v in ((a.nll, b.nll), (a.top, b.top), (a.excess, b.excess)))
+    found = Others(nll, top, excess, b.plain_sum, None, None)
+    assert p.scale is not None and q.scale is not None
+    torch.where(trusted.unsqueeze(1), p.q, q.q, out=q.q)
+    return found, Softmax(q.q, torch.where(trusted, p.scale, q.scale)), torch.where(trusted, rest, other_rest)
+
+
+def _by_maximum(
+    chunks: Chunks, rows: Rows, x: Tensor, plain_sum: Tensor | None, *, z_y: Tensor
+) -> tuple[Others, Softmax, Tensor]:
+    """As `without_target`, whatever the logits are: relative to the largest of the others."""
+    spec, y = chunks.spec, rows.target
     predicted = argmax(x) if spec.stats else None
     # the largest of the others takes the place of the target: softmax then gives its share of a sum that it is part of
     x.scatter_(1, y, -torch.inf)

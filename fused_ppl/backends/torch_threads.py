@@ -15,7 +15,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -92,7 +92,9 @@ def in_parts(
         with mode():
             return of_part(part)
 
-    return list(_pool(threads).map(run, parts))
+    futures = [_pool(threads).submit(run, part) for part in parts]
+    wait(futures)  # also if one raises: no thread may write into the caller's memory after this call
+    return [future.result() for future in futures]
 
 
 def _worth_it(logits: Tensor) -> bool:

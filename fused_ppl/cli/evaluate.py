@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     for name in names:
         try:
             found.append(one(args, name, (model, tokenizer), documents=documents))
-        except ValueError as error:
+        except ValueError as error:  # a convention may need a longer text, or a BOS
             if len(names) == 1:
                 raise
             refused[name] = str(error)

@@ -70,6 +70,8 @@ def extras() -> Iterator[None]:
         with contextlib.redirect_stdout(sys.stderr):
             yield
     except ImportError as error:
+        if (error.name or "").startswith("fused_ppl"):
+            raise
         raise ValueError(f"{MISSING}{error.name or error}.") from error
 
 

@@ -10,6 +10,7 @@ from fused_ppl.evaluation.evaluate import evaluate
 from fused_ppl.evaluation.models import HiddenModel, load
 from fused_ppl.evaluation.ranking import Ranked, Ranking, rank
 from fused_ppl.evaluation.records import Document, EvaluationError, Settings, TokenRow
+from fused_ppl.evaluation.report import Report
 from fused_ppl.evaluation.result import Evaluation
 from fused_ppl.evaluation.statistics import Row
 from fused_ppl.evaluation.texts import read_texts
@@ -24,6 +25,7 @@ __all__ = [
     "HiddenModel",
     "Ranked",
     "Ranking",
+    "Report",
     "Row",
     "Settings",
     "TokenFile",

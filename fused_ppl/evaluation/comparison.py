@@ -25,11 +25,12 @@ from fused_ppl import Options
 from fused_ppl.evaluation import models, scoring
 from fused_ppl.evaluation import tokens as tokenization
 from fused_ppl.evaluation.conventions import check_settings, windows_of
-from fused_ppl.evaluation.evaluate import evaluate, sizes_of, uses_bos
+from fused_ppl.evaluation.evaluate import check_batch_size, evaluate, sizes_of, uses_bos
 from fused_ppl.evaluation.models import HiddenModel
 from fused_ppl.evaluation.records import BLOCK, Document, EvaluationError, Settings, Tokens, Window
+from fused_ppl.evaluation.result import Evaluation, finite
 from fused_ppl.evaluation.run import How, Run, documents_of
-from fused_ppl.evaluation.statistics import Interval, bootstrap_ratio, power_of_2
+from fused_ppl.evaluation.statistics import RESAMPLES, Interval, bootstrap_ratio, power_of_2
 
 PERCENTILES = (100, 99.9, 99, 95, 90, 75, 50, 25, 10, 5, 1, 0.1, 0)
 CONTEXT = 60  # characters before a token that is shown
@@ -83,7 +84,8 @@ class Comparison:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, for JSON."""
-        return dataclasses.asdict(self)
+        whole: dict[str, Any] = finite(dataclasses.asdict(self))
+        return whole
 
     def lines(self) -> list[tuple[str, str]]:
         """Names and values, as llama.cpp prints them."""
@@ -168,21 +170,23 @@ def compare(
     """
     first, second = models.of(model), models.of(base)
     tokenization.check_tokenizer(tokenizer)
-    keywords: dict[str, Any] = {"ctx": ctx, "stride": stride, "min_context": min_context, "bos": bos}
-    keywords |= {"max_tokens": max_tokens, "batch_size": batch_size, "options": options}
+    most = [m.most_tokens for m in (first, second) if m.most_tokens is not None]
+    both = dataclasses.replace(first, most_tokens=min(most, default=None))
+    ctx, stride = sizes_of(both, ctx, stride, min_context=min_context)
+    check_batch_size(batch_size)
     if base_tokenizer is not None:
         tokenization.check_tokenizer(base_tokenizer)
         if tokenization.tokenizer_hash(base_tokenizer) != tokenization.tokenizer_hash(tokenizer):
+            if max_tokens is not None:
+                raise EvaluationError("max_tokens of two tokenizers would be two texts. Give a shorter text.")
+            keywords: dict[str, Any] = {"ctx": ctx, "stride": stride, "bos": bos, "batch_size": batch_size}
+            keywords |= {"options": options, "progress": progress}
             return _two_tokenizers((first, tokenizer), (second, base_tokenizer), texts, keywords=keywords)
     if first.linear_weight.shape[0] != second.linear_weight.shape[0]:
         raise EvaluationError(
             f"Both models must have as many classes; {first.name} has {first.linear_weight.shape[0]} and {second.name} "
             f"has {second.linear_weight.shape[0]}. Give the tokenizer of the base, to compare bits per byte."
         )
-    most = [m.most_tokens for m in (first, second) if m.most_tokens is not None]
-    ctx, stride = sizes_of(
-        dataclasses.replace(first, most_tokens=min(most, default=None)), ctx, stride, min_context=min_context
-    )
     settings = Settings("strided", ctx, stride, uses_bos(tokenizer, "strided", bos), max_tokens)
     check_settings(settings)
     run = Run(
@@ -242,10 +246,10 @@ class _Pass:
             teacher_softcap=q.softcap,
             options=self.run.how.options,
         )
-        base_nll = scoring.nll_of(q, of_base, options=self.run.how.options)
-        nll = base_nll - out.log_prob_difference.double()  # log p - log q
-        for name, value in (("kl", out.divergence.double()), ("base_nll", base_nll), ("nll", nll)):
-            values = value.cpu().numpy()
+        base_nll = scoring.nll_of(q, of_base, options=self.run.how.options).cpu().double()
+        nll = base_nll - out.log_prob_difference.cpu().double()  # log p - log q
+        for name, value in (("kl", out.divergence.cpu().double()), ("base_nll", base_nll), ("nll", nll)):
+            values = value.numpy()
             if not np.isfinite(values).all():
                 raise EvaluationError(f"Both models must give finite logits; the {name} of a token is not finite.")
             getattr(self.found, name).append(values)
@@ -331,9 +335,6 @@ def _two_tokenizers(
         raise EvaluationError("There must be at least one text that is not empty; got none.")
     separate = [d._replace(domain=f"{i}") for i, d in enumerate(documents)]
     found = [evaluate(model, tokenizer, separate, **keywords) for model, tokenizer in (first, second)]
-    rows = zip(found[0].rows, found[1].rows, strict=True)
-    parts = [(a.bits_per_byte * a.num_bytes - b.bits_per_byte * b.num_bytes, a.num_bytes) for a, b in rows]
-    difference, sizes = (np.asarray(column, dtype=np.float64) for column in zip(*parts, strict=True))
     bits = [e.total.bits_per_byte for e in found]
     return Comparison(
         model=found[0].model,
@@ -344,5 +345,21 @@ def _two_tokenizers(
         bits_per_byte=bits[0],
         base_bits_per_byte=bits[1],
         bits_per_byte_difference=bits[0] - bits[1],
-        bits_per_byte_difference_interval=bootstrap_ratio(difference, sizes),
+        bits_per_byte_difference_interval=_paired(*found),
     )
+
+
+def _paired(first: Evaluation, second: Evaluation) -> Interval | None:
+    """The interval of the difference of bits per byte: both models are taken from the same texts."""
+    rows = [(a, b) for a, b in zip(first.rows, second.rows, strict=True) if a.num_bytes and b.num_bytes]
+    if len(rows) < 2:
+        return None
+    bits = np.asarray([[r.bits_per_byte * r.num_bytes for r in pair] for pair in rows])
+    sizes = np.asarray([[r.num_bytes for r in pair] for pair in rows], dtype=np.float64)
+    generator, differences = np.random.default_rng(0), []
+    for _ in range(RESAMPLES):
+        chosen = generator.integers(len(rows), size=len(rows))
+        of_both = bits[chosen].sum(0) / sizes[chosen].sum(0)
+        differences.append(of_both[0] - of_both[1])
+    low, high = np.percentile(differences, [2.5, 97.5])
+    return float(low), float(high)

@@ -73,7 +73,9 @@ def hf_strided(num_tokens: int, settings: Settings) -> Iterator[Window]:
     before = 0
     for start in range(0, num_tokens, settings.stride):
         stop = min(start + settings.ctx, num_tokens)
-        yield Window(start, stop, max(before, start + 1))
+        first = max(before, start + 1)
+        if first < stop:
+            yield Window(start, stop, first)
         before = stop
         if stop == num_tokens:
             break

@@ -72,7 +72,8 @@ def evaluate(
     """
     of_model = models.of(model)
     tokenization.check_tokenizer(tokenizer)
-    ctx, stride = sizes_of(of_model, ctx, stride, min_context=min_context)
+    check_batch_size(batch_size)
+    ctx, stride = sizes_of(of_model, ctx, stride, min_context=min_context, convention=convention)
     settings = Settings(convention, ctx, stride, uses_bos(tokenizer, convention, bos), max_tokens)
     check_settings(settings)
     how = How(batch_size, options, per_token, alternatives, progress or (lambda num_bytes: None))
@@ -80,12 +81,24 @@ def evaluate(
     return run.finish(texts, StateFile(None if state is None else Path(state), run.identity()))
 
 
-def sizes_of(model: HiddenModel, ctx: int | None, stride: int | None, *, min_context: int | None) -> tuple[int, int]:
+def check_batch_size(batch_size: int) -> None:
+    if batch_size < 1:
+        raise EvaluationError(f"batch_size must be at least 1; got {batch_size}.")
+
+
+def sizes_of(
+    model: HiddenModel, ctx: int | None, stride: int | None, *, min_context: int | None, convention: str = "strided"
+) -> tuple[int, int]:
     """The context and the stride, with their defaults filled in."""
+    asked, most = ctx, model.most_tokens
     if ctx is None:
-        ctx = min(512, model.most_tokens or 512)
-    elif model.most_tokens is not None and ctx > model.most_tokens:
-        raise EvaluationError(f"ctx must be at most what the model takes, {model.most_tokens}; got {ctx}.")
+        ctx = min(512, most or 512)
+        if convention == "llama.cpp-strided" and most is not None:
+            ctx = min(ctx, most - most // 4)  # its windows are longer by half a stride
+    given = ctx + ((ctx // 2 if stride is None else stride) // 2 if convention == "llama.cpp-strided" else 0)
+    if most is not None and given > most:
+        words = f"ctx + stride / 2 is {given}" if convention == "llama.cpp-strided" else f"got {asked}"
+        raise EvaluationError(f"ctx must be at most what the model takes, {most}; {words}.")
     if stride is not None and min_context is not None:
         raise EvaluationError("stride and min_context say the same: stride = ctx - min_context + 1. Give one of them.")
     if min_context is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from fused_ppl.integrations.huggingface.check import small_batch
 from fused_ppl.integrations.huggingface.patching import language_model
 from fused_ppl.integrations.huggingface.swap import head_of, reason_against_weight
 
+SAMPLED = 256  # numbers of a parameter that tell models apart
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -54,10 +55,15 @@ class HiddenModel:
         return self.linear_weight.dtype
 
     def fingerprint(self) -> str:
-        """A hash of some of the head's numbers, which tells models apart."""
-        w = self.linear_weight
-        rows = torch.linspace(0, w.shape[0] - 1, min(64, w.shape[0]), device=w.device).long()
-        return hashlib.sha256(w.detach()[rows].float().cpu().numpy().tobytes() + str(w.shape).encode()).hexdigest()[:12]
+        """A hash of some numbers of every parameter that is known, which tells models apart."""
+        body = self.hidden_states.model.state_dict() if isinstance(self.hidden_states, _Body) else {}
+        found = hashlib.sha256(f"{self.logit_scale} {self.softcap}".encode())
+        for name, value in {**body, "head": self.linear_weight, "bias": self.linear_bias}.items():
+            if isinstance(value, Tensor):
+                flat = value.detach().reshape(-1)
+                picked = flat[:: max(1, flat.numel() // SAMPLED)][:SAMPLED].double().cpu()
+                found.update(f"{name} {tuple(value.shape)}".encode() + picked.numpy().tobytes())
+        return found.hexdigest()[:12]
 
 
 def of(model: Any) -> HiddenModel:
@@ -91,9 +97,23 @@ def of(model: Any) -> HiddenModel:
         raise EvaluationError(f"{type(inner).__name__} cannot be evaluated through its head: {reason}.")
     name = getattr(inner.config, "_name_or_path", "") or type(inner).__name__
     name = Path(name).name if Path(name).exists() else name  # not where it lies on this machine
-    return HiddenModel(
-        _Body(inner, head), head.weight, head.bias, scale, softcap, name=name, most_tokens=_most_tokens(inner)
-    )
+    body = _Body(inner, head)
+    _check_causal(body, inner)
+    return HiddenModel(body, head.weight, head.bias, scale, softcap, name=name, most_tokens=_most_tokens(inner))
+
+
+def _check_causal(body: Callable[[Tensor], Tensor], model: Any) -> None:
+    """Hidden states must not depend on later tokens; a model that sees them would have a perplexity near 1."""
+    tokens = small_batch(model, head_of(model))
+    changed = tokens.clone()
+    changed[:, -1] = tokens[:, 0]
+    before, after = (body(t)[:, :-1].float() for t in (tokens, changed))
+    scale = before.abs().max().clamp_min(1e-30)
+    if bool((before - after).abs().max() > 1e-2 * scale):
+        raise EvaluationError(
+            f"{type(model).__name__} sees the tokens after a position, so it has no perplexity. Use a causal model "
+            "(is_decoder=True in the configuration of an encoder)."
+        )
 
 
 def _most_tokens(model: Any) -> int | None:
@@ -179,4 +199,5 @@ def load(name: str, *, gguf: str | None = None, dtype: str = "auto", device: str
     except Exception as error:  # transformers, its hub and its readers raise of many kinds
         reason = str(error).strip().split("\n")[0]
         raise EvaluationError(f"The model {name!r} cannot be loaded to {device}: {reason}") from error
-    return of(model), tokenizer
+    found = of(model)
+    return (found if gguf is None else replace(found, name=f"{found.name}/{gguf}")), tokenizer

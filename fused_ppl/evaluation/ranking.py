@@ -18,8 +18,9 @@ from fused_ppl import Options
 from fused_ppl.evaluation import models
 from fused_ppl.evaluation import tokens as tokenization
 from fused_ppl.evaluation.conventions import check_settings
-from fused_ppl.evaluation.evaluate import sizes_of, uses_bos
+from fused_ppl.evaluation.evaluate import check_batch_size, sizes_of, uses_bos
 from fused_ppl.evaluation.records import Document, EvaluationError, Settings, TokenRow
+from fused_ppl.evaluation.result import finite
 from fused_ppl.evaluation.run import How, Run, documents_of
 from fused_ppl.evaluation.state import Progress, StateFile
 from fused_ppl.evaluation.statistics import row
@@ -60,7 +61,8 @@ class Ranking:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, for JSON."""
-        return dataclasses.asdict(self)
+        whole: dict[str, Any] = finite(dataclasses.asdict(self))
+        return whole
 
 
 def rank(
@@ -97,6 +99,7 @@ def rank(
         raise EvaluationError(f"by must be one of {', '.join(BY)}; got {by!r}.")
     of_model = models.of(model)
     tokenization.check_tokenizer(tokenizer)
+    check_batch_size(batch_size)
     ctx, stride = sizes_of(of_model, ctx, stride, min_context=min_context)
     settings = Settings("strided", ctx, stride, uses_bos(tokenizer, "strided", bos), max_tokens)
     check_settings(settings)
@@ -110,8 +113,8 @@ def rank(
     for document in documents_of(texts):
         entropies.clear()
         group = run.of_document(document, Progress(), StateFile(None, {}))
-        if group.score.tokens:
-            found.append(_ranked(document, row(document.name, group), entropies))
+        if group.score.tokens and group.score.num_bytes:
+            found.append(_ranked(document, row(document.name, group, intervals=False), entropies))
         else:
             unscored.append(document.name)
     if not found:

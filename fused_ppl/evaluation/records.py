@@ -32,9 +32,10 @@ class Tokens(NamedTuple):
     ids: NDArray[np.int64]  # (T,)
     num_bytes: NDArray[np.int32]  # (T,), whose sum is the number of bytes of the text; 0 of a special token
     starts: NDArray[np.int64]  # (T,): the first character of each token
+    warning: str = ""  # what the tokenizer loses of the text
 
     def first(self, count: int) -> Tokens:
-        return Tokens(self.ids[:count], self.num_bytes[:count], self.starts[:count])
+        return Tokens(self.ids[:count], self.num_bytes[:count], self.starts[:count], self.warning)
 
     def after(self, bos: int) -> Tokens:
         """These tokens after a BOS, which stands for no byte."""
@@ -43,6 +44,7 @@ class Tokens(NamedTuple):
             np.concatenate((zero + bos, self.ids)),
             np.concatenate((zero.astype(np.int32), self.num_bytes)),
             np.concatenate((zero, self.starts)),
+            self.warning,
         )
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import platform
 import sys
 from dataclasses import dataclass
@@ -72,7 +73,18 @@ class Evaluation:
         """Everything, for JSON."""
         name, value = self.headline
         whole = dataclasses.asdict(self)
-        return {"headline": {name: value}, "quote": self.quote(), "formula": self.convention.formula, **whole}
+        whole |= {"quote": self.quote(), "formula": self.convention.formula}
+        found: dict[str, Any] = finite({"headline": {name: value}, **whole})
+        return found
+
+
+def finite(value: Any) -> Any:
+    """JSON has no NaN and no inf: None takes their place."""
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def peak_memory(device: torch.device) -> int | None:

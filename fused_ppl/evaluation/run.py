@@ -27,7 +27,6 @@ from fused_ppl.evaluation.records import Document, EvaluationError, Group, Setti
 from fused_ppl.evaluation.result import Evaluation, peak_memory, versions
 from fused_ppl.evaluation.state import Progress, StateFile
 
-SAVE_EVERY = 2.0  # seconds
 BOS_DIFFERENCE = 0.02  # of the perplexity, above which a warning names both
 BOS_TOKENS = 256  # that are scored both ways
 SEPARATOR = b"\0"
@@ -72,47 +71,65 @@ class Run:
             "dtype": str(self.model.dtype),
             "device": self.model.device.type,
             "batch_size": self.how.batch_size,
+            "options": str(self.how.options or Options()),
+            "per_token": self.how.per_token is not None,
             "tokenizer": tokenization.tokenizer_hash(self.tokenizer),
             **versions(),
         }
 
     def finish(self, texts: Iterable[str | Document], file: StateFile) -> Evaluation:
         begin, done = time.perf_counter(), file.load()
-        keep = getattr(self.how.per_token, "keep", None)
-        if keep is not None:
-            keep(done.handed_over)
-        text_hash, resumed, given = hashlib.sha256(), len(done.documents), 0
+        text_hash, resumed, given, kept = hashlib.sha256(), len(done.documents), 0, False
         for number, document in enumerate(documents_of(texts)):
             given += 1
             data = document.text.encode()
             text_hash.update(data + SEPARATOR)
-            own_hash = hashlib.sha256(data).hexdigest()[:16]
+            own_hash = hashlib.sha256(document.domain.encode() + SEPARATOR + data).hexdigest()[:16]
+            known = done.documents[number] if number < resumed else done.at_work if number == resumed else ""
+            if known and known != own_hash:
+                raise EvaluationError(
+                    f"{document.name} is not the text that the state file {file.path} knows. Delete the file to start "
+                    "from the beginning."
+                )
             if number < resumed:
-                if done.documents[number] != own_hash:
-                    raise EvaluationError(
-                        f"{document.name} is not the text that the state file {file.path} knows. Delete the file to "
-                        "start from the beginning."
-                    )
                 self.how.progress(len(data))
                 continue
+            if not kept:
+                self.keep(done)
+                kept = True
+            done.at_work = own_hash
             group = self.of_document(document, done, file)
             done.groups.setdefault(document.domain, Group()).add(group)
             done.documents.append(own_hash)
             done.replaced += document.replaced
-            done.batches, done.nll = 0, []
-            file.save(done)
+            done.batches, done.nll, done.at_work = 0, [], ""
+            file.save(done, wait=True)
+        if not kept:
+            self.keep(done)
+        file.save(done)
         if given < resumed:
             raise EvaluationError(f"The state file {file.path} knows {resumed} texts; only {given} were given.")
         if not given:
             raise EvaluationError("There must be at least one text that is not empty; got none.")
         return self.result(done, text_hash.hexdigest()[:12], time.perf_counter() - begin)
 
+    def keep(self, done: Progress) -> None:
+        """Tell the receiver of tokens how many of them an earlier run had handed over."""
+        keep = getattr(self.how.per_token, "keep", None)
+        if keep is not None:
+            keep(done.handed_over)
+        elif self.how.per_token is not None and done.handed_over:
+            raise EvaluationError(
+                "A run that goes on from a state must not hand tokens over twice, so per_token needs a method keep(n), "
+                "as TokenFile has. Or delete the state file to start from the beginning."
+            )
+
     def of_document(self, document: Document, done: Progress, file: StateFile) -> Group:
         """The sums of one document. Batches that `done` knows are not computed again."""
         tokens, document = self.tokens(document)
         windows = windows_of(len(tokens.ids), self.settings, document.name)
         batches = list(scoring.batches(windows, self.how.batch_size))
-        size, saved = len(document.text.encode()), time.monotonic()
+        size = len(document.text.encode())
         for number, batch in enumerate(batches):
             if number >= done.batches:
                 for scored in self.score(tokens, batch):
@@ -120,13 +137,13 @@ class Run:
                     self.num_scored += len(scored.nll)
                     done.handed_over += self.hand_over(document, tokens, scored)
                 done.batches = number + 1
-                if time.monotonic() - saved > SAVE_EVERY:
-                    file.save(done)
-                    saved = time.monotonic()
+                file.save(done, wait=True)
             self.how.progress(size * (number + 1) // len(batches) - size * number // len(batches))
         nll = np.asarray(done.nll, dtype=np.float64)
         if not done.documents:
             done.warnings += self.bos_warnings(tokens, nll)
+        if tokens.warning:
+            done.warnings.append(f"{document.name}: {tokens.warning}")
         return self.sums(document, tokens, windows, nll=nll)
 
     def tokens(self, document: Document) -> tuple[Tokens, Document]:
@@ -141,8 +158,10 @@ class Run:
             )
         most = self.settings.max_tokens
         if most is not None and most < len(found.ids):
-            document = document._replace(text=document.text[: found.starts[most]])
             found = found.first(most)
+            # a token may end within a character, whose other bytes are left out
+            data = document.text.encode()[: int(found.num_bytes.sum())]
+            document = document._replace(text=data.decode(errors="ignore"))
         if self.convention.name == "nanochat":
             found = found._replace(num_bytes=tokenization.decoded_bytes(self.tokenizer, found.ids))
         if self.convention.in_stream and self.settings.bos:
@@ -198,6 +217,8 @@ class Run:
             s.mean_nll, s.mean_tokens = _hf_sums(nll, windows)
         s.total_tokens = len(tokens.ids) - int(self.convention.in_stream and self.settings.bos)
         s.total_bytes, s.characters, s.words = len(text.encode()), len(text), len(re.split(r"\s+", text))
+        if self.settings.max_tokens is not None and self.convention.name != "nanochat":
+            s.total_bytes = int(tokens.num_bytes.sum())
         s.documents = 1
         return group
 
@@ -208,6 +229,8 @@ class Run:
         """
         bos = self.tokenizer.bos_token_id
         if self.bos_asked != "auto" or self.convention.name != "strided" or bos is None:
+            return []
+        if bos >= self.model.linear_weight.shape[0]:
             return []
         own, other = self.settings.bos, not self.settings.bos
         settings = dataclasses.replace(self.settings, bos=other)
@@ -274,14 +297,13 @@ def alternatives_of(ranked: scoring.Ranked, i: int) -> tuple[tuple[int, float], 
 
 def _hf_sums(nll: NDArray[np.float64], windows: list[Window]) -> tuple[float, int]:
     """transformers' page multiplies the mean of a window by one token less than it has labels."""
-    total, count, at = 0.0, 0, 0
+    total, count, at, before = 0.0, 0, 0, 0
     for window in windows:
         size = window.stop - window.first
-        if size > 0:
-            weight = size if window.start == 0 else size - 1  # the first label of the first window has no prediction
-            total += float(nll[at : at + size].mean()) * weight
-            count += weight
-        at += max(0, size)
+        # a label at the beginning of its window has no prediction, and is the one that is taken off
+        weight = size if window.start == before else size - 1
+        total += float(nll[at : at + size].mean()) * weight
+        count, at, before = count + weight, at + size, window.stop
     return total, count
 
 
@@ -290,5 +312,13 @@ def documents_of(texts: Iterable[str | Document]) -> Iterator[Document]:
         raise EvaluationError("texts must be several texts, as in [text]; got one string.")
     for number, text in enumerate(texts):
         document = Document(f"text {number}", text, "texts") if isinstance(text, str) else text
+        if not isinstance(document, Document):
+            raise EvaluationError(f"texts must be strings or Documents; text {number} is a {type(document).__name__}.")
+        try:
+            document.text.encode()
+        except UnicodeEncodeError as error:
+            raise EvaluationError(
+                f"{document.name} must be text; its character {error.start} is half of a surrogate pair."
+            ) from None
         if document.text:
             yield document

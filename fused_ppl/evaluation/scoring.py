@@ -111,12 +111,12 @@ def score(
         out = fused_ppl.linear_cross_entropy_with_stats(
             rows.hidden.to(model.dtype), model.linear_weight, rows.target, **keywords(model, options)
         )
-        nll, entropy, predicted = out.nll, out.entropy.double().cpu().numpy(), out.predicted.cpu().numpy()
+        nll, entropy, predicted = out.nll, out.entropy.cpu().double().numpy(), out.predicted.cpu().numpy()
         if alternatives:
-            ranked = rank(model, rows, out.lse, alternatives)
+            ranked = rank(model, rows, alternatives)
     else:
         nll = nll_of(model, rows, options=options)
-    values = nll.double().cpu().numpy()
+    values = nll.cpu().double().numpy()
     found, at = [], 0
     for window, count in zip(batch, rows.counts, strict=True):
         part = slice(at, at + count)
@@ -140,18 +140,17 @@ def keywords(model: HiddenModel, options: Options | None) -> dict[str, Any]:
 
 
 def nll_of(model: HiddenModel, rows: Rows, *, options: Options | None) -> Tensor:
-    """(n,) float64, nats."""
+    """(n,), nats."""
     hidden = rows.hidden.to(model.dtype)
-    return fused_ppl.linear_cross_entropy(hidden, model.linear_weight, rows.target, **keywords(model, options)).double()
+    return fused_ppl.linear_cross_entropy(hidden, model.linear_weight, rows.target, **keywords(model, options))
 
 
-def rank(model: HiddenModel, rows: Rows, lse: Tensor, alternatives: int) -> Ranked:
+def rank(model: HiddenModel, rows: Rows, alternatives: int) -> Ranked:
     """Ranks and the most likely tokens, from the logits of a few rows at a time."""
-    parts = []
-    weight = model.linear_weight.float()
+    parts, hidden, weight = [], rows.hidden.to(model.dtype), model.linear_weight.float()
     for i in range(0, len(rows.target), RANKED_ROWS):
         part = slice(i, i + RANKED_ROWS)
-        x = rows.hidden[part].float() @ weight.t()
+        x = hidden[part].float() @ weight.t()
         if model.linear_bias is not None:
             x += model.linear_bias
         z = x * model.logit_scale
@@ -159,6 +158,7 @@ def rank(model: HiddenModel, rows: Rows, lse: Tensor, alternatives: int) -> Rank
             z = model.softcap * torch.tanh(z / model.softcap)
         z_y = z.gather(1, rows.target[part].unsqueeze(1))
         top, ids = z.topk(min(alternatives, z.shape[1]), dim=1)
-        probability = torch.pow(2.0, (top.double() - lse[part].double().unsqueeze(1)) / math.log(2))
-        parts.append(((z > z_y).sum(1) + 1, ids, probability))
-    return Ranked(*(torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True)))
+        lse = fused_ppl.cross_entropy_with_stats(z, rows.target[part], ignore_index=None, reduction="none").lse
+        bits = (top.cpu().double() - lse.cpu().double().unsqueeze(1)) / math.log(2)
+        parts.append((((z > z_y).sum(1) + 1).cpu(), ids.cpu(), torch.pow(2.0, bits)))
+    return Ranked(*(torch.cat(column).numpy() for column in zip(*parts, strict=True)))

@@ -10,12 +10,14 @@ import dataclasses
 import hashlib
 import json
 import os
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fused_ppl.evaluation.records import Blocks, EvaluationError, Group, Score
 
+SAVE_EVERY, SHARE = 2.0, 10  # seconds; and at least so many times what a save takes
 FORMAT = "fused_ppl evaluation 1"
 
 
@@ -27,7 +29,8 @@ class Progress:
     groups: dict[str, Group] = field(default_factory=dict)  # of them, by domain
     replaced: int = 0
     warnings: list[str] = field(default_factory=list)
-    batches: int = 0  # of the document at work
+    at_work: str = ""  # hash of the document at work
+    batches: int = 0  # of it
     nll: list[float] = field(default_factory=list)  # of its scored tokens, in their order
     handed_over: int = 0  # tokens, to `per_token`
 
@@ -37,6 +40,7 @@ class StateFile:
 
     def __init__(self, path: Path | None, identity: dict[str, Any]) -> None:
         self.path, self.identity = path, json.loads(json.dumps(identity))
+        self.next_save = 0.0  # a time that a save waits for, if it may
 
     def load(self) -> Progress:
         """What an earlier run of the same identity left, or nothing.
@@ -62,8 +66,10 @@ class StateFile:
         groups = {k: Group(Score(**g["score"]), Blocks(**g["blocks"])) for k, g in found.pop("groups").items()}
         return Progress(groups=groups, **found)
 
-    def save(self, progress: Progress) -> None:
-        if self.path is None:
+    def save(self, progress: Progress, *, wait: bool = False) -> None:
+        """Write it down. With `wait` only if the last time is long enough ago: a large state takes long to write."""
+        begin = time.monotonic()
+        if self.path is None or (wait and begin < self.next_save):
             return
         body = {"format": FORMAT, "identity": self.identity, "progress": dataclasses.asdict(progress)}
         partial = self.path.with_name(self.path.name + ".partial")
@@ -72,6 +78,8 @@ class StateFile:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, self.path)
+        end = time.monotonic()
+        self.next_save = end + max(SAVE_EVERY, SHARE * (end - begin))
 
 
 def _checksum(body: dict[str, Any]) -> str:

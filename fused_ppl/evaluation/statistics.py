@@ -42,13 +42,13 @@ class Row:
     documents: int
 
 
-def row(name: str, group: Group) -> Row:
+def row(name: str, group: Group, *, intervals: bool = True) -> Row:
     """The numbers of a group. NaN where no token is scored."""
     s = group.score
     mean = s.mean_nll / s.mean_tokens if s.mean_tokens else math.nan
     per_byte = s.nll / math.log(2) / s.num_bytes if s.num_bytes else math.nan
-    of_tokens = bootstrap(group.blocks, group.blocks.tokens)
-    of_bytes = bootstrap(group.blocks, group.blocks.num_bytes)
+    of_tokens = bootstrap(group.blocks, group.blocks.tokens) if intervals else None
+    of_bytes = bootstrap(group.blocks, group.blocks.num_bytes) if intervals else None
     all_scored = s.tokens >= s.total_tokens - s.documents
     return Row(
         name=name,
@@ -72,7 +72,7 @@ def row(name: str, group: Group) -> Row:
 
 def power_of_2(bits: float) -> float:
     """2^bits, and inf where float64 has no such number."""
-    return 2.0**bits if bits < 1024 else math.inf
+    return math.inf if bits >= 1024 else 2.0**bits
 
 
 def bootstrap(blocks: Blocks, of: Sequence[int]) -> Interval | None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from fused_ppl.evaluation.records import Document, EvaluationError
 
 ERRORS = ("strict", "replace")
+_Numbered = tuple[int, object, int]  # the number of a record, the record, and replaced characters
 SUFFIXES = (".txt", ".md", ".rst", ".py", ".html", ".json", ".jsonl", ".parquet")  # of the files taken from a folder
 
 
@@ -29,9 +30,9 @@ def read_texts(
     """
     for path in _files(paths):
         if path.suffix == ".jsonl":
-            yield from _records(path.name, _json_lines(path, errors), field, domain_field=domain_field)
+            yield from _records(str(path), _json_lines(path, errors), field, domain_field=domain_field, errors=errors)
         elif path.suffix == ".parquet":
-            yield from _records(path.name, _parquet(path), field, domain_field=domain_field)
+            yield from _records(str(path), _parquet(path), field, domain_field=domain_field, errors=errors)
         else:
             name = "stdin" if str(path) == "-" else str(path)
             data = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
@@ -72,17 +73,18 @@ def _files(paths: Sequence[str]) -> Iterator[Path]:
             raise EvaluationError(f"{name} must be a file, a folder, or - for standard input; it does not exist.")
 
 
-def _json_lines(path: Path, errors: str) -> Iterator[tuple[int, object]]:
+def _json_lines(path: Path, errors: str) -> Iterator[_Numbered]:
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if line.strip():
+                text, replaced = decode(line, f"{path}, line {number},", errors)
                 try:
-                    yield number, json.loads(decode(line, f"{path.name}, line {number},", errors)[0])
+                    yield number, json.loads(text), replaced
                 except json.JSONDecodeError as error:
-                    raise EvaluationError(f"{path.name}, line {number}, must be JSON: {error}.") from None
+                    raise EvaluationError(f"{path}, line {number}, must be JSON: {error}.") from None
 
 
-def _parquet(path: Path) -> Iterator[tuple[int, object]]:
+def _parquet(path: Path) -> Iterator[_Numbered]:
     try:
         import pyarrow.parquet as parquet
     except ImportError:
@@ -91,13 +93,13 @@ def _parquet(path: Path) -> Iterator[tuple[int, object]]:
     for batch in parquet.ParquetFile(path).iter_batches(256):
         for record in batch.to_pylist():
             number += 1
-            yield number, record
+            yield number, record, 0
 
 
 def _records(
-    name: str, records: Iterator[tuple[int, object]], field: str, *, domain_field: str | None
+    name: str, records: Iterator[_Numbered], field: str, *, domain_field: str | None, errors: str
 ) -> Iterator[Document]:
-    for number, record in records:
+    for number, record, replaced in records:
         if not isinstance(record, dict) or not isinstance(record.get(field), str):
             keys = ", ".join(record) if isinstance(record, dict) else type(record).__name__
             raise EvaluationError(
@@ -107,6 +109,22 @@ def _records(
             raise EvaluationError(
                 f"Record {number} of {name} must have a field {domain_field!r}; it has {', '.join(record)}."
             )
-        if record[field]:
+        text, surrogates = _without_surrogates(record[field], f"Record {number} of {name}", errors)
+        if text:
             domain = name if domain_field is None else str(record[domain_field])
-            yield Document(f"{name}:{number}", record[field], domain)
+            yield Document(f"{name}:{number}", text, domain, replaced + surrogates)
+
+
+def _without_surrogates(text: str, name: str, errors: str) -> tuple[str, int]:
+    """JSON may hold halves of surrogate pairs, which are no characters and have no bytes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        if errors == "strict":
+            raise EvaluationError(
+                f"{name} must be text; character {error.start} is half of a surrogate pair. Mend it, or replace it "
+                'with errors="replace" (--errors replace).'
+            ) from None
+        clean = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return clean, clean.count("\ufffd") - text.count("\ufffd")
+    return text, 0

@@ -27,7 +27,10 @@ class TokenFile:
         if self.path.suffix == ".parquet":
             _pyarrow(self.path)
         self.lines = self.path if self.path.suffix == ".jsonl" else self.path.with_name(self.path.name + ".lines")
-        self.file = self.lines.open("a+", buffering=1)  # a line is written at once, so that a killed run has it
+        if self.path.suffix == ".parquet" and self.path.exists() and not self.lines.exists():
+            _from_parquet(self.path, self.lines)  # a finished run that is run again
+        # a line is written at once, so that a killed run has it
+        self.file = self.lines.open("a+", buffering=1, encoding="utf-8")
 
     def keep(self, count: int) -> None:
         """Drop all but the first `count` lines, which an earlier run had handed over when it saved its state."""
@@ -57,13 +60,20 @@ class TokenFile:
 def _to_parquet(lines: Path, path: Path) -> None:
     arrow, parquet = _pyarrow(path)
     writer = None
-    with lines.open() as file:
+    with lines.open(encoding="utf-8") as file:
         while batch := [json.loads(line) for line in itertools.islice(file, 65536)]:
             table = arrow.Table.from_pylist(batch)
             writer = writer or parquet.ParquetWriter(path, table.schema)
             writer.write_table(table)
     if writer is not None:
         writer.close()
+
+
+def _from_parquet(path: Path, lines: Path) -> None:
+    _, parquet = _pyarrow(path)
+    with lines.open("w", encoding="utf-8") as file:
+        for batch in parquet.ParquetFile(path).iter_batches():
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in batch.to_pylist())
 
 
 def _pyarrow(path: Path) -> tuple[Any, Any]:

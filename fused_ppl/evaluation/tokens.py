@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
+import unicodedata
 from typing import Any
 
 import numpy as np
@@ -36,15 +38,28 @@ def tokenize(tokenizer: Any, text: str, name: str = "the text") -> Tokens:
     ids = np.asarray(encoding["input_ids"], dtype=np.int64)
     offsets = np.asarray(encoding["offset_mapping"], dtype=np.int64).reshape(-1, 2)
     exact = _bytes_of_words(tokenizer, ids, text)
+    warning = "" if exact is not None else _loss(tokenizer, ids, text)
     num_bytes = _bytes_of_spans(offsets, text, tokenizer, ids=ids, name=name) if exact is None else exact
-    return Tokens(ids, num_bytes, offsets[:, 0].copy())
+    return Tokens(ids, num_bytes, offsets[:, 0].copy(), warning)
+
+
+def _loss(tokenizer: Any, ids: NDArray[np.int64], text: str) -> str:
+    """A warning if the tokens do not say the whole text: a model then predicts less than its bytes."""
+    unknown = 0 if tokenizer.unk_token_id is None else int((ids == tokenizer.unk_token_id).sum())
+    if unknown:
+        name = repr(tokenizer.unk_token)
+        return f"{unknown} tokens are {name}, which stands for any text, so the bits per byte are too low."
+    decoded = tokenizer.decode(ids.tolist(), clean_up_tokenization_spaces=False)
+    if decoded.strip() != text.strip():
+        return "The tokenizer changes the text (case, accents or composed characters), so its bits are of another text."
+    return ""
 
 
 def _bytes_of_words(tokenizer: Any, ids: NDArray[np.int64], text: str) -> NDArray[np.int32] | None:
     """The bytes of byte-level tokens, each a string of bytes. None unless they spell the text."""
     added, words = tokenizer.added_tokens_decoder, list[bytes]()
     for token, word in zip(ids.tolist(), tokenizer.convert_ids_to_tokens(ids.tolist()), strict=True):
-        spelled = added[token].content.encode() if token in added else _bytes_of_word(word)
+        spelled = added[token].content.encode() if token in added else bytes_of_word(word)
         if spelled is None:
             return None
         words.append(spelled)
@@ -53,7 +68,7 @@ def _bytes_of_words(tokenizer: Any, ids: NDArray[np.int64], text: str) -> NDArra
     return np.asarray([len(word) for word in words], dtype=np.int32)
 
 
-def _bytes_of_word(word: str) -> bytes | None:
+def bytes_of_word(word: str) -> bytes | None:
     table = _byte_of_character()
     if any(c not in table for c in word):
         return None
@@ -75,6 +90,7 @@ def _bytes_of_spans(
     sizes = np.asarray([len(c.encode()) for c in text], dtype=np.int64)
     place = np.concatenate(([0], np.cumsum(sizes)))
     ends = np.maximum.accumulate(offsets[:, 1]) if len(offsets) else np.zeros(0, dtype=np.int64)
+    _close_gaps(offsets[:, 0], ends, text)
     covered = np.concatenate(([0], ends))  # characters covered before each token, and by all
     gaps = np.flatnonzero(offsets[:, 0] > covered[:-1])
     if len(gaps) or covered[-1] < len(text):
@@ -87,6 +103,14 @@ def _bytes_of_spans(
             "Use a tokenizer that keeps all of the text."
         )
     return np.diff(place[covered]).astype(np.int32)
+
+
+def _close_gaps(starts: NDArray[np.int64], ends: NDArray[np.int64], text: str) -> None:
+    """Combining marks that a normaliser has joined with the character before them belong to its token."""
+    following = np.append(starts[1:], len(text))
+    for i in np.flatnonzero(following > ends).tolist():
+        if all(unicodedata.combining(c) for c in text[ends[i] : following[i]]):
+            ends[i] = following[i]
 
 
 def vocabulary_size(ids: NDArray[np.int64]) -> int:
@@ -109,4 +133,7 @@ def added_bos(tokenizer: Any) -> bool:
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
-    return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()[:12]
+    """Of everything that decides which tokens a text has; padding and truncation depend on earlier calls."""
+    whole = json.loads(tokenizer.backend_tokenizer.to_str())
+    whole["padding"] = whole["truncation"] = None
+    return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:12]

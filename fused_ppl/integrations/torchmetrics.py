@@ -7,6 +7,7 @@ takes softmax first, so that a token with a probability below 1e-38 makes it inf
 
 from __future__ import annotations
 
+import zlib
 from typing import Any
 
 import torch
@@ -41,6 +42,7 @@ class Perplexity(torchmetrics.Metric):
     full_state_update = False
     nll_sum: Tensor
     total_weight: Tensor
+    settings: Tensor
 
     def __init__(
         self,
@@ -62,6 +64,9 @@ class Perplexity(torchmetrics.Metric):
         }
         for name in ("nll_sum", "total_weight"):
             self.add_state(name, torch.zeros((), dtype=torch.float64, device="cpu"), dist_reduce_fx="sum")
+        # MetricCollection lets metrics with equal states share them: two settings must never be equal
+        settings = torch.tensor(zlib.crc32(repr(self._how).encode()), dtype=torch.float64, device="cpu")
+        self.add_state("settings", settings, dist_reduce_fx="max")
 
     def update(
         self,
