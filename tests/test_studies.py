@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The runner of examples/studies: points run once, a killed study goes on, and quick results never replace full ones."""
+"""The runner of examples/studies: points run once, a killed study goes on, quick results never replace full ones."""
 
 from __future__ import annotations
 
