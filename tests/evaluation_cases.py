@@ -15,6 +15,7 @@ TEXT = (
 ) * 6
 TRAINING = (TEXT, "the quick brown fox jumps over the lazy dog " * 8, "import os, sys\nclass A(object): pass\n" * 8)
 WORDS = 400  # of each vocabulary
+CTX, STRIDE = 32, 12
 
 
 @functools.cache
@@ -70,3 +71,11 @@ def model(num_classes: int = 512, seed: int = 0) -> Any:
     with torch.no_grad():
         made.lm_head.weight.mul_(20)
     return made
+
+
+def run(convention: str = "strided", texts: Any = (TEXT,), *, kind: str = "byte-level", **keywords: Any) -> Any:
+    """`evaluate` of the tiny model in small windows."""
+    from fused_ppl.evaluation import evaluate
+
+    keywords = {"ctx": CTX, "stride": STRIDE, **keywords}
+    return evaluate(model(), tokenizer(kind), texts, convention=convention, **keywords)

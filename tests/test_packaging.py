@@ -75,7 +75,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     expected = {p.relative_to(ROOT).as_posix() for p in package}
     expected |= {f"fused_ppl/kernels/{p.relative_to(ROOT / 'kernels').as_posix()}" for p in ROOT.glob("kernels/*.py")}
     documents = {"fused_ppl/kernels/README.md"} if (ROOT / "kernels/README.md").exists() else set()
-    assert inside == expected | documents | {"fused_ppl/py.typed"}
+    assert inside == expected | documents | {"fused_ppl/py.typed", "fused_ppl/evaluation/report.html.j2"}
     assert "fused_ppl/kernels/__init__.py" in inside
 
 
