@@ -2,7 +2,7 @@
 """What the sums of an evaluation say: perplexity, bits, and intervals.
 
 Intervals are 95 % percentiles of a bootstrap over blocks of 64 neighbouring tokens, because the nll of neighbours is
-correlated: an error bar that takes tokens as independent is 1.5 to 1.8 times too small.
+correlated: an error bar that takes tokens as independent is too small.
 """
 
 from __future__ import annotations
