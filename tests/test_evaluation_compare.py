@@ -14,6 +14,7 @@ import pytest
 import torch
 from evaluation_cases import TEXT
 
+from fused_ppl import Options
 from fused_ppl.cli import main
 from fused_ppl.evaluation import Comparison, EvaluationError, HiddenModel, compare, evaluate
 
@@ -126,8 +127,60 @@ def test_the_interval_of_two_tokenizers_is_of_the_difference():
     others, texts = cases.tokenizer("byte-fallback"), ["committee", "x", *["committee"] * 20]
     found = compare(cases.model(), cases.model(600, 1), cases.tokenizer(), texts, base_tokenizer=others)
     assert found.bits_per_byte_difference_interval == pytest.approx([found.bits_per_byte_difference] * 2, rel=1e-6)
-    with pytest.raises(EvaluationError, match="max_tokens of two tokenizers"):
-        compare(cases.model(), cases.model(), cases.tokenizer(), texts, base_tokenizer=others, max_tokens=9)
+
+
+def test_two_tokenizers_are_paired_by_blocks_of_one_text(tuned):
+    """One text is enough for an interval, which lies around the difference also where `max_tokens` cuts the text."""
+    other = cases.tokenizer("byte-fallback")
+    for keywords in ({}, {"max_tokens": 400}, {"bos": "yes"}):
+        found = compare(tuned, cases.model(), cases.tokenizer(), [TEXT, "a"], base_tokenizer=other, ctx=CTX, **keywords)
+        low, high = found.bits_per_byte_difference_interval
+        assert low < found.bits_per_byte_difference < high
+    cut = TEXT[: cases.tokenizer()(TEXT, return_offsets_mapping=True)["offset_mapping"][400][0]]
+    found = compare(tuned, cases.model(), cases.tokenizer(), [TEXT], base_tokenizer=other, ctx=CTX, max_tokens=400)
+    assert found.base_bits_per_byte == pytest.approx(
+        evaluate(cases.model(), other, [cut], ctx=CTX).total.bits_per_byte, rel=1e-6
+    )
+    uniform = HiddenModel(lambda tokens: torch.zeros(*tokens.shape, 1), linear_weight=torch.zeros(512, 1))
+    found = compare(uniform, uniform, cases.tokenizer(), [TEXT], base_tokenizer=other, ctx=CTX, bos="yes")
+    counts = [len(t(TEXT, add_special_tokens=False)["input_ids"]) for t in (cases.tokenizer(), other)]
+    expected = 9 * (counts[0] - counts[1]) / len(TEXT.encode())  # 512 classes are 9 bits
+    assert found.bits_per_byte_difference == pytest.approx(expected, rel=1e-6)
+
+
+def test_models_in_half_precision_are_compared_beyond_it():
+    """KLD of two heads in bf16 that are nearly equal, and not of the roundings of their logits."""
+    torch.manual_seed(0)
+    table, weight = torch.randn(512, 64).bfloat16(), torch.randn(512, 64).bfloat16()
+    changed = weight + 2e-3 * torch.randn(512, 64).bfloat16() * weight.abs()
+    q, base = (HiddenModel(lambda tokens: table[tokens], linear_weight=w) for w in (changed, weight))
+    found = of(q, base)
+    ids = torch.tensor(cases.tokenizer()(TEXT, add_special_tokens=False)["input_ids"])
+    logp, logq = ((table[ids[:-1]].double() @ w.double().t()).log_softmax(-1) for w in (changed, weight))
+    assert found.kl == pytest.approx((logq.exp() * (logq - logp)).sum(1).mean().item(), rel=1e-3)
+    assert found.log_ratio == pytest.approx((logq - logp).gather(1, ids[1:, None]).mean().item(), rel=1e-2)
+
+
+@pytest.mark.parametrize("memory_budget", [1, 100_000])
+def test_few_rows_of_logits_at_once_change_nothing(memory_budget, tuned):
+    few = of(tuned, cases.model(), options=Options(memory_budget=memory_budget))
+    assert few.kl == pytest.approx(of(tuned, cases.model()).kl, rel=1e-6)
+
+
+def test_a_scale_and_a_softcap_of_each_model_are_used():
+    """Two Hidden models that have the logits of another by a scale, and a cap that is worked out by hand."""
+    torch.manual_seed(0)
+    table, weight, bias = torch.randn(512, 8), torch.randn(512, 8), torch.randn(512)
+    q = HiddenModel(lambda t: table[t], linear_weight=weight, linear_bias=bias, logit_scale=2.0, softcap=3.0)
+    base = HiddenModel(lambda t: table[t], linear_weight=2 * weight, logit_scale=0.25, softcap=None)
+    found = of(q, base)
+    ids = torch.tensor(cases.tokenizer()(TEXT, add_special_tokens=False)["input_ids"])
+    x = table[ids[:-1]].double() @ weight.double().t()
+    logp = (3 * torch.tanh(2 * (x + bias.double()) / 3)).log_softmax(-1)
+    logq = (x / 2).log_softmax(-1)
+    assert found.kl == pytest.approx((logq.exp() * (logq - logp)).sum(1).mean().item(), rel=1e-5)
+    assert found.perplexity == pytest.approx((-logp.gather(1, ids[1:, None]).mean()).exp().item(), rel=1e-5)
+    assert found.base_perplexity == pytest.approx((-logq.gather(1, ids[1:, None]).mean()).exp().item(), rel=1e-5)
 
 
 def test_the_interval_of_a_difference_is_paired(tuned):
@@ -147,6 +200,15 @@ def test_bad_input_is_a_sentence():
     broken = HiddenModel(lambda t: torch.full((*t.shape, 4), torch.nan), linear_weight=torch.ones(512, 4))
     with pytest.raises(EvaluationError, match="must give finite logits"):
         of(cases.model(), broken)
+    narrow = HiddenModel(lambda t: torch.ones(*t.shape, 3), linear_weight=torch.ones(512, 4))
+    with pytest.raises(EvaluationError, match=r"must be \(B, T, 4\), because its head has the shape \(512, 4\)"):
+        of(narrow, cases.model())
+    elsewhere = HiddenModel(lambda t: t, linear_weight=torch.ones(512, 4, device="meta"))
+    with pytest.raises(EvaluationError, match="Both models must be on one device; they are on meta and"):
+        of(elsewhere, cases.model())
+    other = cases.tokenizer("byte-fallback")
+    with pytest.raises(EvaluationError, match="No token was scored by both models"):
+        compare(cases.model(), cases.model(), cases.tokenizer(), ["a"], base_tokenizer=other, ctx=CTX)
 
 
 def test_the_command(tuned, tmp_path, capsys):

@@ -10,6 +10,9 @@ import math
 import random
 import re
 import sysconfig
+import weakref
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,10 @@ from fused_ppl.cli import main
 from fused_ppl.evaluation import Document, EvaluationError, HiddenModel, evaluate, load, rank
 
 STDLIB = Path(sysconfig.get_paths()["stdlib"])
+# read by the bigram model; the ranked functions are of other modules
+READ = """argparse typing tarfile pydoc subprocess zipfile datetime enum dataclasses pickle statistics threading socket
+    shutil configparser mailbox imaplib optparse doctest pdb _pydecimal fractions csv gettext locale random functools
+    contextlib traceback tokenize textwrap string types platform os posixpath uuid ipaddress"""
 
 
 def functions(names: tuple[str, ...]) -> list[str]:
@@ -42,16 +49,29 @@ def damaged(text: str, kind: str, generator: random.Random) -> str:
 
 
 @functools.cache
-def bigram() -> HiddenModel:
-    """Counts of pairs of tokens, as hidden states: the logits are log counts + 0.01."""
-    tokenizer = cases.tokenizer()
-    size = len(tokenizer)
-    counts = torch.full((size, size), 0.01)
-    for text in functions(("argparse", "typing", "tarfile", "pydoc", "logging/__init__")):
-        ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
-        counts.index_put_((ids[:-1], ids[1:]), torch.ones(len(ids) - 1), accumulate=True)
-    table = counts.log()
-    return HiddenModel(lambda tokens: table[tokens], linear_weight=torch.eye(size))
+def bigram() -> tuple[HiddenModel, Any]:
+    """Words of Python, and how often one follows another: log-probabilities as hidden states, and the identity as head.
+
+    The vocabulary must know whole words, or their order is not in its pairs: with that of the tiny model, which has
+    read no code, shuffled words are found no better than by chance (0.54).
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    texts = [(STDLIB / f"{name}.py").read_text() for name in READ.split()]
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    backend.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=1000, initial_alphabet=alphabet))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False)
+    pairs = torch.zeros(len(tokenizer), len(tokenizer))
+    for text in texts:
+        ids = torch.tensor(tokenizer(text)["input_ids"])
+        pairs.index_put_((ids[:-1], ids[1:]), torch.ones(len(ids) - 1), accumulate=True)
+    single = (pairs.sum(0) + 0.1) / (pairs.sum(0) + 0.1).sum()
+    table = ((pairs + 5 * single) / (pairs.sum(1, keepdim=True) + 5)).log()  # a word seen n times counts n / (n + 5)
+    return HiddenModel(lambda tokens: table[tokens], linear_weight=torch.eye(len(tokenizer))), tokenizer
 
 
 def planted(kind: str, count: int = 30) -> tuple[list[Document], set[str]]:
@@ -73,12 +93,37 @@ def area(ranking: Any, wanted: set[str]) -> float:
     return above / (len(wanted) * whole)
 
 
-@pytest.mark.parametrize("by", ["perplexity", "bits_per_byte"])
-@pytest.mark.parametrize("kind", ["noise", "characters"])
-def test_planted_damage_is_found(kind, by):
-    """Measured: 1.00 and 0.997. Pairs of tokens do not tell words in another order: there it was 0.54."""
+# measured: 1.00, 1.00 and 0.96 by perplexity; 1.00, 1.00 and 0.94 by bits per byte
+@pytest.mark.parametrize(("kind", "least"), [("noise", 0.99), ("characters", 0.98), ("words", 0.9)])
+def test_planted_damage_is_found(kind, least):
     documents, wanted = planted(kind)
-    assert area(rank(bigram(), cases.tokenizer(), documents, by=by, ctx=64), wanted) > 0.95
+    assert area(rank(*bigram(), documents, ctx=64), wanted) > least
+
+
+def test_no_text_is_kept():
+    """Texts are given one after another, and an earlier one is gone when the next but one is asked for."""
+
+    class Text(str):
+        __slots__ = ("__weakref__",)
+
+    alive: list[weakref.ref[Text]] = []
+
+    def texts() -> Iterator[Document]:
+        for i in range(20):
+            assert sum(kept() is not None for kept in alive) <= 2
+            text = Text(TEXT[: 100 + i])
+            alive.append(weakref.ref(text))
+            yield Document(f"{i}", text, "all")
+            del text
+
+    assert len(rank(cases.model(), cases.tokenizer(), texts(), ctx=32).documents) == 20
+
+
+def test_the_ratio_of_zlib_is_of_what_is_scored():
+    found = rank(cases.model(), cases.tokenizer(), [TEXT], ctx=32, max_tokens=50).documents[0]
+    offsets = cases.tokenizer()(TEXT, return_offsets_mapping=True)["offset_mapping"]
+    data = TEXT[: offsets[50][0]].encode()
+    assert found.zlib_ratio == len(zlib.compress(data, 9)) / len(data)
 
 
 @pytest.mark.slow

@@ -2,8 +2,9 @@
 """Two models on the same tokens: how far apart their predictions are, in one pass over the text.
 
 The quantities are those of llama.cpp's KL mode, by its names. It writes the logits of the base model to a file of 2V
-bytes for each token; here the hidden states of both models meet in the fused divergence, and no logits are stored. A
-batch takes three products with heads: both in the divergence, and one for the nll of the base.
+bytes for each token; here both models run over the text at the same time, and the logits of a few rows exist at once.
+One product with each head gives these logits, and they give the nll of both, KLD and the agreement. The divergence from
+hidden states knows both nll only by their difference, so that one of them would cost a third product.
 
 Models with different tokenizers have no tokens in common. Then only their bits per byte are compared.
 """
@@ -22,18 +23,22 @@ from numpy.typing import NDArray
 
 import fused_ppl
 from fused_ppl import Options
+from fused_ppl.backends.torch_stats import argmax
 from fused_ppl.evaluation import models, scoring
 from fused_ppl.evaluation import tokens as tokenization
 from fused_ppl.evaluation.conventions import check_settings, windows_of
-from fused_ppl.evaluation.evaluate import check_batch_size, evaluate, sizes_of, uses_bos
+from fused_ppl.evaluation.evaluate import check_batch_size, sizes_of, uses_bos
 from fused_ppl.evaluation.models import HiddenModel
 from fused_ppl.evaluation.records import BLOCK, Document, EvaluationError, Settings, Tokens, Window
-from fused_ppl.evaluation.result import Evaluation, finite
+from fused_ppl.evaluation.result import finite
 from fused_ppl.evaluation.run import How, Run, documents_of
-from fused_ppl.evaluation.statistics import RESAMPLES, Interval, bootstrap_ratio, power_of_2
+from fused_ppl.evaluation.statistics import Interval, bootstrap_ratio, drawn_again, interval_of, power_of_2, ratio
 
 PERCENTILES = (100, 99.9, 99, 95, 90, 75, 50, 25, 10, 5, 1, 0.1, 0)
 CONTEXT = 60  # characters before a token that is shown
+LOGITS_BYTES = 256 * 2**20  # of both models, unless `Options.memory_budget` says another number
+MOST_ROWS = 1024  # whose logits exist at once
+BLOCK_BYTES = 256  # of text, in a block of the bootstrap where the tokens of both models differ
 LN2 = math.log(2)
 
 
@@ -55,7 +60,8 @@ class Comparison:
     """Two models on the same text. Q is the model, "base" is what it is compared with.
 
     Intervals are 95 %, by a bootstrap over blocks of 64 tokens; that of a difference or a ratio is paired: both models
-    are taken from the same blocks. `kl` and all after it are None for two tokenizers.
+    are taken from the same blocks. For two tokenizers blocks have 256 bytes, and the fields from `perplexity` on are
+    None.
     """
 
     model: str
@@ -108,7 +114,10 @@ class Comparison:
         found += [
             ("Mean PPL(Q)", f"{self.perplexity:.6f}"),
             ("Mean PPL(base)", f"{self.base_perplexity:.6f}"),
-            ("Cor(ln(PPL(Q)), ln(PPL(base)))", f"{100 * (self.correlation or math.nan):.2f} %"),
+            (
+                "Cor(ln(PPL(Q)), ln(PPL(base)))",
+                "not defined" if self.correlation is None else f"{100 * self.correlation:.2f} %",
+            ),
             ("Mean ln(PPL(Q)/PPL(base))", f"{self.log_ratio:+.6f}{spread(self.log_ratio_interval)}"),
             ("Mean PPL(Q)/PPL(base)", f"{power_of_2(self.log_ratio / LN2):.6f}"),
             ("Mean KLD", f"{self.kl:.6f}{spread(self.kl_interval)}"),
@@ -174,24 +183,23 @@ def compare(
     both = dataclasses.replace(first, most_tokens=min(most, default=None))
     ctx, stride = sizes_of(both, ctx, stride, min_context=min_context)
     check_batch_size(batch_size)
+    settings = Settings("strided", ctx, stride, uses_bos(tokenizer, "strided", bos), max_tokens)
+    check_settings(settings)
+    how = How(batch_size, options, None, 0, progress or (lambda n: None))
+    run = Run(first, tokenizer, settings, how, bos_asked="no")
     if base_tokenizer is not None:
         tokenization.check_tokenizer(base_tokenizer)
         if tokenization.tokenizer_hash(base_tokenizer) != tokenization.tokenizer_hash(tokenizer):
-            if max_tokens is not None:
-                raise EvaluationError("max_tokens of two tokenizers would be two texts. Give a shorter text.")
-            keywords: dict[str, Any] = {"ctx": ctx, "stride": stride, "bos": bos, "batch_size": batch_size}
-            keywords |= {"options": options, "progress": progress}
-            return _two_tokenizers((first, tokenizer), (second, base_tokenizer), texts, keywords=keywords)
+            # the base is given the text that `max_tokens` of the model leave
+            of_base = Settings("strided", ctx, stride, uses_bos(base_tokenizer, "strided", bos))
+            return _two_tokenizers(run, Run(second, base_tokenizer, of_base, how, bos_asked="no"), texts)
     if first.linear_weight.shape[0] != second.linear_weight.shape[0]:
         raise EvaluationError(
             f"Both models must have as many classes; {first.name} has {first.linear_weight.shape[0]} and {second.name} "
             f"has {second.linear_weight.shape[0]}. Give the tokenizer of the base, to compare bits per byte."
         )
-    settings = Settings("strided", ctx, stride, uses_bos(tokenizer, "strided", bos), max_tokens)
-    check_settings(settings)
-    run = Run(
-        first, tokenizer, settings, How(batch_size, options, None, 0, progress or (lambda n: None)), bos_asked="no"
-    )
+    if first.device != second.device:
+        raise EvaluationError(f"Both models must be on one device; they are on {first.device} and {second.device}.")
     return _Pass(run, second).over(texts, most_different)
 
 
@@ -229,31 +237,24 @@ class _Pass:
 
     @torch.no_grad()
     def batch(self, tokens: Tokens, batch: list[Window]) -> None:
-        of_model, of_base = (scoring.rows_of(m, tokens.ids, batch, self.run.bos) for m in (self.run.model, self.base))
-        p, q = self.run.model, self.base
-        out = fused_ppl.linear_kl_divergence_with_stats(
-            of_model.hidden.to(p.dtype),
-            p.linear_weight,
-            of_base.hidden.to(q.dtype),
-            q.linear_weight,
-            target=of_model.target,
-            linear_bias=p.linear_bias,
-            teacher_linear_bias=q.linear_bias,
-            ignore_index=None,
-            logit_scale=p.logit_scale,
-            softcap=p.softcap,
-            teacher_logit_scale=q.logit_scale,
-            teacher_softcap=q.softcap,
-            options=self.run.how.options,
-        )
-        base_nll = scoring.nll_of(q, of_base, options=self.run.how.options).cpu().double()
-        nll = base_nll - out.log_prob_difference.cpu().double()  # log p - log q
-        for name, value in (("kl", out.divergence.cpu().double()), ("base_nll", base_nll), ("nll", nll)):
-            values = value.numpy()
-            if not np.isfinite(values).all():
-                raise EvaluationError(f"Both models must give finite logits; the {name} of a token is not finite.")
-            getattr(self.found, name).append(values)
-        self.found.same_top.append(out.agrees.cpu().numpy())
+        model, base, options = self.run.model, self.base, self.run.how.options
+        of_model, of_base = (scoring.rows_of(m, tokens.ids, batch, self.run.bos) for m in (model, base))
+        budget = LOGITS_BYTES if options is None or options.memory_budget is None else options.memory_budget
+        step = max(1, min(MOST_ROWS, budget // (8 * model.linear_weight.shape[0])))
+        how: dict[str, Any] = {"ignore_index": None, "reduction": "none", "options": options}
+        p, q = ({**how, "logit_scale": m.logit_scale, "softcap": m.softcap} for m in (model, base))
+        both = {**p, "teacher_logit_scale": base.logit_scale, "teacher_softcap": base.softcap}
+        for part in (slice(i, i + step) for i in range(0, len(of_model.target), step)):
+            x, base_x = (scoring.logits_of(m, r.hidden[part]) for m, r in ((model, of_model), (base, of_base)))
+            y = of_model.target[part]
+            nll, base_nll = fused_ppl.cross_entropy(x, y, **p), fused_ppl.cross_entropy(base_x, y, **q)
+            kl = fused_ppl.kl_divergence(x, base_x, **both)
+            for name, value in (("kl", kl), ("base_nll", base_nll), ("nll", nll)):
+                values = value.cpu().double().numpy()
+                if not np.isfinite(values).all():
+                    raise EvaluationError(f"Both models must give finite logits; the {name} of a token is not finite.")
+                getattr(self.found, name).append(values)
+            self.found.same_top.append((argmax(x) == argmax(base_x)).cpu().numpy())
 
     def different(
         self, document: Document, tokens: Tokens, at: int, *, values: tuple[float, float, float]
@@ -322,44 +323,46 @@ def _interval(
     return bootstrap_ratio(np.add.reduceat(values, blocks), np.add.reduceat(sizes.astype(np.float64), blocks))
 
 
-def _two_tokenizers(
-    first: tuple[HiddenModel, Any],
-    second: tuple[HiddenModel, Any],
-    texts: Iterable[str | Document],
-    *,
-    keywords: dict[str, Any],
-) -> Comparison:
-    """Bits per byte of both. Texts are the blocks of the interval, because tokens are not the same."""
-    documents = list(documents_of(texts))
-    if not documents:
-        raise EvaluationError("There must be at least one text that is not empty; got none.")
-    separate = [d._replace(domain=f"{i}") for i, d in enumerate(documents)]
-    found = [evaluate(model, tokenizer, separate, **keywords) for model, tokenizer in (first, second)]
-    bits = [e.total.bits_per_byte for e in found]
+def _two_tokenizers(run: Run, base_run: Run, texts: Iterable[str | Document]) -> Comparison:
+    """Bits per byte of both. Blocks of the same bytes pair them, because the tokens are not the same.
+
+    Each number is over the bytes of its own scored tokens: without a BOS the first token of a text is not scored.
+    """
+    parts, tokens = list[NDArray[np.float64]](), 0  # (4, blocks) of each text
+    for document in documents_of(texts):
+        data, columns = len(document.text.encode()), list[NDArray[np.float64]]()
+        for one, share in ((run, data // 2), (base_run, data - data // 2)):
+            found, document = one.tokens(document)
+            nll = _nll(one, found, document, share)
+            size, first = len(document.text.encode()), len(found.ids) - len(nll)
+            count = -(-size // BLOCK_BYTES)
+            block = np.minimum((np.cumsum(found.num_bytes) - found.num_bytes) // BLOCK_BYTES, count - 1)[first:]
+            columns += [np.bincount(block, w, count).astype(np.float64) for w in (nll / LN2, found.num_bytes[first:])]
+            tokens += len(nll) if one is run else 0
+        parts.append(np.stack(columns))
+    blocks = np.concatenate(parts, axis=1) if parts else np.zeros((4, 0))
+    bits, num_bytes, base_bits, base_bytes = (float(column.sum()) for column in blocks)
+    if not num_bytes or not base_bytes:
+        raise EvaluationError("No token was scored by both models. A text needs two tokens, or one and a BOS.")
+    drawn = drawn_again(list(blocks))
     return Comparison(
-        model=found[0].model,
-        base=found[1].model,
-        settings=found[0].settings,
-        tokens=found[0].total.tokens,
-        num_bytes=found[0].total.num_bytes,
-        bits_per_byte=bits[0],
-        base_bits_per_byte=bits[1],
-        bits_per_byte_difference=bits[0] - bits[1],
-        bits_per_byte_difference_interval=_paired(*found),
+        model=run.model.name,
+        base=base_run.model.name,
+        settings=run.settings,
+        tokens=tokens,
+        num_bytes=int(num_bytes),
+        bits_per_byte=bits / num_bytes,
+        base_bits_per_byte=base_bits / base_bytes,
+        bits_per_byte_difference=bits / num_bytes - base_bits / base_bytes,
+        bits_per_byte_difference_interval=None if drawn is None else interval_of(ratio(*drawn[:2]) - ratio(*drawn[2:])),
     )
 
 
-def _paired(first: Evaluation, second: Evaluation) -> Interval | None:
-    """The interval of the difference of bits per byte: both models are taken from the same texts."""
-    rows = [(a, b) for a, b in zip(first.rows, second.rows, strict=True) if a.num_bytes and b.num_bytes]
-    if len(rows) < 2:
-        return None
-    bits = np.asarray([[r.bits_per_byte * r.num_bytes for r in pair] for pair in rows])
-    sizes = np.asarray([[r.num_bytes for r in pair] for pair in rows], dtype=np.float64)
-    generator, differences = np.random.default_rng(0), []
-    for _ in range(RESAMPLES):
-        chosen = generator.integers(len(rows), size=len(rows))
-        of_both = bits[chosen].sum(0) / sizes[chosen].sum(0)
-        differences.append(of_both[0] - of_both[1])
-    low, high = np.percentile(differences, [2.5, 97.5])
-    return float(low), float(high)
+def _nll(run: Run, tokens: Tokens, document: Document, share: int) -> NDArray[np.float64]:
+    """(n,): nats of the scored tokens, which are the last ones of the document."""
+    windows, nll = windows_of(len(tokens.ids), run.settings, document.name), [np.zeros(0)]
+    batches = list(scoring.batches(windows, run.how.batch_size))
+    for number, batch in enumerate(batches):
+        nll += [scored.nll for scored in run.score(tokens, batch)]
+        run.how.progress(share * (number + 1) // len(batches) - share * number // len(batches))
+    return np.concatenate(nll)

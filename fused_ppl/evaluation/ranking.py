@@ -123,7 +123,7 @@ def rank(
 
 
 def _ranked(document: Document, numbers: Any, entropies: list[float]) -> Ranked:
-    data = document.text.encode()
+    data = document.text[: numbers.characters].encode()  # what `max_tokens` leave
     return Ranked(
         name=document.name,
         domain=document.domain,

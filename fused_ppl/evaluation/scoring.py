@@ -19,6 +19,9 @@ from torch import Tensor
 
 import fused_ppl
 from fused_ppl import Options
+from fused_ppl.backends.presence import widens_half_products
+from fused_ppl.engines import memory
+from fused_ppl.engines.head import logits_into
 from fused_ppl.evaluation.models import HiddenModel
 from fused_ppl.evaluation.records import EvaluationError, Window
 
@@ -145,15 +148,31 @@ def nll_of(model: HiddenModel, rows: Rows, *, options: Options | None) -> Tensor
     return fused_ppl.linear_cross_entropy(hidden, model.linear_weight, rows.target, **keywords(model, options))
 
 
+def logits_of(model: HiddenModel, hidden: Tensor) -> Tensor:
+    """(n, V): what the head gives before a scale and a cap. In float32 also where the model is not, float64 for that.
+
+    Rounded to bf16, the logits of two models that are nearly equal would differ by their roundings.
+    """
+    weight, bias, dtype = model.linear_weight, model.linear_bias, torch.promote_types(model.dtype, torch.float32)
+    if hidden.shape[-1] != weight.shape[1]:
+        raise EvaluationError(
+            f"hidden_states of {model.name} must be (B, T, {weight.shape[1]}), because its head has the shape "
+            f"{tuple(weight.shape)}; their last size is {hidden.shape[-1]}."
+        )
+    hidden, out = hidden.to(model.dtype), memory.empty((len(hidden), len(weight)), dtype, model.device)
+    if model.dtype == dtype or not widens_half_products(model.device.type):
+        logits_into(out, hidden.to(dtype), weight, bias)
+        return out
+    torch.mm(hidden, weight.t(), out_dtype=dtype, out=out)
+    return out if bias is None else out.add_(bias)
+
+
 def rank(model: HiddenModel, rows: Rows, alternatives: int) -> Ranked:
     """Ranks and the most likely tokens, from the logits of a few rows at a time."""
-    parts, hidden, weight = [], rows.hidden.to(model.dtype), model.linear_weight.float()
+    parts = []
     for i in range(0, len(rows.target), RANKED_ROWS):
         part = slice(i, i + RANKED_ROWS)
-        x = hidden[part].float() @ weight.t()
-        if model.linear_bias is not None:
-            x += model.linear_bias
-        z = x * model.logit_scale
+        z = logits_of(model, rows.hidden[part]) * model.logit_scale
         if model.softcap is not None:
             z = model.softcap * torch.tanh(z / model.softcap)
         z_y = z.gather(1, rows.target[part].unsqueeze(1))

@@ -82,16 +82,33 @@ def bootstrap(blocks: Blocks, of: Sequence[int]) -> Interval | None:
 
 def bootstrap_ratio(values: NDArray[np.float64], sizes: NDArray[np.float64]) -> Interval | None:
     """The 95 % interval of sum(values) / sum(sizes) over blocks that are drawn again; None if there is only one."""
-    if len(values) < 2 or not sizes.sum():
+    drawn = drawn_again([values, sizes]) if sizes.sum() else None
+    return None if drawn is None else interval_of(ratio(*drawn))
+
+
+def drawn_again(columns: Sequence[NDArray[np.float64]]) -> list[NDArray[np.float64]] | None:
+    """(RESAMPLES,) of each column: its sum over blocks drawn with replacement, the same ones for all columns.
+
+    So an interval of a difference of two columns is paired. None if there is only one block.
+    """
+    count = len(columns[0])
+    if count < 2:
         return None
-    if len(values) > MOST_BLOCKS:  # longer blocks
-        starts = np.linspace(0, len(values), MOST_BLOCKS, endpoint=False).astype(np.int64)
-        values, sizes = np.add.reduceat(values, starts), np.add.reduceat(sizes, starts)
+    if count > MOST_BLOCKS:  # longer blocks
+        starts = np.linspace(0, count, MOST_BLOCKS, endpoint=False).astype(np.int64)
+        columns, count = [np.add.reduceat(column, starts) for column in columns], MOST_BLOCKS
     generator = np.random.default_rng(0)
-    ratios = []
-    for _ in range(RESAMPLES):
-        chosen = generator.integers(len(values), size=len(values))
-        total = sizes[chosen].sum()
-        ratios.append(values[chosen].sum() / total if total else math.nan)
-    low, high = np.nanpercentile(ratios, [2.5, 97.5])
+    chosen = np.stack([generator.integers(count, size=count) for _ in range(RESAMPLES)])
+    return [column[chosen].sum(1) for column in columns]
+
+
+def ratio(values: NDArray[np.float64], sizes: NDArray[np.float64]) -> NDArray[np.float64]:
+    """NaN where the size is 0."""
+    found: NDArray[np.float64] = np.divide(values, sizes, out=np.full(values.shape, math.nan), where=sizes != 0)
+    return found
+
+
+def interval_of(values: NDArray[np.float64]) -> Interval:
+    """The middle 95 %."""
+    low, high = np.nanpercentile(values, [2.5, 97.5])
     return float(low), float(high)
