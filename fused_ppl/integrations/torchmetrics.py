@@ -3,6 +3,18 @@
 
 Its states are the sums S and M in float64, which add up over batches and ranks exactly. The metric of torchmetrics
 takes softmax first, so that a token with a probability below 1e-38 makes it inf, and it needs all logits.
+
+    PPL = exp(S / M),    S = sum of nll in nats,    M = number of counted tokens, or the sum of their weights
+
+`Perplexity(ignore_index, class_dim, logit_scale, softcap, options, **keywords)` has the arguments of
+`fused_ppl.perplexity` and those of `torchmetrics.Metric`. `class_dim` is -1, as torchmetrics has it for (batch, tokens,
+classes). Example::
+
+    metrics = torchmetrics.MetricCollection({"perplexity": Perplexity()})
+    metrics.update(logits, target)                                 # (B, T, V), (B, T)
+    metrics["perplexity"].update(hidden, target, linear_weight=head.weight)     # (B, T, D): no logits
+    metrics["perplexity"].update_nll(out.loss, out.total_weight)   # sums that are known
+    metrics.compute()
 """
 
 from __future__ import annotations
@@ -24,23 +36,7 @@ def _metric_class() -> Any:
     import torchmetrics
 
     class Perplexity(torchmetrics.Metric):
-        """`fused_ppl.Perplexity` for torchmetrics.
-
-            PPL = exp(S / M),    S = sum of nll in nats,    M = number of counted tokens, or the sum of their weights
-
-        Args:
-            ignore_index, logit_scale, softcap, options: as in `fused_ppl.perplexity`.
-            class_dim: the dimension of the classes; -1, as torchmetrics has it for (batch, tokens, classes).
-            keywords: of `torchmetrics.Metric`.
-
-        Example::
-
-            metrics = torchmetrics.MetricCollection({"perplexity": Perplexity()})
-            metrics.update(logits, target)                                 # (B, T, V), (B, T)
-            metrics["perplexity"].update(hidden, target, linear_weight=head.weight)     # (B, T, D): no logits
-            metrics["perplexity"].update_nll(out.loss, out.total_weight)   # sums that are known
-            metrics.compute()
-        """
+        """`fused_ppl.Perplexity` for torchmetrics; the docstring of this module has its arguments."""
 
         is_differentiable = False
         higher_is_better = False
