@@ -31,7 +31,7 @@ from fused_ppl.evaluation import CONVENTIONS, evaluate, load
 from fused_ppl.evaluation import tokens as tokenization
 
 CTX, STRIDE, BATCH = 512, 256, 2
-PARTS = ("memory", "time", "spread")
+PARTS = ("peak", "time", "spread")
 
 
 def model() -> tuple[Any, Any]:
@@ -131,9 +131,9 @@ def spread(kilobytes: int) -> list[dict[str, Any]]:
 def tables(record: dict[str, Any]) -> str:
     head = f"SmolLM2-135M, ctx {CTX}, {record['threads']} threads, {record['processor']}, torch {record['torch']}, "
     lines = [f"{head}{record['date']}", ""]
-    if "memory" in record:
+    if "peak" in record:
         lines += ["| text | peak above the model |", "|---|---|"]
-        lines += [f"| {size} KB | {value / 2**20:.0f} MiB |" for size, value in record["memory"].items()]
+        lines += [f"| {size} KB | {value / 2**20:.0f} MiB |" for size, value in record["peak"].items()]
     if "time" in record:
         seconds = record["time"]["seconds"]
         lines += ["", f"| {record['time']['kilobytes']} KB of text | seconds | over its loops with full logits |"]
@@ -181,8 +181,8 @@ def main() -> None:
         record = json.loads(args.out.read_text())
     record |= {"command": "python bench/evaluation.py", **records.machine()}
     parts: dict[str, Callable[[], Any]] = {
-        "memory": lambda: {str(size): measure.in_fresh_process(peak, size) for size in (16, 64)},
-        "time": lambda: times(8, args.rounds),
+        "peak": lambda: {str(size): measure.in_fresh_process(peak, size) for size in (16, 64)},
+        "time": lambda: times(16, args.rounds),
         "spread": lambda: spread(16),
     }
     for name in args.part:

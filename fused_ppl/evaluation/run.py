@@ -28,7 +28,7 @@ from fused_ppl.evaluation.result import Evaluation, peak_memory, versions
 from fused_ppl.evaluation.state import Progress, StateFile
 
 BOS_DIFFERENCE = 0.02  # of the perplexity, above which a warning names both
-BOS_TOKENS = 256  # that are scored both ways
+BOS_TOKENS = 128  # that are scored both ways
 SEPARATOR = b"\0"
 
 
