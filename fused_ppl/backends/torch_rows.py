@@ -75,10 +75,7 @@ def _redone(stats: RowStats, trusted: Tensor, chunks: Chunks, tokens: TokenInput
     if bool(trusted.all()):
         return stats
     for rows in (~trusted).nonzero().squeeze(1).split(chunks.rows):
-        weight = tokens.token_weight
-        own = TokenInputs(
-            tokens.target[rows], tokens.weight, weight if weight is None or not weight.ndim else weight[rows]
-        )
+        own = tokens.of_rows(rows)
         again = _by_chunks(Chunks(chunks.logits[rows], own, chunks.spec, memory_budget=None, keep_lse=chunks.keep_lse))
         for whole, part in zip(stats, again, strict=True):
             if whole is not None and part is not None:

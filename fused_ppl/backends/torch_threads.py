@@ -47,9 +47,7 @@ class Part(NamedTuple):
         return logits if self.place is None else logits[self.place]
 
     def of_tokens(self, tokens: TokenInputs) -> TokenInputs:
-        if self.place is None:
-            return tokens
-        return TokenInputs(tokens.target[self.rows], tokens.weight, self.of(tokens.token_weight))
+        return tokens if self.place is None else tokens.of_rows(self.rows)
 
     def of(self, values: Values) -> Values:
         """The values (N,) of these rows, or a value () of all."""

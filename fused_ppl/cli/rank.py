@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from fused_ppl.evaluation import Ranking
 
 BAR = 40  # characters of the longest bar of the histogram
-METRICS = ("perplexity", "bits_per_byte", "entropy", "compression")
 
 
 def add_parser(commands: Any) -> None:
@@ -27,7 +26,8 @@ def add_parser(commands: Any) -> None:
     inputs.add_model(parser)
     inputs.add_texts(parser)
     inputs.add_windows(parser)
-    parser.add_argument("--by", choices=METRICS, default="perplexity", help="the number (%(default)s)")
+    names = "perplexity (default), bits_per_byte, entropy or compression"
+    parser.add_argument("--by", default="perplexity", metavar="NUMBER", help=names)
     parser.add_argument("--top", type=int, default=20, help="documents that are shown (%(default)s)")
     parser.add_argument("--json", action="store_true", help="print everything as JSON, with all documents")
     parser.set_defaults(run=run)

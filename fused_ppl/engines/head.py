@@ -272,7 +272,7 @@ class HeadLoop:
         buffer = memory.empty(shape, dtype or head.dtype, head.hidden.device)
         for start in range(0, n, self.plan.rows):
             rows = slice(start, min(start + self.plan.rows, n))
-            h, tokens = head.hidden[rows].to(head.dtype), tokens_of(head.tokens, rows)
+            h, tokens = head.hidden[rows].to(head.dtype), head.tokens.of_rows(rows)
             label = tokens.target - self.first if self.first else tokens.target
             target_logit = head.target_logits(h, label)
             yield Chunk(rows, h, tokens, target_logit, buffer[: h.shape[0]])
@@ -299,8 +299,3 @@ class HeadLoop:
             grad_hidden = self.unscaled.grad_hidden.view(-1, self.case.hidden_size)
             grad_hidden.index_copy_(0, self.head.counted_rows, self.grad_hidden)
         return self.unscaled
-
-
-def tokens_of(tokens: TokenInputs, rows: slice) -> TokenInputs:
-    weight = tokens.token_weight
-    return TokenInputs(tokens.target[rows], tokens.weight, None if weight is None else weight[rows])

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fused_ppl import backends, plan, reduction
 from fused_ppl.engines import compact, memory
-from fused_ppl.engines.head import SLICE, Chunk, HeadLoop, empty_unscaled, slices, tokens_of
+from fused_ppl.engines.head import SLICE, Chunk, HeadLoop, empty_unscaled, slices
 from fused_ppl.engines.linear_rows import stats_of_all
 from fused_ppl.engines.ops import op
 from fused_ppl.engines.screen import Screen
@@ -169,7 +169,7 @@ class _GroupLoop:
     def group(self, chunk: Chunk, start: int) -> Group:
         here = slice(start, min(start + self.group_rows, chunk.hidden.shape[0]))
         rows = slice(chunk.rows.start + here.start, chunk.rows.start + here.stop)
-        tokens = tokens_of(chunk.tokens, here)._replace(weight=self.weight)
+        tokens = chunk.tokens.of_rows(here)._replace(weight=self.weight)
         label = self.label(tokens.target, chunk.logits.shape[1])
         return Group(rows, chunk.hidden[here], chunk.logits[here], chunk.target_logit[here], tokens, label)
 

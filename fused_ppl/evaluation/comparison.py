@@ -26,8 +26,8 @@ from fused_ppl import Options
 from fused_ppl.backends.torch_stats import argmax
 from fused_ppl.evaluation import models, scoring
 from fused_ppl.evaluation import tokens as tokenization
-from fused_ppl.evaluation.conventions import check_settings, windows_of
-from fused_ppl.evaluation.evaluate import check_batch_size, sizes_of, uses_bos
+from fused_ppl.evaluation.asked import Asked, run_of
+from fused_ppl.evaluation.conventions import windows_of
 from fused_ppl.evaluation.models import HiddenModel
 from fused_ppl.evaluation.records import BLOCK, Document, EvaluationError, Settings, Tokens, Window
 from fused_ppl.evaluation.result import finite
@@ -178,21 +178,16 @@ def compare(
         EvaluationError: as `evaluate`; or the heads have different numbers of classes.
     """
     first, second = models.of(model), models.of(base)
-    tokenization.check_tokenizer(tokenizer)
-    most = [m.most_tokens for m in (first, second) if m.most_tokens is not None]
-    both = dataclasses.replace(first, most_tokens=min(most, default=None))
-    ctx, stride = sizes_of(both, ctx, stride, min_context=min_context)
-    check_batch_size(batch_size)
-    settings = Settings("strided", ctx, stride, uses_bos(tokenizer, "strided", bos), max_tokens)
-    check_settings(settings)
-    how = How(batch_size, options, None, 0, progress or (lambda n: None))
-    run = Run(first, tokenizer, settings, how, bos_asked="no")
+    most = min((m.most_tokens for m in (first, second) if m.most_tokens is not None), default=None)
+    first, second = (dataclasses.replace(m, most_tokens=most) for m in (first, second))
+    asked = Asked("strided", ctx, stride, min_context, bos, max_tokens)
+    how = How(batch_size, options, asked_progress=progress)
+    run = run_of(first, tokenizer, asked, how=how)
     if base_tokenizer is not None:
-        tokenization.check_tokenizer(base_tokenizer)
+        # with `max_tokens` of the model, the base is given the text that they leave
+        base_run = run_of(second, base_tokenizer, asked._replace(max_tokens=None), how=how)
         if tokenization.tokenizer_hash(base_tokenizer) != tokenization.tokenizer_hash(tokenizer):
-            # the base is given the text that `max_tokens` of the model leave
-            of_base = Settings("strided", ctx, stride, uses_bos(base_tokenizer, "strided", bos))
-            return _two_tokenizers(run, Run(second, base_tokenizer, of_base, how, bos_asked="no"), texts)
+            return _two_tokenizers(run, base_run, texts)
     if first.linear_weight.shape[0] != second.linear_weight.shape[0]:
         raise EvaluationError(
             f"Both models must have as many classes; {first.name} has {first.linear_weight.shape[0]} and {second.name} "
@@ -221,10 +216,9 @@ class _Pass:
         tokens, document = self.run.tokens(document)
         windows = windows_of(len(tokens.ids), self.run.settings, document.name)
         batches = list(scoring.batches(windows, self.run.how.batch_size))
-        size, first, found = len(document.text.encode()), len(self.found.nll), self.found
-        for number, batch in enumerate(batches):
+        first, found = len(self.found.nll), self.found
+        for _, batch in scoring.reported(batches, len(document.text.encode()), self.run.how.progress):
             self.batch(tokens, batch)
-            self.run.how.progress(size * (number + 1) // len(batches) - size * number // len(batches))
         if not batches:
             return
         where = np.concatenate([np.arange(w.first, w.stop) for w in windows])
@@ -362,7 +356,6 @@ def _nll(run: Run, tokens: Tokens, document: Document, share: int) -> NDArray[np
     """(n,): nats of the scored tokens, which are the last ones of the document."""
     windows, nll = windows_of(len(tokens.ids), run.settings, document.name), [np.zeros(0)]
     batches = list(scoring.batches(windows, run.how.batch_size))
-    for number, batch in enumerate(batches):
+    for _, batch in scoring.reported(batches, share, run.how.progress):
         nll += [scored.nll for scored in run.score(tokens, batch)]
-        run.how.progress(share * (number + 1) // len(batches) - share * number // len(batches))
     return np.concatenate(nll)

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The conventions under which perplexity is quoted: which tokens are scored, with how much context before them.
 
-One model and one text give perplexities that differ by 27 % under these. Each is a function from the number of tokens
-to windows, with the formula of its number. Sources: lm-eval 0.4.13 (`utils.get_rolling_token_windows`), llama.cpp
-(`tools/perplexity/perplexity.cpp`), the page "Perplexity of fixed-length models" of transformers, Paloma
-(arXiv 2312.10523), nanochat (`loss_eval.py`), uncheatable_eval (`evaluator.py`).
+One model and one text give other perplexities under each (docs/evaluation.md). A convention is a function from the
+number of tokens to windows, with the formula of its number. Sources: lm-eval 0.4.13
+(`utils.get_rolling_token_windows`), llama.cpp (`tools/perplexity/perplexity.cpp`), the page "Perplexity of
+fixed-length models" of transformers, Paloma (arXiv 2312.10523), nanochat (`loss_eval.py`), uncheatable_eval
+(`evaluator.py`).
 """
 
 from __future__ import annotations
@@ -22,11 +23,18 @@ class Convention:
     name: str
     formula: str
     windows: Callable[[int, Settings], Iterator[Window]]
-    prefix: str = ""  # "": BOS as the tokenizer does it, or as asked; "bos or eos": always, EOS where there is no BOS
+    prefix: bool = False  # always a BOS, or EOS where there is none; else as the tokenizer does it, or as asked
     in_stream: bool = False  # a BOS is a token of the text, before its first one, and no window adds another
     strided: bool = False  # has a stride
     least_windows: int = 1  # of `ctx` tokens that a text must fill
-    weight: str = "tokens"  # how windows are averaged; "hf": by one token less than they score
+    longest: Callable[[int, int], int] = lambda ctx, stride: ctx  # tokens of its longest window
+    one_less: bool = False  # windows are averaged by one token less than they score
+    decoded: bool = False  # bytes are those of decode([id]), and tokens without bytes do not count
+    quoted: str = "perplexity"  # or "macro perplexity", "bits per byte"
+
+
+def longer_by_half_a_stride(ctx: int, stride: int) -> int:
+    return ctx + stride // 2
 
 
 def strided(num_tokens: int, settings: Settings) -> Iterator[Window]:
@@ -64,7 +72,7 @@ def half_windows(num_tokens: int, settings: Settings) -> Iterator[Window]:
 
 
 def llama_strided(num_tokens: int, settings: Settings) -> Iterator[Window]:
-    size = settings.ctx + settings.stride // 2
+    size = longer_by_half_a_stride(settings.ctx, settings.stride)
     for start in range(0, max(0, num_tokens - size), settings.stride):
         yield Window(start, start + size, start + size - settings.stride)
 
@@ -107,7 +115,7 @@ CONVENTIONS = {
             f"loglikelihood_rolling: every token once, windows share one token. {_ALL_BYTES}; "
             "byte perplexity = exp(sum nll / bytes), word perplexity = exp(sum nll / words)",
             rolling,
-            prefix="bos or eos",
+            prefix=True,
         ),
         Convention(
             "llama.cpp",
@@ -124,6 +132,7 @@ CONVENTIONS = {
             in_stream=True,
             strided=True,
             least_windows=2,
+            longest=longer_by_half_a_stride,
         ),
         Convention(
             "hf-strided",
@@ -132,28 +141,32 @@ CONVENTIONS = {
             hf_strided,
             in_stream=True,
             strided=True,
-            weight="hf",
+            one_less=True,
         ),
         Convention(
             "paloma",
             "exp(mean nll) of each domain, windows as lm-eval; the mean of the domains' perplexities",
             rolling,
-            prefix="bos or eos",
+            prefix=True,
+            quoted="macro perplexity",
         ),
         Convention(
             "nanochat",
             "bits per byte = sum nll / (ln 2 * sum of len(decode([id])) in bytes), over tokens that are not special; "
             "BOS before each text, rows of ctx tokens. A token that is a part of a character counts as U+FFFD, 3 bytes",
             stream,
-            prefix="bos or eos",
+            prefix=True,
             in_stream=True,
+            decoded=True,
+            quoted="bits per byte",
         ),
         Convention(
             "uncheatable",
             f"chunks of ctx tokens with BOS before each; {_ALL_BYTES}; compression rate = bits per byte / 8. "
             "Its logits are not rounded to bf16 here",
             disjoint,
-            prefix="bos or eos",
+            prefix=True,
+            quoted="bits per byte",
         ),
     )
 }
@@ -183,9 +196,7 @@ def check_settings(settings: Settings) -> Convention:
 def windows_of(num_tokens: int, settings: Settings, what: str) -> list[Window]:
     """The windows of a text, or a reason why it has none."""
     convention = check_settings(settings)
-    least = convention.least_windows * (
-        settings.ctx + (settings.stride // 2 if settings.convention == "llama.cpp-strided" else 0)
-    )
+    least = convention.least_windows * convention.longest(settings.ctx, settings.stride)
     if convention.least_windows > 1 and num_tokens < least:
         raise EvaluationError(
             f"convention {settings.convention} needs at least {least} tokens for a context of {settings.ctx}; "

@@ -9,12 +9,10 @@ from typing import Any
 
 from fused_ppl import Options
 from fused_ppl.evaluation import models
-from fused_ppl.evaluation import tokens as tokenization
-from fused_ppl.evaluation.conventions import check_settings, convention_of
-from fused_ppl.evaluation.models import HiddenModel
-from fused_ppl.evaluation.records import BOS, Document, EvaluationError, Settings, TokenRow
+from fused_ppl.evaluation.asked import Asked, run_of
+from fused_ppl.evaluation.records import Document, TokenRow
 from fused_ppl.evaluation.result import Evaluation
-from fused_ppl.evaluation.run import How, Run, bos_id
+from fused_ppl.evaluation.run import How
 from fused_ppl.evaluation.state import StateFile
 
 
@@ -70,51 +68,7 @@ def evaluate(
         result = evaluate(model, tokenizer, ["The cat sat on the mat."], ctx=128)
         print(result.total.perplexity, result.quote())
     """
-    of_model = models.of(model)
-    tokenization.check_tokenizer(tokenizer)
-    check_batch_size(batch_size)
-    ctx, stride = sizes_of(of_model, ctx, stride, min_context=min_context, convention=convention)
-    settings = Settings(convention, ctx, stride, uses_bos(tokenizer, convention, bos), max_tokens)
-    check_settings(settings)
-    how = How(batch_size, options, per_token, alternatives, progress or (lambda num_bytes: None))
-    run = Run(of_model, tokenizer, settings, how, bos_asked=bos)
+    asked = Asked(convention, ctx, stride, min_context, bos, max_tokens)
+    how = How(batch_size, options, per_token, alternatives, progress)
+    run = run_of(models.of(model), tokenizer, asked, how=how, tries_bos=bos == "auto")
     return run.finish(texts, StateFile(None if state is None else Path(state), run.identity()))
-
-
-def check_batch_size(batch_size: int) -> None:
-    if batch_size < 1:
-        raise EvaluationError(f"batch_size must be at least 1; got {batch_size}.")
-
-
-def sizes_of(
-    model: HiddenModel, ctx: int | None, stride: int | None, *, min_context: int | None, convention: str = "strided"
-) -> tuple[int, int]:
-    """The context and the stride, with their defaults filled in."""
-    asked, most = ctx, model.most_tokens
-    if ctx is None:
-        ctx = min(512, most or 512)
-        if convention == "llama.cpp-strided" and most is not None:
-            ctx = min(ctx, most - most // 4)  # its windows are longer by half a stride
-    given = ctx + ((ctx // 2 if stride is None else stride) // 2 if convention == "llama.cpp-strided" else 0)
-    if most is not None and given > most:
-        words = f"ctx + stride / 2 is {given}" if convention == "llama.cpp-strided" else f"got {asked}"
-        raise EvaluationError(f"ctx must be at most what the model takes, {most}; {words}.")
-    if stride is not None and min_context is not None:
-        raise EvaluationError("stride and min_context say the same: stride = ctx - min_context + 1. Give one of them.")
-    if min_context is not None:
-        stride = ctx - min_context + 1
-    return ctx, max(1, ctx // 2) if stride is None else stride
-
-
-def uses_bos(tokenizer: Any, name: str, bos: str) -> bool:
-    """Whether a BOS is used under this convention."""
-    if bos not in BOS:
-        raise EvaluationError(f"bos must be one of {', '.join(BOS)}; got {bos!r}.")
-    convention = convention_of(name)
-    wants = convention.prefix != "" or bos == "yes" or (bos == "auto" and tokenization.added_bos(tokenizer))
-    if wants and bos_id(tokenizer, convention) is None:
-        raise EvaluationError(
-            f"{'bos=yes' if bos == 'yes' else 'convention ' + name} needs a BOS token, and the tokenizer has none. "
-            "Use bos='no' with the convention strided, or set tokenizer.bos_token."
-        )
-    return wants

@@ -134,9 +134,10 @@ class _Body:
     def __call__(self, tokens: Tensor) -> Tensor:
         found: list[Tensor] = []
 
-        def take(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
-            found.append(args[0])
-            return (args[0][:, :0],)  # no rows, and so no logits
+        def take(module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+            (hidden,) = inputs
+            found.append(hidden)
+            return (hidden[:, :0],)  # no rows, and so no logits
 
         _run(self.model, self.head.register_forward_pre_hook(take), tokens)
         if len(found) != 1:
@@ -150,11 +151,11 @@ def _logit_transform(model: Any, head: nn.Linear) -> tuple[float, float | None]:
     """The scale and the softcap that the model applies to its logits, from known numbers in their place."""
     probes: list[Tensor] = []
 
-    def replace(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    def answer(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
         probes.append(logit_transform.probe_values(tuple(output.shape), output.device))
         return probes[-1]
 
-    out = _run(model, head.register_forward_hook(replace), small_batch(model, head))
+    out = _run(model, head.register_forward_hook(answer), small_batch(model, head))
     if len(probes) != 1:
         raise logit_transform.CheckError(f"it calls its head {len(probes)} times for one batch of tokens")
     candidates = tuple(logit_transform.config_numbers(model.config.to_dict()))

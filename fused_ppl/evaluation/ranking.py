@@ -16,12 +16,10 @@ import numpy as np
 
 from fused_ppl import Options
 from fused_ppl.evaluation import models
-from fused_ppl.evaluation import tokens as tokenization
-from fused_ppl.evaluation.conventions import check_settings
-from fused_ppl.evaluation.evaluate import check_batch_size, sizes_of, uses_bos
+from fused_ppl.evaluation.asked import Asked, run_of
 from fused_ppl.evaluation.records import Document, EvaluationError, Settings, TokenRow
 from fused_ppl.evaluation.result import finite
-from fused_ppl.evaluation.run import How, Run, documents_of
+from fused_ppl.evaluation.run import How, documents_of
 from fused_ppl.evaluation.state import Progress, StateFile
 from fused_ppl.evaluation.statistics import row
 
@@ -97,19 +95,14 @@ def rank(
     """
     if by not in BY:
         raise EvaluationError(f"by must be one of {', '.join(BY)}; got {by!r}.")
-    of_model = models.of(model)
-    tokenization.check_tokenizer(tokenizer)
-    check_batch_size(batch_size)
-    ctx, stride = sizes_of(of_model, ctx, stride, min_context=min_context)
-    settings = Settings("strided", ctx, stride, uses_bos(tokenizer, "strided", bos), max_tokens)
-    check_settings(settings)
-    entropies: list[float] = []
+    of_model, entropies = models.of(model), list[float]()
 
     def keep(token: TokenRow) -> None:
         entropies.append(token.entropy)
 
-    how = How(batch_size, options, keep if by == "entropy" else None, 0, progress or (lambda num_bytes: None))
-    run, found, unscored = Run(of_model, tokenizer, settings, how, bos_asked="no"), list[Ranked](), list[str]()
+    asked = Asked("strided", ctx, stride, min_context, bos, max_tokens)
+    how = How(batch_size, options, keep if by == "entropy" else None, asked_progress=progress)
+    run, found, unscored = run_of(of_model, tokenizer, asked, how=how), list[Ranked](), list[str]()
     for document in documents_of(texts):
         entropies.clear()
         group = run.of_document(document, Progress(), StateFile(None, {}))
@@ -119,7 +112,7 @@ def rank(
             unscored.append(document.name)
     if not found:
         raise EvaluationError(f"At least one document must have two tokens; {len(unscored)} were given, all shorter.")
-    return _in_order(found, by, settings=settings, model=of_model.name, unscored=unscored)
+    return _in_order(found, by, settings=run.settings, model=of_model.name, unscored=unscored)
 
 
 def _ranked(document: Document, numbers: Any, entropies: list[float]) -> Ranked:
@@ -141,8 +134,8 @@ def _in_order(found: list[Ranked], by: str, *, settings: Settings, model: str, u
     values = np.asarray([getattr(d, by) for d in found], dtype=np.float64)
     order = np.argsort(-values, kind="stable")
     lower = np.searchsorted(np.sort(values), values) / len(values)
-    finite = values[np.isfinite(values)]
-    counts, edges = np.histogram(np.log2(finite) if by == "perplexity" else finite, BINS)
+    shown = values[np.isfinite(values)]
+    counts, edges = np.histogram(np.log2(shown) if by == "perplexity" else shown, BINS)
     return Ranking(
         by=by,
         settings=settings,

@@ -82,7 +82,7 @@ class Report:
             EvaluationError: the tokens or the texts are not those of the evaluation.
         """
         # special tokens do not count there
-        count = self.num_with_bytes if evaluation.settings.convention == "nanochat" else self.running.count
+        count = self.num_with_bytes if evaluation.convention.decoded else self.running.count
         if count != evaluation.total.tokens:
             raise EvaluationError(
                 f"The report must have all {evaluation.total.tokens} tokens of the evaluation; it has {count}. Give "

@@ -46,11 +46,12 @@ class Evaluation:
     @property
     def headline(self) -> tuple[str, float]:
         """The number that this convention is quoted by."""
-        if self.settings.convention == "paloma":
-            return "macro perplexity", self.macro_perplexity
-        if self.settings.convention in ("nanochat", "uncheatable"):
-            return "bits per byte", self.total.bits_per_byte
-        return "perplexity", self.total.perplexity
+        values = {
+            "perplexity": self.total.perplexity,
+            "macro perplexity": self.macro_perplexity,
+            "bits per byte": self.total.bits_per_byte,
+        }
+        return self.convention.quoted, values[self.convention.quoted]
 
     def quote(self) -> str:
         """One line that pins the number."""

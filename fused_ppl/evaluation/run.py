@@ -34,18 +34,22 @@ SEPARATOR = b"\0"
 
 @dataclass(frozen=True)
 class How:
-    """What does not change the number."""
+    """What does not change the number, beyond rounding."""
 
     batch_size: int
-    options: Options | None
-    per_token: Callable[[TokenRow], None] | None
-    alternatives: int
-    progress: Callable[[int], None]
+    options: Options | None = None
+    per_token: Callable[[TokenRow], None] | None = None
+    alternatives: int = 0
+    asked_progress: Callable[[int], None] | None = None
+
+    def progress(self, num_bytes: int) -> None:
+        if self.asked_progress is not None:
+            self.asked_progress(num_bytes)
 
 
 def bos_id(tokenizer: Any, convention: Convention) -> int | None:
     """The token before a text: BOS, or EOS where the convention takes it in its place."""
-    if tokenizer.bos_token_id is None and convention.prefix == "bos or eos":
+    if tokenizer.bos_token_id is None and convention.prefix:
         found = tokenizer.eos_token_id
     else:
         found = tokenizer.bos_token_id
@@ -55,9 +59,9 @@ def bos_id(tokenizer: Any, convention: Convention) -> int | None:
 class Run:
     """One evaluation: it walks over the documents and keeps their sums."""
 
-    def __init__(self, model: HiddenModel, tokenizer: Any, settings: Settings, how: How, *, bos_asked: str) -> None:
+    def __init__(self, model: HiddenModel, tokenizer: Any, settings: Settings, how: How, *, tries_bos: bool) -> None:
         self.model, self.tokenizer, self.settings, self.how = model, tokenizer, settings, how
-        self.convention, self.bos_asked = CONVENTIONS[settings.convention], bos_asked
+        self.convention, self.tries_bos = CONVENTIONS[settings.convention], tries_bos
         found = bos_id(tokenizer, self.convention) if settings.bos else None
         self.bos = -1 if found is None else found
         self.num_scored = 0  # by this process
@@ -129,8 +133,7 @@ class Run:
         tokens, document = self.tokens(document)
         windows = windows_of(len(tokens.ids), self.settings, document.name)
         batches = list(scoring.batches(windows, self.how.batch_size))
-        size = len(document.text.encode())
-        for number, batch in enumerate(batches):
+        for number, batch in scoring.reported(batches, len(document.text.encode()), self.how.progress):
             if number >= done.batches:
                 for scored in self.score(tokens, batch):
                     done.nll.extend(scored.nll.tolist())
@@ -138,7 +141,6 @@ class Run:
                     done.handed_over += self.hand_over(document, tokens, scored)
                 done.batches = number + 1
                 file.save(done, wait=True)
-            self.how.progress(size * (number + 1) // len(batches) - size * number // len(batches))
         nll = np.asarray(done.nll, dtype=np.float64)
         if not done.documents:
             done.warnings += self.bos_warnings(tokens, nll)
@@ -162,7 +164,7 @@ class Run:
             # a token may end within a character, whose other bytes are left out
             data = document.text.encode()[: int(found.num_bytes.sum())]
             document = document._replace(text=data.decode(errors="ignore"))
-        if self.convention.name == "nanochat":
+        if self.convention.decoded:
             found = found._replace(num_bytes=tokenization.decoded_bytes(self.tokenizer, found.ids))
         if self.convention.in_stream and self.settings.bos:
             found = found.after(self.bos)
@@ -208,16 +210,16 @@ class Run:
         num_bytes = tokens.num_bytes[np.concatenate(where)] if where else np.zeros(0, dtype=np.int32)
         text, group = document.text, Group()
         s = group.score
-        if self.convention.name == "nanochat":  # special tokens have no bytes and do not count
+        if self.convention.decoded:  # special tokens have no bytes and do not count
             nll, num_bytes = nll[num_bytes > 0], num_bytes[num_bytes > 0]
         group.blocks.add(nll, num_bytes)
         s.nll, s.tokens, s.num_bytes = float(nll.sum()), len(nll), int(num_bytes.sum())
         s.mean_nll, s.mean_tokens = s.nll, s.tokens
-        if self.convention.weight == "hf":
+        if self.convention.one_less:
             s.mean_nll, s.mean_tokens = _hf_sums(nll, windows)
         s.total_tokens = len(tokens.ids) - int(self.convention.in_stream and self.settings.bos)
         s.total_bytes, s.characters, s.words = len(text.encode()), len(text), len(re.split(r"\s+", text))
-        if self.settings.max_tokens is not None and self.convention.name != "nanochat":
+        if self.settings.max_tokens is not None and not self.convention.decoded:
             s.total_bytes = int(tokens.num_bytes.sum())
         s.documents = 1
         return group
@@ -228,9 +230,8 @@ class Run:
         The beginning is scored the other way as well, and compared with what the evaluation found.
         """
         bos = self.tokenizer.bos_token_id
-        if self.bos_asked != "auto" or self.convention.name != "strided" or bos is None:
-            return []
-        if bos >= self.model.linear_weight.shape[0]:
+        own_rule = self.convention.prefix or self.convention.in_stream
+        if not self.tries_bos or own_rule or bos is None or bos >= self.model.linear_weight.shape[0]:
             return []
         own, other = self.settings.bos, not self.settings.bos
         settings = dataclasses.replace(self.settings, bos=other)

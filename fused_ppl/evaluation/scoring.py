@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -67,6 +67,17 @@ def batches(windows: Sequence[Window], batch_size: int) -> Iterator[list[Window]
         same = list(group)
         for i in range(0, len(same), batch_size):
             yield same[i : i + batch_size]
+
+
+def reported(
+    batches: Sequence[list[Window]], size: int, progress: Callable[[int], None]
+) -> Iterator[tuple[int, list[Window]]]:
+    """Batches and their numbers. After each, `progress` gets its share of the `size` of the text."""
+    for number, batch in enumerate(batches):
+        yield number, batch
+        progress(size * (number + 1) // len(batches) - size * number // len(batches))
+    if not batches:
+        progress(size)
 
 
 def inputs_of(ids: NDArray[np.int64], window: Window, bos: int) -> NDArray[np.int64]:
