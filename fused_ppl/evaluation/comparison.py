@@ -12,7 +12,6 @@ Models with different tokenizers have no tokens in common. Then only their bits 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -32,14 +31,13 @@ from fused_ppl.evaluation.models import HiddenModel
 from fused_ppl.evaluation.records import BLOCK, Document, EvaluationError, Settings, Tokens, Window
 from fused_ppl.evaluation.result import finite
 from fused_ppl.evaluation.run import How, Run, documents_of
-from fused_ppl.evaluation.statistics import Interval, bootstrap_ratio, drawn_again, interval_of, power_of_2, ratio
+from fused_ppl.evaluation.statistics import LN2, Interval, bootstrap_ratio, drawn_again, interval_of, power_of_2, ratio
 
 PERCENTILES = (100, 99.9, 99, 95, 90, 75, 50, 25, 10, 5, 1, 0.1, 0)
 CONTEXT = 60  # characters before a token that is shown
 LOGITS_BYTES = 256 * 2**20  # of both models, unless `Options.memory_budget` says another number
 MOST_ROWS = 1024  # whose logits exist at once
 BLOCK_BYTES = 256  # of text, in a block of the bootstrap where the tokens of both models differ
-LN2 = math.log(2)
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,8 @@ from fused_ppl.evaluation import tokens as tokenization
 from fused_ppl.evaluation.records import BLOCK, Document, EvaluationError, TokenRow, Tokens
 from fused_ppl.evaluation.result import Evaluation
 from fused_ppl.evaluation.run import SEPARATOR, documents_of
-from fused_ppl.evaluation.statistics import Interval, power_of_2
+from fused_ppl.evaluation.statistics import LN2, Interval, power_of_2
 
-LN2 = math.log(2)
 COLOURS = 16  # one for each bit, the last for all above
 POINTS = 512  # of the running perplexity, at least
 STRETCHES, LEAST_STRETCH = 64, 16  # of the text, whose perplexity is drawn; tokens of each
@@ -94,7 +93,7 @@ class Report:
         page = self.template.render(
             e=evaluation,
             headline=evaluation.headline,
-            interval=headline_interval(evaluation),
+            interval=evaluation.headline_interval,
             data={"texts": content, **words.to_dict(self.tokenizer)},
             shown_bytes=num_bytes,
             running=self.running.chart(),
@@ -333,11 +332,6 @@ def perplexities(low: float, high: float) -> Sequence[float]:
 
 
 # --- the page --------------------------------------------------------------------------------------------------------
-
-
-def headline_interval(evaluation: Evaluation) -> Interval | None:
-    name, total = evaluation.headline[0], evaluation.total
-    return {"perplexity": total.perplexity_interval, "bits per byte": total.bits_per_byte_interval}.get(name)
 
 
 def number(value: float | None) -> str:

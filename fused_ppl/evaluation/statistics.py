@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from fused_ppl.evaluation.records import Blocks, Group
 
 RESAMPLES, MOST_BLOCKS = 1000, 2000
+LN2 = math.log(2)
 Interval = tuple[float, float]
 
 
@@ -46,20 +47,20 @@ def row(name: str, group: Group, *, intervals: bool = True) -> Row:
     """The numbers of a group. NaN where no token is scored."""
     s = group.score
     mean = s.mean_nll / s.mean_tokens if s.mean_tokens else math.nan
-    per_byte = s.nll / math.log(2) / s.num_bytes if s.num_bytes else math.nan
+    per_byte = s.nll / LN2 / s.num_bytes if s.num_bytes else math.nan
     of_tokens = bootstrap(group.blocks, group.blocks.tokens) if intervals else None
     of_bytes = bootstrap(group.blocks, group.blocks.num_bytes) if intervals else None
     all_scored = s.tokens >= s.total_tokens - s.documents
     return Row(
         name=name,
-        perplexity=power_of_2(mean / math.log(2)),
+        perplexity=power_of_2(mean / LN2),
         perplexity_interval=of_tokens and (power_of_2(of_tokens[0]), power_of_2(of_tokens[1])),
         nll=mean,
-        bits_per_token=mean / math.log(2),
+        bits_per_token=mean / LN2,
         bits_per_byte=per_byte,
         bits_per_byte_interval=of_bytes,
         byte_perplexity=power_of_2(per_byte),
-        word_perplexity=power_of_2(s.nll / math.log(2) / s.words) if all_scored and s.words else None,
+        word_perplexity=power_of_2(s.nll / LN2 / s.words) if all_scored and s.words else None,
         tokens=s.tokens,
         total_tokens=s.total_tokens,
         num_bytes=s.num_bytes,
@@ -77,7 +78,7 @@ def power_of_2(bits: float) -> float:
 
 def bootstrap(blocks: Blocks, of: Sequence[int]) -> Interval | None:
     """The 95 % interval of sum(nll) / sum(of), in bits."""
-    return bootstrap_ratio(np.asarray(blocks.nll) / math.log(2), np.asarray(of, dtype=np.float64))
+    return bootstrap_ratio(np.asarray(blocks.nll) / LN2, np.asarray(of, dtype=np.float64))
 
 
 def bootstrap_ratio(values: NDArray[np.float64], sizes: NDArray[np.float64]) -> Interval | None:
