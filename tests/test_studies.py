@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("matplotlib", reason='the studies need pip install -e ".[studies]"')
+for needed in ("matplotlib", "sklearn"):
+    pytest.importorskip(needed, reason='the studies need pip install -e ".[studies]"')
 STUDIES = Path(__file__).parents[1] / "examples" / "studies"
 
 
@@ -65,10 +66,12 @@ def test_an_interval_is_student_s(module):
     assert mean == pytest.approx(7 / 3) and half == pytest.approx(4.303 * math.sqrt(7 / 3) / math.sqrt(3), rel=1e-3)
 
 
-@pytest.mark.parametrize("name", ["learning_rate", "imbalance", "transfer", "uncertainty", "stability", "sampling"])
+SHARED = {"run", "study", "text_model"}
+NAMES = sorted({path.stem for path in STUDIES.glob("*.py")} - SHARED)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_one_small_point_of_each_study(name, module):
-    if name in ("imbalance", "uncertainty"):
-        pytest.importorskip("sklearn", reason='these studies need pip install -e ".[studies]"')
     study = module(name).STUDY
     assert len(study.points(False)) > len(study.points(True))
     point = {**study.points(True)[0], "steps": 2}
@@ -79,6 +82,17 @@ def test_one_small_point_of_each_study(name, module):
 
 
 def test_the_runner_names_every_study(module):
-    names = module("run").NAMES
-    shared = {"run", "study", "text_model"}
-    assert set(names) == {path.stem for path in STUDIES.glob("*.py")} - shared
+    assert sorted(module("run").NAMES) == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_page_shows_the_tables_of_the_full_records(name, module):
+    record = json.loads((STUDIES / "results" / f"{name}.json").read_text())
+    study, page = module(name).STUDY, (STUDIES.parents[1] / "docs" / "studies.md").read_text()
+    assert not record["quick"] and record["question"] == study.question
+    asked = study.points(False)
+    assert (
+        len(asked) == len(record["points"]) == sum(any(p.items() <= d.items() for d in record["points"]) for p in asked)
+    )
+    assert module("run").with_table(page, name, study.table(record["points"])) == page
+    assert f"../examples/studies/results/{name}.png" in page

@@ -18,7 +18,7 @@ from collections.abc import Callable
 
 import torch
 from matplotlib.figure import Figure
-from study import COLOURS, Point, Study, axes_of, interval, number, where
+from study import COLOURS, Point, Study, axes_of, interval, number, shown, where
 from text_model import source
 from torch import Tensor, nn
 
@@ -30,7 +30,7 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
     "cross-entropy, weighted": fused_ppl.cross_entropy,
     "perplexity, weighted": fused_ppl.perplexity,
 }
-RATES = (-12, -10, -8, -6)  # powers of 2
+RATES = (-12, -10, -8, -6, -4)  # powers of 2
 MODULES = (
     *("argparse", "tarfile", "typing", "turtle", "inspect", "pydoc", "subprocess", "doctest", "pickle", "threading"),
 )
@@ -132,19 +132,17 @@ def chosen(done: list[Point], data: str, loss: str) -> list[Point]:
 
 def table(done: list[Point]) -> str:
     lines = [
-        "| data | loss | rate | accuracy | balanced | tail | tail, less cross-entropy |",
+        "| data | loss | rate | accuracy, % | balanced, % | tail, % | tail, less cross-entropy |",
         "|---|---|---|---|---|---|---|",
     ]
     for data in DATA:
         reference = {p["seed"]: number(p["tail"]) for p in chosen(done, data, "cross-entropy")}
         for loss in LOSSES:
             own = chosen(done, data, loss)
-            cells = []
-            for metric in METRICS:
-                mean, half = interval([100 * number(p[metric]) for p in own])
-                cells.append(f"{mean:.1f} ± {half:.1f}")
-            mean, half = interval([100 * (number(p["tail"]) - reference[p["seed"]]) for p in own])
-            lines.append(f"| {data} | {loss} | 2^{own[0]['rate']} | {' | '.join(cells)} | {mean:+.1f} ± {half:.1f} |")
+            cells = [shown([100 * number(p[metric]) for p in own], ".1f") for metric in METRICS]
+            more = [100 * (number(p["tail"]) - reference[p["seed"]]) for p in own]
+            cells.append("" if loss == "cross-entropy" else shown(more, "+.1f"))
+            lines.append(f"| {data} | {loss} | 2^{own[0]['rate']} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -17,7 +17,7 @@ from collections.abc import Callable
 
 import torch
 from matplotlib.figure import Figure
-from study import COLOURS, Point, Study, axes_of, interval, number, where
+from study import COLOURS, Point, Study, axes_of, interval, number, shown, where
 from text_model import WindowModel, Windows, windows
 from torch import Tensor
 
@@ -64,7 +64,7 @@ def run(point: Point) -> Point:
     optimizer = OPTIMIZERS[point["optimizer"]](model.parameters(), lr=2.0 ** point["rate"])
     loss_of, norms = LOSSES[point["loss"]], []
     for _ in range(point["steps"]):
-        contexts, target = data.batch(TOKENS)
+        contexts, target = data.batch(point.get("tokens", TOKENS))
         loss = loss_of(model(contexts), model.head.weight, target)
         if point["loss"] == "perplexity / own value":
             loss = loss / loss.detach()
@@ -80,18 +80,20 @@ def run(point: Point) -> Point:
     return {"nll": float(nll) if math.isfinite(nll) else math.inf, "first_norm": norms[0], "last_norm": norms[-1]}
 
 
-def best(done: list[Point]) -> tuple[int, float, float]:
-    """The best rate (a power of 2), the mean nll over seeds there, and half of its interval."""
-    rates = sorted({p["rate"] for p in done})
-    means = {r: interval([number(p["nll"]) for p in done if p["rate"] == r]) for r in rates}
-    rate = min(rates, key=lambda r: means[r][0] if math.isfinite(means[r][0]) else math.inf)
-    return rate, *means[rate]
+def at_rate(done: list[Point], rate: int) -> list[float]:
+    """The nll of each seed."""
+    return [number(p["nll"]) for p in where(done, rate=rate)]
+
+
+def best_rate(done: list[Point]) -> int:
+    """The power of 2 with the lowest mean nll."""
+    return min(sorted({p["rate"] for p in done}), key=lambda rate: interval(at_rate(done, rate))[0])
 
 
 def carried(done: list[Point], rate: int) -> str:
     """What this loss gets at the best rate of the cross-entropy."""
-    mean, half = interval([number(p["nll"]) for p in done if p["rate"] == rate])
-    return "diverges" if not math.isfinite(mean) or mean > MOST else f"{mean:.3f} ± {half:.3f}"
+    values = at_rate(done, rate)
+    return "diverges" if max(values) > MOST else shown(values)
 
 
 def table(done: list[Point]) -> str:
@@ -102,11 +104,11 @@ def table(done: list[Point]) -> str:
     for optimizer in OPTIMIZERS:
         for clipped in (False, True):
             of_both = where(done, optimizer=optimizer, clipped=clipped)
-            reference = best(where(of_both, loss="cross-entropy"))[0]
+            reference = best_rate(where(of_both, loss="cross-entropy"))
             for loss in LOSSES:
                 own = where(of_both, loss=loss)
-                rate, mean, half = best(own)
-                cells = f"2^{rate} | {mean:.3f} ± {half:.3f} | {carried(own, reference)}"
+                rate = best_rate(own)
+                cells = f"2^{rate} | {shown(at_rate(own, rate))} | {carried(own, reference)}"
                 lines.append(f"| {optimizer} | {'yes' if clipped else 'no'} | {loss} | {cells} |")
     return "\n".join(lines)
 
@@ -120,11 +122,10 @@ def plot(done: list[Point]) -> Figure:
                 own = where(done, optimizer=optimizer, loss=loss, clipped=clipped)
                 xs, ys, errors = [], [], []
                 for rate in sorted({p["rate"] for p in own}):
-                    mean, half = interval([number(p["nll"]) for p in own if p["rate"] == rate])
-                    if math.isfinite(mean):
-                        xs.append(2.0**rate)
-                        ys.append(min(mean, MOST + 0.5))
-                        errors.append(half if math.isfinite(half) and mean < MOST else 0)
+                    mean, half = interval(at_rate(own, rate))
+                    xs.append(2.0**rate)
+                    ys.append(min(mean, MOST + 0.5))
+                    errors.append(half if mean < MOST else 0)
                 style = (0, (4, 2)) if loss == "perplexity / own value" else "-"
                 axes.errorbar(xs, ys, errors, color=colour, label=loss, linestyle=style, marker="o", ms=3, capsize=2)
             axes.axhline(MOST, color="0.5", linewidth=1, linestyle=(0, (1, 2)))

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
-from study import COLOURS, Point, Study, axes_of, interval, number, where
+from study import COLOURS, Point, Study, axes_of, interval, number, shown, where
 from text_model import WindowModel, windows
 
 import fused_ppl
@@ -88,15 +88,14 @@ def run(point: Point) -> Point:
 
 
 def table(done: list[Point]) -> str:
-    heads = " | ".join(f"{name}: bias" for name in ESTIMATES)
+    heads = " | ".join(f"{name}: bias, %" for name in ESTIMATES)
     lines = [f"| sample | tokens | {heads} | deviation of one sample |", "|---|---|---|---|---|---|"]
     for way in WAYS:
         for n in SIZES:
             own = where(done, way=way, tokens=n)
             cells = []
             for name in ESTIMATES:
-                mean, half = interval([number(p[f"{name}, bias"]) for p in own])
-                cells.append(f"{100 * mean:+.2f} ± {100 * half:.2f} %")
+                cells.append(shown([100 * number(p[f"{name}, bias"]) for p in own], "+.2f"))
             deviation, _ = interval([number(p["exp of the mean, deviation"]) for p in own])
             lines.append(f"| {way} | {n} | {' | '.join(cells)} | {100 * deviation:.1f} % |")
     return "\n".join(lines)
@@ -109,11 +108,12 @@ def plot(done: list[Point]) -> Figure:
         for name, colour in zip(ESTIMATES, COLOURS, strict=False):
             of_sizes = [[number(p[f"{name}, bias"]) for p in where(done, way=way, tokens=n)] for n in SIZES]
             means, halves = zip(*(interval(values) for values in of_sizes), strict=True)
-            percent, errors = [100 * m for m in means], [100 * h if math.isfinite(h) else 0 for h in halves]
+            percent, errors = [100 * m for m in means], [100 * h for h in halves]
             axes.errorbar(SIZES, percent, errors, color=colour, label=name, marker="o", ms=4, capsize=2)
         axes.axhline(0, color="0.4", linewidth=0.8)
         axes.set_xscale("log", base=2)
         axes.set_yscale("symlog", linthresh=1)
+        axes.yaxis.set_major_formatter("{x:g}")
         axes.set_title(f"sample: {way}", loc="left", size=10)
         axes.set_xlabel("tokens of the sample")
     panels[0].set_ylabel("bias of the perplexity, %")

@@ -5,7 +5,8 @@ At the beginning the perplexity is about V, and more if the weights are large. I
 the cross-entropy. In fp16 a gradient above 65504 is inf. GradScaler multiplies the loss by 65536 at its start, and
 skips steps until the scale fits. `max_nll` continues the perplexity along its tangent above exp(max_nll).
 
-"Large" weights of the head are 8 times the usual size: the first nll is far above log V.
+A head with too large weights stands for a bad start: a new vocabulary, a wrong scale, damaged weights. At 64 times the
+usual size the first nll is 14 nats. At 512 times it is above 88.7 nats, where exp overflows in float32, too.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import math
 
 import torch
 from matplotlib.figure import Figure
-from study import COLOURS, Point, Study, axes_of, interval, number, where
+from study import COLOURS, Point, Study, axes_of, interval, number, shown, where
 from text_model import WindowModel, Windows, windows
 from torch import Tensor
 
@@ -24,7 +25,7 @@ import fused_ppl
 CLASSES, TOKENS = 4096, 256
 DTYPES = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 LOSSES = ("cross-entropy", "perplexity", "perplexity, max_nll")
-SIZES = {"usual": 1.0, "large": 8.0}
+SIZES = {"usual": 1.0, "64 times": 64.0, "512 times": 512.0}
 MAX_NLL = 6.0
 
 
@@ -84,16 +85,16 @@ def table(done: list[Point]) -> str:
         for dtype, scaled in dict.fromkeys((p["dtype"], p["scaled"]) for p in done):
             for loss in LOSSES:
                 own = where(done, head=size, dtype=dtype, scaled=scaled, loss=loss)
-                mean, half = interval([number(p["nll"]) for p in own])
                 first = max(number(p["first loss"]) for p in own)
                 skipped = sum(p["not finite"] for p in own) / len(own)
                 name = f"{dtype}, GradScaler" if scaled else dtype
-                lines.append(f"| {size} | {name} | {loss} | {first:.4g} | {skipped:.1f} | {mean:.3f} ± {half:.3f} |")
+                nll = shown([number(p["nll"]) for p in own])
+                lines.append(f"| {size} | {name} | {loss} | {first:.4g} | {skipped:.1f} | {nll} |")
     return "\n".join(lines)
 
 
 def plot(done: list[Point]) -> Figure:
-    figure = Figure(figsize=(10, 3.8), dpi=120, layout="constrained")
+    figure = Figure(figsize=(13, 3.8), dpi=120, layout="constrained")
     ways = list(dict.fromkeys((p["dtype"], p["scaled"]) for p in done))
     for axes, size in zip(axes_of(figure, len(SIZES)), SIZES, strict=True):
         for i, (loss, colour) in enumerate(zip(LOSSES, COLOURS, strict=False)):
@@ -106,7 +107,7 @@ def plot(done: list[Point]) -> Figure:
             axes.errorbar(xs, means, halves, color=colour, label=loss, linestyle="", marker="o", ms=5, capsize=3)
         axes.axhline(math.log(CLASSES), color="0.5", linewidth=1, linestyle=(0, (1, 2)))
         axes.set_xticks(range(len(ways)), [f"{d},\nGradScaler" if s else d for d, s in ways])
-        axes.set_title(f"{size} weights of the head", loc="left", size=10)
+        axes.set_title(f"weights of the head: {size}{' the usual' * (size != 'usual')}", loc="left", size=10)
         axes.set_ylabel("held-out nll, nats a token")
     figure.axes[0].legend(frameon=False, fontsize=8)
     seeds, steps = len({p["seed"] for p in done}), done[0]["steps"]

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import scipy.stats
 import torch
 from matplotlib.figure import Figure
 from tqdm import tqdm
@@ -49,7 +50,7 @@ class Study:
         missing = [point for point in asked if not any(point.items() <= d.items() for d in done)]
         for point in tqdm(missing, desc=self.name, unit="run", disable=not missing):
             torch.manual_seed(point.get("seed", 0))
-            done.append({**point, **self.run(point)})
+            done.append(rounded({**point, **self.run(point)}))
             self._save(path, done, quick)
         done = [d for d in done if any(point.items() <= d.items() for point in asked)]
         self._save(path, done, quick)
@@ -82,7 +83,7 @@ class Study:
                 "fused_ppl": fused_ppl.__version__,
             },
         }
-        lines = ",\n".join("  " + json.dumps(rounded(point)) for point in points)
+        lines = ",\n".join("  " + json.dumps(point) for point in points)
         head = json.dumps(record, indent=1)[:-2]
         partial = path.with_suffix(".partial")
         partial.write_text(f'{head},\n "points": [\n{lines}\n ]\n}}\n')
@@ -120,11 +121,17 @@ def where(points: Sequence[Point], **settings: Any) -> list[Point]:
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """The mean, and half of its 95 % interval by Student's t; nan for one value."""
-    if len(values) < 2:
-        return statistics.fmean(values), math.nan
-    t = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
-    return statistics.fmean(values), t.get(len(values), 1.96) * statistics.stdev(values) / len(values) ** 0.5
+    """The mean, and half of its 95 % interval by Student's t; 0 for one value, which has none."""
+    if len(values) < 2 or not all(math.isfinite(v) for v in values):
+        return statistics.fmean(values), 0.0
+    quantile = float(scipy.stats.t.ppf(0.975, len(values) - 1))
+    return statistics.fmean(values), quantile * statistics.stdev(values) / len(values) ** 0.5
+
+
+def shown(values: Sequence[float], form: str = ".3f") -> str:
+    """The mean of the seeds and its interval, as a cell of a table."""
+    mean, half = interval(values)
+    return f"{mean:{form}} ± {half:{form.lstrip('+')}}" if half else f"{mean:{form}}"
 
 
 def axes_of(figure: Figure, count: int) -> list[Any]:

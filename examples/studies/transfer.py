@@ -2,7 +2,8 @@
 """Does a model that was trained on perplexity transfer better? Code first, then prose, with both losses in both places.
 
 A model learns Python's sources, and then the prose of Python's reference (`pydoc_data/topics.py`). Held-out perplexity
-is measured on both domains before and after. The learning rates are the same; AdamW, with clipping.
+is measured on both domains before and after. AdamW, with clipping; the learning rate of both phases is the one with the
+lowest nll of held-out code, for each loss that code was learned with.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import math
 
 import torch
 from matplotlib.figure import Figure
-from study import COLOURS, Point, Study, axes_of, interval, number, where
+from study import COLOURS, Point, Study, axes_of, interval, number, shown, where
 from text_model import WindowModel, Windows, prose, sources, tokenizer_of, windows_of
 
 import fused_ppl
@@ -21,6 +22,7 @@ import fused_ppl
 CLASSES, CONTEXT, TOKENS = 1024, 8, 512
 LOSSES = {"cross-entropy": fused_ppl.linear_cross_entropy, "perplexity": fused_ppl.linear_perplexity}
 DOMAINS = ("code", "prose")
+RATES = (-10, -9, -8, -7)  # powers of 2
 
 
 @functools.cache
@@ -34,8 +36,9 @@ def text() -> dict[str, Windows]:
 def points(quick: bool) -> list[Point]:
     seeds, first, second = (1, 20, 10) if quick else (5, 600, 150)
     return [
-        {"first": a, "second": b, "steps": first, "tuned": second, "seed": seed}
+        {"first": a, "second": b, "rate": rate, "steps": first, "tuned": second, "seed": seed}
         for a, b in itertools.product(LOSSES, LOSSES)
+        for rate in (RATES[1:2] if quick else RATES)
         for seed in range(seeds)
     ]
 
@@ -44,7 +47,7 @@ def run(point: Point) -> Point:
     """Held-out nll of both domains, before and after the second domain."""
     model, found = WindowModel(CLASSES, context=CONTEXT), {}
     for phase, domain, steps in (("first", "code", point["steps"]), ("second", "prose", point["tuned"])):
-        optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=2.0 ** point["rate"])
         for _ in range(steps):
             contexts, target = text()[domain].batch(TOKENS)
             LOSSES[point[phase]](model(contexts), model.head.weight, target).backward()
@@ -62,17 +65,24 @@ def held_out(model: WindowModel, data: Windows) -> float:
     return float(fused_ppl.linear_cross_entropy(hidden, model.head.weight, data.held_out[:, -1]))
 
 
+def chosen(done: list[Point], **settings: str) -> list[Point]:
+    """The runs of the learning rate with the lowest nll of held-out code."""
+    own = where(done, **settings)
+    rates = sorted({p["rate"] for p in own})
+    best = min(rates, key=lambda r: interval([number(p["code, before"]) for p in where(own, rate=r)])[0])
+    return where(own, rate=best)
+
+
 COLUMNS = ("code, before", "prose, before", "prose, after", "code, after")
 
 
 def table(done: list[Point]) -> str:
-    lines = ["| on code | on prose | " + " | ".join(f"nll of {c}" for c in COLUMNS) + " |", "|---|---|---|---|---|---|"]
+    heads = " | ".join(f"nll of {c}" for c in COLUMNS)
+    lines = [f"| on code | on prose | rate | {heads} |", "|---|---|---|---|---|---|---|"]
     for a, b in itertools.product(LOSSES, LOSSES):
-        cells = []
-        for column in COLUMNS:
-            mean, half = interval([number(p[column]) for p in where(done, first=a, second=b)])
-            cells.append(f"{mean:.3f} ± {half:.3f}")
-        lines.append(f"| {a} | {b} | {' | '.join(cells)} |")
+        own = chosen(done, first=a, second=b)
+        cells = [shown([number(p[column]) for p in own]) for column in COLUMNS]
+        lines.append(f"| {a} | {b} | 2^{own[0]['rate']} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -80,7 +90,7 @@ def plot(done: list[Point]) -> Figure:
     figure = Figure(figsize=(9, 3.8), dpi=120, layout="constrained")
     (axes,) = axes_of(figure, 1)
     for i, ((a, b), colour) in enumerate(zip(itertools.product(LOSSES, LOSSES), COLOURS, strict=False)):
-        found = [interval([number(p[c]) for p in where(done, first=a, second=b)]) for c in COLUMNS]
+        found = [interval([number(p[c]) for p in chosen(done, first=a, second=b)]) for c in COLUMNS]
         means, halves = ([math.e**m for m, _ in found], [math.e**m * h for m, h in found])
         xs = [k + (i - 1.5) * 0.16 for k in range(len(COLUMNS))]
         axes.errorbar(xs, means, halves, color=colour, label=f"{a}, then {b}", linestyle="", marker="o", capsize=3)

@@ -17,7 +17,7 @@ import zlib
 import torch
 from imbalance import digits
 from matplotlib.figure import Figure
-from study import COLOURS, Point, Study, axes_of, interval, number, where
+from study import COLOURS, Point, Study, axes_of, interval, number, shown, where
 from text_model import WindowModel, context_windows, source, windows
 from torch import nn
 
@@ -125,21 +125,19 @@ def area(values: list[float], wanted: set[int]) -> float:
 
 
 def table(done: list[Point]) -> str:
-    lines = ["| labels | " + " | ".join(WAYS) + " |", "|---|---|---|"]
+    lines = ["| labels | " + " | ".join(f"{way}: accuracy, %" for way in WAYS) + " |", "|---|---|---|"]
     rounds = where(done, task="labels")[0]["rounds"]
     for k in sorted({0, 2, 4, 8, rounds} & set(range(rounds + 1))):
         cells = []
         for way in WAYS:
-            mean, half = interval([100 * number(p["accuracy"][k]) for p in where(done, task="labels", way=way)])
-            cells.append(f"{mean:.1f} ± {half:.1f} %")
+            cells.append(shown([100 * number(p["accuracy"][k]) for p in where(done, task="labels", way=way)], ".1f"))
         lines.append(f"| {START + k * ADDED} | {' | '.join(cells)} |")
     lines += ["", "| characters replaced | " + " | ".join(SCORES) + " |", "|---|---|---|---|---|"]
     for share in SHARES:
         own = where(done, task="damage", share=share)
         cells = []
         for name in SCORES:
-            mean, half = interval([number(p[name]) for p in own])
-            cells.append(f"{mean:.3f} ± {half:.3f}")
+            cells.append(shown([number(p[name]) for p in own]))
         lines.append(f"| {100 * share:g} % | {' | '.join(cells)} |")
     return "\n".join(lines)
 
