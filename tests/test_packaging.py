@@ -107,6 +107,30 @@ def test_the_checkout_is_importable_without_its_root_on_the_path(tmp_path: Path)
     assert "Triton" in found
 
 
+def test_a_checkout_without_symlinks_says_so(tmp_path: Path) -> None:
+    """git writes the target of a link into a file where the file system has no links, as on Windows."""
+    shutil.copytree(
+        ROOT / "fused_ppl",
+        tmp_path / "fused_ppl",
+        ignore=lambda folder, names: [n for n in names if n == "__pycache__" or Path(folder, n).is_symlink()],
+    )
+    (tmp_path / "fused_ppl" / "kernels").write_text("../kernels")
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import fused_ppl, torch; print(fused_ppl.__file__)\n"
+        "x, y = torch.zeros(2, 7), torch.tensor([0, 6]); print(fused_ppl.perplexity(x, y).item())\n"
+        "try: fused_ppl.perplexity(x, y, options=fused_ppl.Options(backend='triton'))\n"
+        "except Exception as error: print(error)"
+    )
+    # -S: without the finder of an editable installation, which finds the kernels
+    done = [sys.executable, "-S", "-c", code, str(tmp_path)]
+    packages = os.pathsep.join(path for path in sys.path if path.endswith("site-packages"))
+    ran = subprocess.run(done, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": packages}, cwd=tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    package, value, message = ran.stdout.splitlines()
+    assert package.startswith(str(tmp_path)) and float(value) == pytest.approx(7)
+    assert "it is a symbolic link" in message and "pip install -e ." in message
+
+
 def test_importing_needs_torch_and_numpy_only(tmp_path: Path) -> None:
     assert foreign_modules("fused_ppl", tmp_path) == set()
 

@@ -34,7 +34,19 @@ def triton_problem(spec: ModuleSpec | None) -> str | None:
     return None
 
 
-TRITON_PROBLEM = triton_problem(importlib.util.find_spec("triton"))
+def kernels_problem(spec: ModuleSpec | None) -> str | None:
+    """Why there are no kernels beside the package, or None. A checkout reaches them through a symbolic link."""
+    if spec is not None:
+        return None
+    return (
+        "fused_ppl/kernels is missing: it is a symbolic link, and this checkout was made without them. Run "
+        "`pip install -e .`, which does not need the link, or `git config core.symlinks true` and check out again"
+    )
+
+
+TRITON_PROBLEM = triton_problem(importlib.util.find_spec("triton")) or kernels_problem(
+    importlib.util.find_spec("..kernels", __package__)
+)
 _compiler_problems: dict[str, str | None] = {}  # by type of device
 
 
@@ -52,7 +64,7 @@ def compiler_problem(device: torch.device) -> str | None:
         if type(out) is not torch.Tensor:
             return None
         try:
-            importlib.import_module("fused_ppl.kernels.probe").launch_probe(out)
+            importlib.import_module("..kernels.probe", __package__).launch_probe(out)
             _compiler_problems[kind] = None
         except Exception as error:  # whatever a broken installation raises
             first_line = next(iter(str(error).strip().splitlines()), "")
