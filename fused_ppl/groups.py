@@ -94,13 +94,13 @@ def compare_ranks(name: str, facts: Mapping[str, object]) -> None:
     rank, ranks = group.rank(), group.size()
     patience = group._get_backend(group._device_types[0]).options._timeout
     call = _calls[name] = _calls.get(name, -1) + 1
-    keys = [f"fused_ppl/{name}/{call}/{r}" for r in range(ranks)]
+    keys = [f"{__name__}/{name}/{call}/{r}" for r in range(ranks)]
     store.set(keys[rank], json.dumps({fact: str(value) for fact, value in facts.items()}))
     with contextlib.suppress(RuntimeError):
         store.wait(keys, patience)
     rank_checks.check_ranks([json.loads(store.get(key)) if store.check([key]) else None for key in keys])
     if call > 1:
-        store.delete_key(f"fused_ppl/{name}/{call - 2}/{rank}")  # every rank has read it by now
+        store.delete_key(f"{__name__}/{name}/{call - 2}/{rank}")  # every rank has read it by now
 
 
 def all_reduce(values: Tensor, operation: str, name: str) -> Tensor:

@@ -180,7 +180,7 @@ def _poisoned_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
 
         return poisoned
 
-    monkeypatch.setattr(memory, "LARGE", sys.maxsize)  # numpy's buffers are neither poisoned nor seen by the profiler
+    monkeypatch.setattr(memory, "LARGE", sys.maxsize)  # these buffers are neither poisoned nor seen by the profiler
     for name in ("empty", "empty_like", "empty_strided"):
         monkeypatch.setattr(torch, name, poison(getattr(torch, name)))
     for name in ("new_empty", "new_empty_strided"):

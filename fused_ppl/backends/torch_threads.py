@@ -119,7 +119,7 @@ def _pool(threads: int) -> ThreadPoolExecutor:
         torch.get_num_threads()  # which reads the setting for new threads once
         torch.set_num_threads(1)
 
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="fused_ppl", initializer=start)
+    pool = ThreadPoolExecutor(threads, thread_name_prefix=__name__, initializer=start)
     for _ in range(threads):
         pool.submit(started.wait)
     started.wait()

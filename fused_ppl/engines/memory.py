@@ -2,29 +2,29 @@
 """Uninitialised buffers that a CPU reuses from step to step.
 
 A system hands out memory page by page, and may take longer over a gradient of 200 MB than the loss takes to compute
-it; torch gives large buffers back at once and asks for them anew. Here they come from numpy, which asks Linux for
-pages of 2 MB (torch does not, unless THP_MEM_ALLOC_ENABLE=1 is set), and when their last tensor is gone they wait for
-the next step, as they do in torch's allocator for GPUs.
+it; torch gives large buffers back at once and asks for them anew. Here they come from the system itself, which Linux is
+asked to do in pages of 2 MB (torch does not ask, unless THP_MEM_ALLOC_ENABLE=1 is set), and when their last tensor is
+gone they wait for the next step, as they do in torch's allocator for GPUs.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
+import mmap
 import os
 import threading
 import weakref
 from collections.abc import Sequence
 
-import numpy
 import torch
 from torch import Tensor
 
 LARGE = 32 * 2**20  # bytes; the C library itself reuses smaller blocks
 IDLE_LIMIT = 2**31  # bytes of idle buffers that are kept at most
 IDLE_REQUESTS = 16  # a buffer that was not reused for so many requests is freed
-ALIGNMENT = 64
 
-_idle: list[tuple[int, numpy.ndarray]] = []  # (number of the last request before it was idle, buffer), oldest first
+_idle: list[tuple[int, memoryview]] = []  # (number of the last request before it was idle, buffer), oldest first
 _requests = 0
 _lock = threading.RLock()  # reentrant: garbage collection may return a buffer while this thread holds the lock
 
@@ -42,10 +42,10 @@ def empty(
     buffer = _take(size, brief)
     lent = buffer[:size]  # a new object, which lives as long as the tensors over it
     weakref.finalize(lent, _give_back, buffer).atexit = False
-    return torch.from_numpy(lent).view(dtype).view(shape)
+    return torch.frombuffer(lent, dtype=dtype).view(shape)
 
 
-def _take(size: int, brief: bool) -> numpy.ndarray:
+def _take(size: int, brief: bool) -> memoryview:
     """The smallest idle buffer that fits, else a new one. Unless `brief`, it is at most a quarter larger."""
     global _requests
     with _lock:
@@ -58,12 +58,21 @@ def _take(size: int, brief: bool) -> numpy.ndarray:
         ]
         if fits:
             return _idle.pop(min(fits, key=lambda i: _idle[i][1].nbytes))[1]
-    raw = numpy.empty(size + ALIGNMENT, dtype=numpy.uint8)
-    start = -raw.ctypes.data % ALIGNMENT
-    return raw[start : start + size]
+    return memoryview(_pages(size))
 
 
-def _give_back(buffer: numpy.ndarray) -> None:
+def _pages(size: int) -> mmap.mmap:
+    """New memory, which begins with a page."""
+    if not hasattr(mmap, "MAP_PRIVATE"):  # Windows
+        return mmap.mmap(-1, size)
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel built without them
+            pages.madvise(mmap.MADV_HUGEPAGE)
+    return pages
+
+
+def _give_back(buffer: memoryview) -> None:
     with _lock:
         # it only appends, because garbage collection may call it inside _take, which holds indices
         if sum(b.nbytes for _, b in _idle) + buffer.nbytes <= IDLE_LIMIT:

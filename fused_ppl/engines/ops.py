@@ -24,7 +24,8 @@ from fused_ppl.spec import LossSpec, known
 P = ParamSpec("P")
 R = TypeVar("R")
 
-LIBRARY = torch.library.Library("fused_ppl", "DEF")
+# the package's name: a copy that the Hub's `kernels` loads has a name of its own, and so have its ops
+LIBRARY = torch.library.Library(__name__.partition(".")[0], "DEF")
 OPS: dict[str, Op[..., Any]] = {}  # by name
 _TYPES: dict[object, str] = {
     Tensor: "Tensor",
@@ -63,8 +64,8 @@ class Op(Generic[P, R]):
         results = [] if returned is type(None) else [f.replace("?", "") for f in _fields("result", returned)]
         LIBRARY.define(f"{self.name}({', '.join(arguments)}) -> ({', '.join(results)})")
         LIBRARY.impl(self.name, self._over_fields(self.function, known), "CompositeExplicitAutograd")
-        torch.library.register_fake(f"fused_ppl::{self.name}", self._over_fields(fake), lib=LIBRARY)
-        self.overload: torch._ops.OpOverload[..., Any] = getattr(torch.ops.fused_ppl, self.name).default
+        torch.library.register_fake(f"{LIBRARY.ns}::{self.name}", self._over_fields(fake), lib=LIBRARY)
+        self.overload: torch._ops.OpOverload[..., Any] = getattr(getattr(torch.ops, LIBRARY.ns), self.name).default
         OPS[self.name] = self
 
     def __call__(self, *args: P.args, **keywords: P.kwargs) -> R:
