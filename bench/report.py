@@ -9,6 +9,7 @@ python bench/report.py bench/results/cpu.json --docs     the plots from that rec
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -28,6 +29,7 @@ PEERS = (
     "cut-cross-entropy, torch_compile",
     "F.linear_cross_entropy, chunked",
 )
+MODELS = {"gpt2-cpu": "GPT-2", "llama3-8b-cpu": "Llama 3", "qwen3-8b-cpu": "Qwen3", "gemma2-2b-cpu": "Gemma 2"}
 CLAIM = ("linear", "llama3-8b-cpu", "fp32")  # the comparison that the first lines of README.md name
 HEADS = ("", "fwd + bwd, ms", "of bare", "of ours", "peaked", "peak memory", "value error", "gradient error", "")
 
@@ -213,8 +215,32 @@ def replaced(text: str, name: str, block: str) -> str:
 
 def readme(record: Record) -> dict[str, str]:
     """The claim of the first lines, and the table of one dtype."""
-    table = "\n".join([head_line(record), "", *overview(record, ("bf16",))])
+    table = "\n".join([head_line(record), "", *for_strangers(record)])
     return {"CLAIM": claim(record), "BENCH": table}
+
+
+def for_strangers(record: Record) -> list[str]:
+    """A row for each vocabulary of a known model, through the head and from logits, in bf16."""
+    found, rows = tables(record.rows), []
+    for op, name in itertools.product(("linear", "logits"), MODELS):
+        lines = found[op, name, "bf16"]
+        ours, eager = _found(lines, "fused_ppl"), _found(lines, "eager, fp32 logits")
+        others = [o for o in lines if not o.ours and o is not eager and o.timed and o.timed[0].over_ours]
+        fastest = min(others, key=_over_ours)
+        given = "hidden states" if op == "linear" else "logits"
+        rows.append(
+            [
+                f"{given}, {MODELS[name]} (V = {ours.timed[0].num_classes:,})",
+                f"{milliseconds(ours.timed[0].median)} ms",
+                _times(eager, ours),
+                f"{_times(fastest, ours)} ({fastest.provider})",
+                _mib(ours.peak),
+                _mib(eager.peak),
+            ]
+        )
+    return _table(
+        ["loss and gradients from", "fused_ppl", "eager PyTorch", "the fastest other", "memory", "eager PyTorch"], rows
+    )
 
 
 def claim(record: Record) -> str:

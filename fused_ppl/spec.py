@@ -118,6 +118,8 @@ def _positive(a: float) -> bool:
 class Options:
     """How a loss runs; never what it computes.
 
+    `gradient_tolerance`, `gradient_columns` and `screen` are experimental: they may change in any release.
+
     Args:
         backend: None picks the best that can run ("triton" on a GPU, else "torch"; `FUSED_PPL_BACKEND` sets
             another default); "triton", "torch" or "reference" is that one, or an error that says why it cannot.

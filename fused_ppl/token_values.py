@@ -148,6 +148,8 @@ def linear_token_loss(
 
         loss = sum_i fn(log_prob[i], entropy[i], *(c[i] for c in per_token)),  divided by the counted tokens for "mean"
 
+    This function is experimental: its signature may change in any release.
+
     `fn` is ordinary PyTorch over the tokens of a chunk. Its derivatives are numbers of a token, so the gradient of the
     logits is made while the chunk is there: 6NVD FLOPs in all, where `linear_log_probs` takes 8NVD. Use this function
     if each token has its own loss and its constants are known: PPO, GRPO and CISPO with an entropy bonus, focal loss,
