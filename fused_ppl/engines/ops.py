@@ -25,7 +25,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 # the package's name: a copy that the Hub's `kernels` loads has a name of its own, and so have its ops
-LIBRARY = torch.library.Library(__name__.partition(".")[0], "DEF")
+LIBRARY = torch.library.Library(__name__.rpartition(".engines.")[0].replace(".", "_"), "DEF")
 OPS: dict[str, Op[..., Any]] = {}  # by name
 _TYPES: dict[object, str] = {
     Tensor: "Tensor",
