@@ -37,7 +37,7 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "momentum": functools.partial(torch.optim.SGD, momentum=0.9),
     "AdamW": torch.optim.AdamW,
 }
-RATES = {"SGD": range(-12, 3, 2), "momentum": range(-14, 1, 2), "AdamW": range(-14, -3, 2)}  # powers of 2
+RATES = {"SGD": range(-12, 5, 2), "momentum": range(-14, 1, 2), "AdamW": range(-14, -3, 2)}  # powers of 2
 STEPS, SEEDS = 300, 3
 
 
@@ -136,7 +136,7 @@ def plot(done: list[Point]) -> Figure:
             )
             axes.set_xlabel("learning rate")
         row.axes[0].set_ylabel("held-out nll, nats a token")
-    rows[0].axes[0].legend(frameon=False, fontsize=8)
+    rows[0].axes[-1].legend(frameon=False, fontsize=8, loc="upper center")
     seeds, steps = len({p["seed"] for p in done}), done[0]["steps"]
     title = f"{seeds} seeds, {steps} steps, 95 % intervals. Dotted: a uniform prediction; worse is cut off"
     figure.suptitle(title, size=9)
