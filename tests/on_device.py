@@ -35,6 +35,7 @@ ON_THE_CPU = {
     "test_examples": "the examples choose their device themselves",
     "test_finetune_hf": "the examples choose their device themselves",
     "test_hf_": "Trainer chooses its device itself",
+    "test_hub_kernel": "the variant for a CPU is loaded",
     "test_huggingface": "models are loaded and patched on a CPU; bench/gpu_acceptance.py trains one",
     "test_integrations_docs": "the recipes show tensors of a CPU",
     "test_launch": "the choice of a launch needs no device",

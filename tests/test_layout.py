@@ -63,7 +63,7 @@ def python_files(*folders: str) -> list[str]:
 
 
 PACKAGE = python_files("fused_ppl", "kernels")
-EVERYTHING = [*python_files("fused_ppl", "kernels", "bench", "examples", "tests"), "setup.py"]
+EVERYTHING = [*python_files("fused_ppl", "kernels", "bench", "examples", "hub", "tests"), "setup.py"]
 
 
 def parse(file: str) -> ast.Module:

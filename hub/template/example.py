@@ -9,7 +9,7 @@ fused_ppl = get_kernel("@REPO_ID@", version=0, trust_remote_code=True)
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 hidden = torch.randn(128, 64, device=device, requires_grad=True)
-weight = torch.randn(1000, 64, device=device, requires_grad=True)
+weight = torch.nn.Linear(64, 1000, bias=False, device=device).weight
 target = torch.randint(1000, (128,), device=device)
 target[::4] = -100  # ignored
 
