@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from email.parser import Parser
 from pathlib import Path
@@ -42,17 +43,34 @@ def foreign_modules(module: str, cwd: Path, path: Path | None = None) -> set[str
     return new - {module, "torch", "numpy"} - sys.stdlib_module_names
 
 
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy, so that no stale build/ takes part."""
+    source = tmp_path_factory.mktemp("source")
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md", "CONTRIBUTING.md"):
+        shutil.copy(ROOT / name, source)
+    for folder in ("fused_ppl", "kernels", "tests", "bench", "docs", "examples"):
+        shutil.copytree(ROOT / folder, source / folder, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    return source
+
+
+@pytest.fixture(scope="module")
+def archive(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The unpacked source archive."""
+    out = tmp_path_factory.mktemp("sdist")
+    code = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
+    run_python("-c", code, str(out), cwd=checkout)
+    (packed,) = out.glob("*.tar.gz")
+    with tarfile.open(packed) as files:
+        assert not any(member.issym() for member in files)
+        files.extractall(out, filter="data")
+    (unpacked,) = (path for path in out.iterdir() if path.is_dir())
+    return unpacked
+
+
 @pytest.fixture(scope="module", params=["checkout", "archive"])
 def wheel(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from a copy, so that no stale build/ takes part; "archive" has no symlink, as an unpacked sdist."""
-    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
-    for name in ("setup.py", "pyproject.toml", "LICENSE", "README.md"):
-        if (ROOT / name).exists():
-            shutil.copy(ROOT / name, source)
-    for folder in ("fused_ppl", "kernels", "tests", "bench"):
-        shutil.copytree(ROOT / folder, source / folder, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
-    if request.param == "archive":
-        (source / "fused_ppl" / "kernels").unlink()
+    source, out = request.getfixturevalue(request.param), tmp_path_factory.mktemp("wheel")
     run_python(
         *("-m", "pip", "wheel", "--quiet", "--no-index", "--no-deps", "--no-build-isolation"),
         *("--wheel-dir", str(out), str(source)),
@@ -77,6 +95,12 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     documents = {"fused_ppl/kernels/README.md"} if (ROOT / "kernels/README.md").exists() else set()
     assert inside == expected | documents | {"fused_ppl/py.typed", "fused_ppl/evaluation/report.html.j2"}
     assert "fused_ppl/kernels/__init__.py" in inside
+
+
+def test_the_archive_has_what_its_tests_and_pages_need(archive: Path) -> None:
+    for name in ("tests/conftest.py", "tests/pool.py", "bench/compare.py", "examples/lm_model.py", "docs/numerics.md"):
+        assert (archive / name).exists(), name
+    assert {p.name for p in archive.glob("kernels/*.py")} == {p.name for p in ROOT.glob("kernels/*.py")}
 
 
 def test_the_wheel_states_one_version_and_two_requirements(wheel: Path) -> None:
