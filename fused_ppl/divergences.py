@@ -118,7 +118,7 @@ def kl_divergence_with_stats(
         `DivergenceOutput`. Only `loss` is differentiable.
 
     Raises:
-        As `kl_divergence`.
+        ValueError, TypeError, IndexError, NotImplementedError: as in `kl_divergence`.
 
     Example:
         >>> import torch, fused_ppl
@@ -179,7 +179,7 @@ def linear_kl_divergence(
         The loss, as `kl_divergence`.
 
     Raises:
-        As `kl_divergence`.
+        ValueError, TypeError, IndexError, NotImplementedError: as in `kl_divergence`.
 
     Example:
         >>> import torch, fused_ppl
@@ -233,7 +233,7 @@ def linear_kl_divergence_with_stats(
         `DivergenceOutput`. Only `loss` is differentiable.
 
     Raises:
-        As `kl_divergence`.
+        ValueError, TypeError, IndexError, NotImplementedError: as in `kl_divergence`.
 
     Example:
         >>> import torch, fused_ppl
