@@ -54,4 +54,4 @@ def is_field(field: Any) -> bool:
 
 def comment(field: Attribute) -> str:
     match = COMMENT.match(field.lines[0]) if field.lines else None
-    return match[1].replace("*", r"\*") if match else f"`{field.annotation}`"
+    return match[1].replace("*", r"\*") if match else "&nbsp;"

@@ -28,6 +28,7 @@ NAME = re.compile(r"<(a|h\d|pre)\b.*?</\1>|<code>([\w.]+)</code>", re.DOTALL)
 DOCS_PAGE = re.compile(r"<(a|pre)\b.*?</\1>|docs/([\w/]+\.md)", re.DOTALL)
 # Python-Markdown wants four spaces in the place of three, and an empty line before a list
 INDENT, LIST = re.compile(r"^ {3}(?=[^ ])", re.MULTILINE), re.compile(r":\n(?=- )")
+SHORT = re.compile(r"<td>(?=[^<]{1,28}</td>)")
 DIRECTIVE = re.compile(r"^::: (fused_ppl\S*)", re.MULTILINE)
 
 pages_of_names: dict[str, str] = {}  # "fused_ppl.perplexity": "reference/losses.md"
@@ -116,10 +117,13 @@ def block(language: str, text: str) -> str:
 
 
 def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Lead the public names to the reference, and the pages that docstrings name to these pages."""
+    """Lead the public names to the reference, and the pages that docstrings name to these pages; mark short cells."""
+    about_evaluation = posixpath.basename(page.file.src_uri) == "evaluation.md"
 
     def name(match: re.Match[str]) -> str:
-        full = next((n for n in (match[2], f"fused_ppl.{match[2]}") if n in pages_of_names), None)
+        prefixes = ("", "fused_ppl.", *(["fused_ppl.evaluation."] if about_evaluation else []))
+        names = (prefix + (match[2] or "") for prefix in prefixes)
+        full = next((n for n in names if n in pages_of_names), None)
         if full is None or (full != match[2] and page.file.src_uri == "reference/integrations.md"):
             return match[0]
         return f'<a href="{url(pages_of_names[full])}#{full}">{match[0]}</a>'
@@ -134,5 +138,5 @@ def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files
         assert file is not None, uri
         return file.url_relative_to(page.file)
 
-    content = NAME.sub(name, content)
+    content = SHORT.sub('<td class="short">', NAME.sub(name, content))
     return DOCS_PAGE.sub(docs_page, content) if page.file.src_uri.startswith("reference/") else content
