@@ -29,6 +29,7 @@ ON_THE_CPU = {
     "test_backends": "the choice of a backend is tested with devices that are not there",
     "test_bench": "the benchmarks choose their device themselves",
     "test_cli": "`fused-ppl doctor` chooses its device itself",
+    "test_code_host": "it reads files of the repository",
     "test_compact_ranks": "its processes talk over gloo",
     "test_docs": "the examples show tensors of a CPU",
     "test_errors": "bad input is found before any device is asked",
@@ -46,6 +47,8 @@ ON_THE_CPU = {
     "test_plan": "a plan needs no device, and its bytes are measured by the profiler of the CPU",
     "test_real_model": "models are loaded and patched on a CPU; bench/gpu_acceptance.py trains one",
     "test_sanitize": "it watches Triton's interpreter",
+    "test_site": "it builds pages",
+    "test_studies": "the studies run on a CPU",
     "test_torchtitan": "its trainer chooses its device itself",
     "test_versions": "it compiles without a GPU",
 }

@@ -80,16 +80,21 @@ def run(point: Point) -> Point:
 
 
 def table(done: list[Point]) -> str:
-    lines = ["| head | dtype | loss | first loss | steps not finite | held-out nll |", "|---|---|---|---|---|---|"]
+    lines = [
+        f"| head | dtype | first perplexity | {' | '.join(f'{loss}: nll' for loss in LOSSES)} |",
+        "|---|---|---|---|---|---|",
+    ]
     for size in SIZES:
         for dtype, scaled in dict.fromkeys((p["dtype"], p["scaled"]) for p in done):
+            own = where(done, head=size, dtype=dtype, scaled=scaled)
+            first = max(number(p["first loss"]) for p in where(own, loss="perplexity"))
+            cells = [f"{dtype}, GradScaler" if scaled else dtype, f"{first:.3g}"]
             for loss in LOSSES:
-                own = where(done, head=size, dtype=dtype, scaled=scaled, loss=loss)
-                first = max(number(p["first loss"]) for p in own)
-                skipped = sum(p["not finite"] for p in own) / len(own)
-                name = f"{dtype}, GradScaler" if scaled else dtype
-                nll = shown([number(p["nll"]) for p in own])
-                lines.append(f"| {size} | {name} | {loss} | {first:.4g} | {skipped:.1f} | {nll} |")
+                of_loss = where(own, loss=loss)
+                skipped = sum(p["not finite"] for p in of_loss) / len(of_loss)
+                words = f", {skipped:.0f} steps not finite" if skipped else ""
+                cells.append(shown([number(p["nll"]) for p in of_loss]) + words)
+            lines.append(f"| {size} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -105,6 +110,10 @@ def plot(done: list[Point]) -> Figure:
             means, halves = zip(*found, strict=True)
             xs = [k + (i - 1) * 0.2 for k in range(len(ways))]
             axes.errorbar(xs, means, halves, color=colour, label=loss, linestyle="", marker="o", ms=5, capsize=3)
+            for x, mean in zip(xs, means, strict=True):
+                if not math.isfinite(mean):
+                    place = (x, 0.94)
+                    axes.annotate("NaN", place, xycoords=("data", "axes fraction"), ha="center", size=8, color=colour)
         axes.axhline(math.log(CLASSES), color="0.5", linewidth=1, linestyle=(0, (1, 2)))
         axes.set_xticks(range(len(ways)), [f"{d},\nGradScaler" if s else d for d, s in ways])
         axes.set_title(f"weights of the head: {size}{' the usual' * (size != 'usual')}", loc="left", size=10)

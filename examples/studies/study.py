@@ -131,7 +131,7 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 def shown(values: Sequence[float], form: str = ".3f") -> str:
     """The mean of the seeds and its interval, as a cell of a table."""
     mean, half = interval(values)
-    return f"{mean:{form}} ± {half:{form.lstrip('+')}}" if half else f"{mean:{form}}"
+    return f"{mean:{form}} ± {half:{form.lstrip('+')}}" if half else f"{mean:{form}}".replace("nan", "NaN")
 
 
 def axes_of(figure: Figure, count: int) -> list[Any]:
