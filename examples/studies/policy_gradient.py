@@ -2,10 +2,9 @@
 """Perplexity as a loss of reinforcement learning: what do token weights do there, as rewards and as advantages?
 
 A policy reads four symbols and must write them in reverse. It sees its own samples alone, and each right symbol has the
-reward 1. REINFORCE minimises the sum of A_i nll_i, where the advantage A is the reward less the mean reward of the
-batch. The weights of a perplexity are divided by their sum M. Advantages sum to about zero, so their M has no meaning:
-it may be tiny, and of either sign. Rewards have a sum that means something. exp of REINFORCE divides by the number of
-tokens.
+reward 1. REINFORCE minimises the sum of A_i nll_i, where the advantage A is the reward less a running mean of rewards.
+The weights of a perplexity are divided by their sum M. Advantages sum to about zero, so their M has no meaning: it may
+be tiny, and of either sign. Rewards have a sum that means something. exp of REINFORCE divides by the number of tokens.
 """
 
 from __future__ import annotations
@@ -24,34 +23,30 @@ RATES = (-12, -10, -8, -6)  # powers of 2
 MEASURED = 20  # times in a run
 
 
-def reinforce(logits: Tensor, action: Tensor, reward: Tensor) -> Tensor:
-    return fused_ppl.cross_entropy(
-        logits, action, class_dim=-1, token_weight=reward - reward.mean(), num_items=action.numel()
-    )
+def reinforce(logits: Tensor, action: Tensor, weight: Tensor) -> Tensor:
+    return fused_ppl.cross_entropy(logits, action, class_dim=-1, token_weight=weight, num_items=action.numel())
 
 
-def rewarded(logits: Tensor, action: Tensor, reward: Tensor) -> Tensor:
-    return fused_ppl.cross_entropy(logits, action, class_dim=-1, token_weight=reward).nan_to_num(0.0)
+def exp_of_reinforce(logits: Tensor, action: Tensor, weight: Tensor) -> Tensor:
+    return reinforce(logits, action, weight).exp()
 
 
-def perplexity_of_rewarded(logits: Tensor, action: Tensor, reward: Tensor) -> Tensor:
-    return fused_ppl.perplexity(logits, action, class_dim=-1, token_weight=reward).nan_to_num(0.0)
+def cross_entropy(logits: Tensor, action: Tensor, weight: Tensor) -> Tensor:
+    """Divided by the sum of the weights. A batch in which they are all 0 has no loss."""
+    return fused_ppl.cross_entropy(logits, action, class_dim=-1, token_weight=weight).nan_to_num(0.0)
 
 
-def perplexity_of_advantages(logits: Tensor, action: Tensor, reward: Tensor) -> Tensor:
-    return fused_ppl.perplexity(logits, action, class_dim=-1, token_weight=reward - reward.mean()).nan_to_num(0.0)
+def perplexity(logits: Tensor, action: Tensor, weight: Tensor) -> Tensor:
+    return fused_ppl.perplexity(logits, action, class_dim=-1, token_weight=weight).nan_to_num(0.0)
 
 
-def exp_of_reinforce(logits: Tensor, action: Tensor, reward: Tensor) -> Tensor:
-    return reinforce(logits, action, reward).exp()
-
-
-LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
-    "cross-entropy, advantages (REINFORCE)": reinforce,
-    "exp of REINFORCE": exp_of_reinforce,
-    "cross-entropy, rewards": rewarded,
-    "perplexity, rewards": perplexity_of_rewarded,
-    "perplexity, advantages": perplexity_of_advantages,
+# and whether the weights are advantages
+LOSSES: dict[str, tuple[Callable[[Tensor, Tensor, Tensor], Tensor], bool]] = {
+    "cross-entropy, advantages (REINFORCE)": (reinforce, True),
+    "exp of REINFORCE": (exp_of_reinforce, True),
+    "cross-entropy, rewards": (cross_entropy, False),
+    "perplexity, rewards": (perplexity, False),
+    "perplexity, advantages": (perplexity, True),
 }
 
 
@@ -81,21 +76,24 @@ def points(quick: bool) -> list[Point]:
 
 
 def run(point: Point) -> Point:
-    """The reward of sampled answers along the run, and the steps whose weights had a negative sum."""
-    policy = Policy()
+    """The reward of sampled answers along the run, and the share of steps whose advantages had a negative sum."""
+    policy, (loss_of, by_advantage) = Policy(), LOSSES[point["loss"]]
     optimizer = torch.optim.AdamW(policy.parameters(), lr=2.0 ** point["rate"])
-    mean_rewards, negative = [], 0
+    mean_rewards, negative, baseline = [], 0, 1 / SYMBOLS
     for _ in range(point["steps"]):
         symbols = torch.randint(SYMBOLS, (BATCH, LENGTH))
         logits = policy(symbols)
         action = torch.distributions.Categorical(logits=logits.detach()).sample()
         reward = (action == symbols.flip(1)).float()
-        negative += float((reward - reward.mean()).sum()) < 0
-        LOSSES[point["loss"]](logits, action, reward).backward()
-        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
-        optimizer.step()
+        advantage = reward - baseline
+        negative += float(advantage.sum()) < 0
+        loss_of(logits, action, advantage if by_advantage else reward).backward()
+        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+        if torch.isfinite(norm):
+            optimizer.step()
         optimizer.zero_grad()
         mean_rewards.append(float(reward.mean()))
+        baseline = 0.9 * baseline + 0.1 * mean_rewards[-1]
     size = max(1, len(mean_rewards) // MEASURED)
     curve = [sum(part) / len(part) for part in (mean_rewards[i : i + size] for i in range(0, len(mean_rewards), size))]
     return {"curve": curve, "reward": curve[-1], "negative M": negative / point["steps"]}
