@@ -22,7 +22,7 @@ from fused_ppl.spec import DivergenceOutput, LogProbs, LossOutput, Options, TopK
 from fused_ppl.targets import next_token_targets
 from fused_ppl.token_values import linear_log_probs, linear_token_loss, log_probs
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
 
 __all__ = [
     "CrossEntropyLoss",
