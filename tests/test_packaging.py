@@ -59,7 +59,8 @@ def archive(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The unpacked source archive."""
     out = tmp_path_factory.mktemp("sdist")
     code = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
-    run_python("-c", code, str(out), cwd=checkout)
+    # -I: Hugging Face's package `kernels` has a hook in setuptools, and our folder of that name must not hide it
+    run_python("-I", "-c", code, str(out), cwd=checkout)
     (packed,) = out.glob("*.tar.gz")
     with tarfile.open(packed) as files:
         assert not any(member.issym() for member in files)
