@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Time and memory of the fused head over the vocabulary, beside other ways to compute it: the README's first picture.
 
-    python bench/by_vocabulary.py             a quarter of an hour on two cores; runs/bench/by_vocabulary.*
+    python bench/by_vocabulary.py             five minutes on two cores; runs/bench/by_vocabulary.*
     python bench/by_vocabulary.py --record    into bench/results, where the README shows it
+    python bench/by_vocabulary.py --plot      the pictures in bench/results once more, from the record there
 
 Each way is compared with float64 first. Memory is the peak above inputs and gradients, in a fresh process.
 """
@@ -18,7 +19,7 @@ from compare import Comparison, How
 from matplotlib.figure import Figure
 from plots import subtitle
 from providers import all_providers
-from record import Record, Row, machine
+from record import Record, Row, load, machine
 from tqdm import tqdm
 
 TOKENS, SIZE, DTYPE = 512, 256, "fp32"
@@ -68,7 +69,8 @@ def picture(record: Record, path: Path, inks: tuple[str, str, str]) -> None:
     for label in legend.get_texts():
         label.set_color(text)
     shape = f"N = {TOKENS}, D = {SIZE}, {DTYPE}"
-    figure.suptitle(f"loss of a language model's head, {shape}\n{subtitle(record)}", size=9, color=text)
+    missing = "no point: the value failed the check against float64"
+    figure.suptitle(f"loss of a language model's head, {shape}; {missing}\n{subtitle(record)}", size=9, color=text)
     figure.savefig(path, facecolor=page)
 
 
@@ -90,13 +92,17 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=5.0, help="of each timing (%(default)s)")
     parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder of the results (%(default)s)")
     parser.add_argument("--record", action="store_true", help="write bench/results instead")
+    parser.add_argument("--plot", action="store_true", help="draw the record of bench/results")
     args = parser.parse_args()
-    out = Path(__file__).parent / "results" if args.record else args.out
-    settings = {"N": TOKENS, "D": SIZE, "dtype": DTYPE, "seconds": args.seconds}
-    record = Record("python bench/by_vocabulary.py --record", machine("cpu"), settings)
-    record.rows = measure(VOCABULARIES, args.seconds)
-    out.mkdir(parents=True, exist_ok=True)
-    record.save(out, "by_vocabulary")
+    out = Path(__file__).parent / "results" if args.record or args.plot else args.out
+    if args.plot:
+        record = load(out / "by_vocabulary.json")
+    else:
+        settings = {"N": TOKENS, "D": SIZE, "dtype": DTYPE, "seconds": args.seconds}
+        record = Record("python bench/by_vocabulary.py --record", machine("cpu"), settings)
+        record.rows = measure(VOCABULARIES, args.seconds)
+        out.mkdir(parents=True, exist_ok=True)
+        record.save(out, "by_vocabulary")
     for suffix, inks in INKS.items():
         picture(record, out / f"by_vocabulary{suffix}.png", inks)
 

@@ -96,6 +96,8 @@ def plot(done: list[Point]) -> Figure:
         axes.errorbar(xs, means, halves, color=colour, label=f"{a}, then {b}", linestyle="", marker="o", capsize=3)
     axes.set_xticks(range(len(COLUMNS)), COLUMNS)
     axes.set_yscale("log")
+    axes.set_yticks([50, 100, 200, 400], ["50", "100", "200", "400"])
+    axes.minorticks_off()
     axes.set_ylabel("held-out perplexity")
     axes.legend(frameon=False, fontsize=8)
     figure.suptitle(f"{len({p['seed'] for p in done})} seeds, 95 % intervals", size=9)
