@@ -96,7 +96,7 @@ class Comparison:
         for name, loss in passed.items():
             in_place = self.providers[name].in_place
             own = measure.not_leaves(turns, 2) if in_place else turns
-            prepare[name] = measure.steps(mode, loss, own)
+            prepare[name] = measure.steps(mode, measure.small(loss) if in_place else loss, own)
         for _ in range(ATTEMPTS):
             meanwhile = measure.Others()
             seconds = measure.interleaved(
