@@ -19,9 +19,12 @@ STUDIES = Path(__file__).parents[1] / "examples" / "studies"
 
 @pytest.fixture
 def module(monkeypatch: pytest.MonkeyPatch) -> Any:
+    names = {path.stem for path in STUDIES.glob("*.py")}
+    for name in names:  # bench/ has a module `run` as well, and another test may have imported it
+        monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.syspath_prepend(str(STUDIES))
     yield importlib.import_module
-    for name in {path.stem for path in STUDIES.glob("*.py")}:
+    for name in names:
         sys.modules.pop(name, None)
 
 
