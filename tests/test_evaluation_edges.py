@@ -12,7 +12,7 @@ import pytest
 import torch
 from evaluation_cases import CTX, TEXT, run
 
-from fused_ppl.evaluation import CONVENTIONS, Document, EvaluationError, HiddenModel, TokenRow, evaluate
+from fused_ppl.evaluation import CONVENTIONS, Document, EvaluationError, HiddenModel, TokenRow, evaluate, load
 from fused_ppl.evaluation.tokens import tokenize
 
 LN2 = math.log(2)
@@ -201,3 +201,23 @@ def test_models_that_do_not_fit_are_refused():
         )
     with pytest.raises(EvaluationError, match=r"hidden_states must be \(B, T, D\)"):
         evaluate(HiddenModel(lambda t: torch.ones(1, 32), linear_weight=torch.ones(512, 32)), tokenizer, [TEXT])
+
+
+# --- models ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("held", "name", "gguf", "message"),
+    [
+        ("a.gguf", "a.gguf", None, r"this is a file\. Give --model .* --gguf a\.gguf\."),
+        ("a.txt", "a.txt", None, r"this is a file\. Give the folder of a model\."),
+        ("a.gguf", "", None, r"has no config\.json\. It holds a\.gguf: add --gguf a\.gguf\."),
+        ("a.gguf", "", "b.gguf", r"holds no GGUF file 'b\.gguf'\. It holds a\.gguf\."),
+        ("a.txt", "", None, r"has no config\.json\. Give the folder"),
+    ],
+)
+def test_a_path_without_a_model_is_told_the_way(held, name, gguf, message, tmp_path):
+    pytest.importorskip("transformers", reason="models are loaded by transformers")
+    (tmp_path / held).write_text("?")
+    with pytest.raises(EvaluationError, match=message):
+        load(str(tmp_path / name), gguf=gguf)

@@ -88,7 +88,7 @@ def validate(model: GPT, windows: Tensor) -> tuple[float, float]:
 
 def table(done: list[Point]) -> str:
     lines = [
-        "| head | compact steps, last tenth | nll, each seed | less exact | entropy, each seed | less exact |",
+        "| head | compact steps, last tenth | nll, each seed | minus exact | entropy, each seed | minus exact |",
         "|---|---|---|---|---|---|",
     ]
     exact = {p["seed"]: p for p in where(done, method="exact")}

@@ -147,7 +147,7 @@ def chosen(done: list[Point], **settings: str) -> list[Point]:
 
 def table(done: list[Point]) -> str:
     lines = [
-        "| task | optimizer | loss | best rate | score, % | less cross-entropy | perplexity, first and last |",
+        "| task | optimizer | loss | best rate | score, % | minus cross-entropy | perplexity, first and last |",
         "|---|---|---|---|---|---|---|",
     ]
     for task in TASKS:

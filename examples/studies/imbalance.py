@@ -132,7 +132,7 @@ def chosen(done: list[Point], data: str, loss: str) -> list[Point]:
 
 def table(done: list[Point]) -> str:
     lines = [
-        "| data | loss | rate | accuracy, % | balanced, % | tail, % | tail, less cross-entropy |",
+        "| data | loss | rate | accuracy, % | balanced, % | tail, % | tail, minus that of cross-entropy |",
         "|---|---|---|---|---|---|---|",
     ]
     for data in DATA:

@@ -175,6 +175,30 @@ def _run(model: Any, hook: Any, tokens: Tensor) -> Any:
             module.training = training
 
 
+def check_files(name: str, gguf: str | None) -> None:
+    """Say what a path lacks, before a library says that it cannot read it. A name of the Hub is no path.
+
+    Raises:
+        EvaluationError: the path is a GGUF file, or a folder without the file that was asked for.
+    """
+    path = Path(name)
+    if path.is_file():
+        way = (
+            f"Give --model {path.parent} --gguf {path.name}."
+            if path.suffix == ".gguf"
+            else "Give the folder of a model."
+        )
+        raise EvaluationError(f"The model {name!r} must be a folder or a name of the Hub; this is a file. {way}")
+    if not path.is_dir():
+        return
+    held = sorted(file.name for file in path.glob("*.gguf"))
+    if gguf is not None and gguf not in held:
+        raise EvaluationError(f"{name} holds no GGUF file {gguf!r}. It holds {', '.join(held) or 'none'}.")
+    if gguf is None and not (path / "config.json").exists():
+        way = f"It holds {held[0]}: add --gguf {held[0]}." if held else "Give the folder of a model of transformers."
+        raise EvaluationError(f"{name} has no config.json. {way}")
+
+
 def load(name: str, *, gguf: str | None = None, dtype: str = "auto", device: str = "auto") -> tuple[HiddenModel, Any]:
     """A model and its tokenizer from a folder or a name of the Hub.
 
@@ -185,6 +209,7 @@ def load(name: str, *, gguf: str | None = None, dtype: str = "auto", device: str
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ImportError:
         raise EvaluationError("Models need transformers (pip install 'fused-ppl[eval]').") from None
+    check_files(name, gguf)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     keywords: dict[str, Any] = {} if gguf is None else {"gguf_file": gguf}
