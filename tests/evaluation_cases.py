@@ -6,7 +6,11 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import pytest
 import torch
+
+for package in ("transformers", "jinja2"):  # a test module that imports this one is skipped without them
+    pytest.importorskip(package, reason='the evaluation needs pip install -e ".[eval]"')
 
 TEXT = (
     "The committee shall publish its report within thirty days of the meeting. Any member may add a dissenting view.\n"
