@@ -18,7 +18,7 @@ from collections.abc import Callable
 import torch
 from imbalance import Split, digits
 from matplotlib.figure import Figure
-from study import COLOURS, Point, Study, axes_of, interval, number, shown, where
+from study import COLOURS, Point, Study, at_best_rate, axes_of, interval, number, shown, where
 from torch import Tensor, nn
 
 import fused_ppl
@@ -139,10 +139,7 @@ def score_of(model: nn.Module, split: Split, task: str) -> float:
 
 def chosen(done: list[Point], **settings: str) -> list[Point]:
     """The runs of the learning rate with the best validation score."""
-    own = where(done, **settings)
-    rates = sorted({p["rate"] for p in own})
-    best = max(rates, key=lambda r: interval([number(p["chosen by"]) for p in own if p["rate"] == r])[0])
-    return [p for p in own if p["rate"] == best]
+    return at_best_rate(where(done, **settings), lambda p: number(p["chosen by"]))
 
 
 def table(done: list[Point]) -> str:

@@ -18,7 +18,7 @@ from collections.abc import Callable
 
 import torch
 from matplotlib.figure import Figure
-from study import COLOURS, Point, Study, axes_of, interval, number, shown, where
+from study import COLOURS, Point, Study, at_best_rate, axes_of, interval, number, shown, where
 from text_model import source
 from torch import Tensor, nn
 
@@ -124,10 +124,7 @@ def measures(model: nn.Module, split: Split, counts: Tensor) -> dict[str, float]
 
 def chosen(done: list[Point], data: str, loss: str) -> list[Point]:
     """The runs of the learning rate with the best balanced validation accuracy."""
-    own = where(done, data=data, loss=loss)
-    rates = sorted({p["rate"] for p in own})
-    best = max(rates, key=lambda r: interval([number(p["chosen by"]) for p in own if p["rate"] == r])[0])
-    return [p for p in own if p["rate"] == best]
+    return at_best_rate(where(done, data=data, loss=loss), lambda p: number(p["chosen by"]))
 
 
 def table(done: list[Point]) -> str:

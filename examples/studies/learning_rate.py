@@ -17,7 +17,7 @@ from collections.abc import Callable
 
 import torch
 from matplotlib.figure import Figure
-from study import COLOURS, Point, Study, axes_of, interval, number, shown, where
+from study import COLOURS, Point, Study, at_best_rate, axes_of, interval, number, shown, where
 from text_model import WindowModel, Windows, windows
 from torch import Tensor
 
@@ -87,7 +87,7 @@ def at_rate(done: list[Point], rate: int) -> list[float]:
 
 def best_rate(done: list[Point]) -> int:
     """The power of 2 with the lowest mean nll."""
-    return min(sorted({p["rate"] for p in done}), key=lambda rate: interval(at_rate(done, rate))[0])
+    return int(at_best_rate(done, lambda p: -number(p["nll"]))[0]["rate"])
 
 
 def carried(done: list[Point], rate: int) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import torch
 from matplotlib.figure import Figure
-from study import COLOURS, Point, Study, axes_of, interval, number, shown, where
+from study import COLOURS, Point, Study, at_best_rate, axes_of, interval, number, shown, where
 from torch import Tensor, nn
 
 import fused_ppl
@@ -101,10 +101,7 @@ def run(point: Point) -> Point:
 
 def chosen(done: list[Point], loss: str) -> list[Point]:
     """The runs of the learning rate with the highest reward in the mean over the run."""
-    own = where(done, loss=loss)
-    rates = sorted({p["rate"] for p in own})
-    best = max(rates, key=lambda r: sum(sum(p["curve"]) for p in own if p["rate"] == r))
-    return [p for p in own if p["rate"] == best]
+    return at_best_rate(where(done, loss=loss), lambda p: sum(p["curve"]))
 
 
 def table(done: list[Point]) -> str:

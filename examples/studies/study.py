@@ -120,6 +120,13 @@ def where(points: Sequence[Point], **settings: Any) -> list[Point]:
     return [p for p in points if settings.items() <= p.items()]
 
 
+def at_best_rate(points: Sequence[Point], score: Callable[[Point], float]) -> list[Point]:
+    """The runs of the learning rate with the highest mean score."""
+    rates = sorted({p["rate"] for p in points})
+    best = max(rates, key=lambda rate: interval([score(p) for p in where(points, rate=rate)])[0])
+    return where(points, rate=best)
+
+
 def interval(values: Sequence[float]) -> tuple[float, float]:
     """The mean, and half of its 95 % interval by Student's t; 0 for one value, which has none."""
     if len(values) < 2 or not all(math.isfinite(v) for v in values):

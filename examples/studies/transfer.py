@@ -14,7 +14,7 @@ import math
 
 import torch
 from matplotlib.figure import Figure
-from study import COLOURS, Point, Study, axes_of, interval, number, shown, where
+from study import COLOURS, Point, Study, at_best_rate, axes_of, interval, number, shown, where
 from text_model import WindowModel, Windows, prose, sources, tokenizer_of, windows_of
 
 import fused_ppl
@@ -67,10 +67,7 @@ def held_out(model: WindowModel, data: Windows) -> float:
 
 def chosen(done: list[Point], **settings: str) -> list[Point]:
     """The runs of the learning rate with the lowest nll of held-out code."""
-    own = where(done, **settings)
-    rates = sorted({p["rate"] for p in own})
-    best = min(rates, key=lambda r: interval([number(p["code, before"]) for p in where(own, rate=r)])[0])
-    return where(own, rate=best)
+    return at_best_rate(where(done, **settings), lambda p: -number(p["code, before"]))
 
 
 COLUMNS = ("code, before", "prose, before", "prose, after", "code, after")
