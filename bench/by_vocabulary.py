@@ -34,10 +34,10 @@ SHOWN = {  # in Matplotlib's colours; the grey ones are PyTorch as it is
 INKS = {"": ("black", "0.88", "white"), "_dark": ("#E6EDF3", "#30363D", "#0D1117")}  # text, grid, page
 
 
-def measure(vocabularies: tuple[int, ...], seconds: float) -> list[Row]:
+def measure(seconds: float) -> list[Row]:
     providers = [p for p in all_providers() if p.name in SHOWN]
     how, rows = How(kinds=("random",), seconds=seconds, patience=60.0), []
-    for v in tqdm(vocabularies, unit="vocabulary"):
+    for v in tqdm(VOCABULARIES, unit="vocabulary"):
         setting = Setting("linear", Case(f"V={v}", TOKENS, v, SIZE), DTYPE)
         rows += Comparison(setting, providers, how, lambda share: None).rows()
     return rows
@@ -89,7 +89,7 @@ def _dress(axes: Any, text: str, grid: str, page: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=5.0, help="of each timing (%(default)s)")
+    parser.add_argument("--seconds", type=float, default=4.0, help="of each timing (%(default)s)")
     parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder of the results (%(default)s)")
     parser.add_argument("--record", action="store_true", help="write bench/results instead")
     parser.add_argument("--plot", action="store_true", help="draw the record of bench/results")
@@ -100,7 +100,7 @@ def main() -> None:
     else:
         settings = {"N": TOKENS, "D": SIZE, "dtype": DTYPE, "seconds": args.seconds}
         record = Record("python bench/by_vocabulary.py --record", machine("cpu"), settings)
-        record.rows = measure(VOCABULARIES, args.seconds)
+        record.rows = measure(args.seconds)
         out.mkdir(parents=True, exist_ok=True)
         record.save(out, "by_vocabulary")
     for suffix, inks in INKS.items():
